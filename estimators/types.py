@@ -1,0 +1,178 @@
+"""What every room agrees on: the shape of an MoE, what one layer's routing is, what an estimator is.
+
+Symbols, used in every shape comment: T tokens, D hidden size, E experts per layer, K top-k, L MoE
+layers, P (source, target) layer pairs, M budget, H horizon in MoE layers, S cache slots per layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+GateFamily = Literal["softmax-topk", "softmax-topk-renorm", "other"]
+NormKind = Literal["rms", "layer", "none"]
+InputKind = Literal["router-input", "residual", "quasi-hidden"]
+
+
+class ExpertKey(NamedTuple):
+    """Names one expert of one model."""
+
+    layer_idx: int
+    """Decoder layer the expert belongs to, as the model counts its layers."""
+    expert_id: int
+    """0..E-1 within the layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEGeometry:
+    """The shape of a model's routing; equality is the check that traces, bundle and model fit."""
+
+    model_type: str
+    """`config.model_type` of the (text) model."""
+    layer_indices: tuple[int, ...]
+    """Decoder layer index of each MoE layer, ascending, length L."""
+    num_experts: int
+    """E, experts per MoE layer."""
+    top_k: int
+    """K, experts each token is routed to."""
+    hidden_size: int
+    """D, width of the router's input."""
+    router_fingerprint: str
+    """sha256 over all router weights, rounded to bfloat16, in layer order: names the checkpoint."""
+    gate_family: GateFamily = field(default="other", compare=False)
+    """How gate weights follow from router logits, as verified on the model."""
+    model_name: str = field(default="", compare=False)
+    """What the user called the model (folder, Hub id or `bundled`); for messages only."""
+
+    @property
+    def num_layers(self) -> int:
+        """L, the number of MoE layers."""
+        return len(self.layer_indices)
+
+    def position(self, layer_idx: int) -> int:
+        """Position (0..L-1) of a decoder layer among the MoE layers.
+
+        Raises:
+            ValueError: If that decoder layer has no experts.
+        """
+        if layer_idx not in self.layer_indices:
+            raise ValueError(
+                f"Layer {layer_idx} is not an MoE layer of {self.model_name or self.model_type}; "
+                f"its MoE layers are {list(self.layer_indices)}."
+            )
+        return self.layer_indices.index(layer_idx)
+
+    def describe(self) -> str:
+        """One line for messages: name, layers, experts, top-k, fingerprint."""
+        return (
+            f"{self.model_name or self.model_type} ({self.num_layers} MoE layers, "
+            f"{self.num_experts} experts, top-{self.top_k}, hidden {self.hidden_size}, "
+            f"routers {self.router_fingerprint[:8]})"
+        )
+
+    def require_match(self, other: MoEGeometry, *, what: str, remedy: str) -> None:
+        """Refuse an artifact that was made for another model.
+
+        Args:
+            other: Geometry of the model at hand.
+            what: What this geometry belongs to, as a message's subject (`Bundle`, `Traces`).
+            remedy: What the user can do, one sentence.
+
+        Raises:
+            ValueError: If the two differ; the message describes both.
+        """
+        if self != other:
+            raise ValueError(
+                f"{what} made for {self.describe()}; this model is {other.describe()}. {remedy}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form; `from_dict` reverses it."""
+        return dataclasses.asdict(self) | {"layer_indices": list(self.layer_indices)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MoEGeometry:
+        """Rebuild from `to_dict`'s output."""
+        return cls(**(values | {"layer_indices": tuple(values["layer_indices"])}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerAnchors:
+    """The frozen tensors of a model that training-free prediction needs, stacked over its MoE layers.
+
+    `norm(x, position) @ router_weight[position].T + router_bias[position]` are the router logits
+    that layer would give for residual `x`.
+    """
+
+    router_weight: Tensor
+    """[L, E, D], any float dtype."""
+    router_bias: Tensor
+    """[L, E]; zeros where the routers have none."""
+    norm_weight: Tensor
+    """[L, D], the factor actually multiplied (models that store weight - 1 are resolved)."""
+    norm_bias: Tensor
+    """[L, D]; zeros where the norms have none."""
+    norm_kind: NormKind
+    """`rms`, `layer` (LayerNorm), or `none` (the router reads the raw residual)."""
+    norm_eps: float
+    """Added to the variance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingRecord:
+    """What one MoE layer saw and decided for T tokens, in token order; all on one device."""
+
+    residual: Tensor
+    """Residual stream after attention, before the norm that feeds the router, [T, D], float."""
+    router_input: Tensor
+    """That, after the norm, [T, D], float."""
+    router_logits: Tensor
+    """The router's output before softmax, [T, E], float."""
+    expert_ids: Tensor
+    """The experts the model used, [T, K], integer, in the router's own order."""
+    gate_weights: Tensor
+    """What each expert's output was multiplied with, [T, K], float."""
+
+    def __len__(self) -> int:
+        """T, the number of tokens."""
+        return self.expert_ids.shape[0]
+
+    def __getitem__(self, rows: slice | Tensor) -> RoutingRecord:
+        """The same for some of the tokens (a slice, an index tensor or a boolean mask)."""
+        return RoutingRecord(**{f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimatorSpec:
+    """What an estimator predicts, from what, and in which form."""
+
+    form: str
+    """Name of a form in `foreroute.estimators.forms`."""
+    input_kind: InputKind = "quasi-hidden"
+    """State at the source layer that the estimator reads."""
+    horizon: int = 1
+    """Distance from source to target layer, in MoE layers."""
+    rank: int = 32
+    """Rank of the correction (`low-rank` only)."""
+    width: int = 256
+    """Hidden units (`mlp` only)."""
+    target_layers: tuple[int, ...] = ()
+    """Decoder layer index of each predicted layer, ascending, length P."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers a user can set."""
+        for name in ("horizon", "rank", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form; `from_dict` reverses it."""
+        return dataclasses.asdict(self) | {"target_layers": list(self.target_layers)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> EstimatorSpec:
+        """Rebuild from `to_dict`'s output."""
+        return cls(**(values | {"target_layers": tuple(values["target_layers"])}))
