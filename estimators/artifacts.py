@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -32,7 +31,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -53,8 +52,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors as safetensors so that a reader never sees half of them."""
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, partial)
-    os.replace(partial, path)
+    save_file(
+        {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, partial
+    )
+    partial.replace(path)
 
 
 def read_tensors(path: Path, names: tuple[str, ...] | None = None) -> dict[str, Tensor]:
@@ -104,7 +105,7 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
         raise
     if path.exists():
         shutil.rmtree(path)
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def require_free(path: Path, *, overwrite: bool) -> None:

@@ -1,4 +1,4 @@
-"""What every foreroute command shares: flags from a function's signature, one-line errors, exit codes."""
+"""What every command shares: flags from a function's signature, one-line errors, exit codes."""
 
 from __future__ import annotations
 
@@ -30,8 +30,12 @@ def run_command(
     from jsonargparse import auto_cli
 
     try:
-        auto_cli(command, args=list(arguments) if arguments is not None else None, prog=name,
-                 as_positional=False)
+        auto_cli(
+            command,
+            args=list(arguments) if arguments is not None else None,
+            prog=name,
+            as_positional=False,
+        )
     except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
         message = " ".join(str(error).split())
         print(f"{name}: error: {message}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What every room agrees on: the shape of an MoE, what one layer's routing is, what an estimator is.
+"""What every room agrees on: a model's routing shape, one layer's routing, an estimator's kind.
 
 Symbols, used in every shape comment: T tokens, D hidden size, E experts per layer, K top-k, L MoE
 layers, P (source, target) layer pairs, M budget, H horizon in MoE layers, S cache slots per layer.
@@ -101,7 +101,7 @@ class MoEGeometry:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerAnchors:
-    """The frozen tensors of a model that training-free prediction needs, stacked over its MoE layers.
+    """The frozen tensors that training-free prediction needs, stacked over the MoE layers.
 
     `norm(x, position) @ router_weight[position].T + router_bias[position]` are the router logits
     that layer would give for residual `x`.
@@ -142,7 +142,9 @@ class RoutingRecord:
 
     def __getitem__(self, rows: slice | Tensor) -> RoutingRecord:
         """The same for some of the tokens (a slice, an index tensor or a boolean mask)."""
-        return RoutingRecord(**{f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)})
+        return RoutingRecord(
+            **{f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)}
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

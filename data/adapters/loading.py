@@ -1,0 +1,138 @@
+"""Loads a model or a tokenizer by the name a user types: `bundled`, a local folder, or a Hub id."""
+
+from __future__ import annotations
+
+import os
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+BUNDLED = "bundled"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_model(name: str) -> str:
+    """The folder or Hub id behind a model's name.
+
+    Raises:
+        FileNotFoundError: If it looks like a local path and there is none.
+    """
+    if name == BUNDLED:
+        folder = Path(str(resources.files("foreroute.data"))) / "bundled_model"
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"The bundled model is missing from {folder}. Install again.")
+        return str(folder)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"{path} holds no model: it has no config.json.")
+        return str(path)
+    if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(
+            f"There is no model folder at {name}. Give `bundled`, a folder with a config.json, "
+            "or a Hub id like Qwen/Qwen3-30B-A3B."
+        )
+    return name
+
+
+def resolve_dtype(name: str) -> torch.dtype | str:
+    """`auto` (what the checkpoint asks for), `float32`, `bfloat16` or `float16`.
+
+    Raises:
+        ValueError: If the name is another; the message lists the known ones.
+    """
+    if name == "auto":
+        return name
+    if name not in DTYPES:
+        raise ValueError(f"Unknown dtype {name!r}; known: auto, {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` (CUDA where there is one, else the CPU), `cpu`, `cuda`, `cuda:1`.
+
+    Raises:
+        ValueError: If there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"Unknown device {name!r}; give auto, cpu or cuda.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"Device {name} was asked for, but torch sees no CUDA device; use cpu.")
+    return device
+
+
+def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The model's configuration.
+
+    Raises:
+        ValueError: If it is missing, or its architecture is unknown to this transformers.
+    """
+    source = resolve_model(name)
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, KeyError) as error:
+        raise ValueError(_unreadable(name, error)) from error
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+) -> Any:
+    """Load a causal language model in eval mode, with its default experts implementation.
+
+    Args:
+        name: `bundled`, a local folder, or a Hub id.
+        dtype: As `resolve_dtype` takes it.
+        device: Where the whole model goes.
+        trust_remote_code: Run code that came with the checkpoint.
+
+    Raises:
+        FileNotFoundError: If a local path does not exist.
+        ValueError: If the model cannot be read; one line says why.
+    """
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            resolve_model(name),
+            config=config,
+            dtype=resolve_dtype(dtype),
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, RuntimeError) as error:
+        raise ValueError(_unreadable(name, error)) from error
+    return model.eval().requires_grad_(False).to(device)
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer that belongs to a model.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    source = resolve_model(name)
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{name} has no tokenizer that can be read: {_first_line(error)}"
+        ) from error
+
+
+def _unreadable(name: str, error: Exception) -> str:
+    offline = os.environ.get("HF_HUB_OFFLINE") not in (None, "", "0")
+    hint = " (HF_HUB_OFFLINE is set: only local models can be read)" if offline else ""
+    return f"Model {name} cannot be read{hint}: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

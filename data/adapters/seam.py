@@ -1,0 +1,117 @@
+"""The one place where an MoE's experts are reached, for every architecture transformers knows.
+
+Transformers sends all experts modules through one registered function. While `routed_through` is
+active, it is ours: it sees the router's true choice and decides how experts are computed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+SEAM_NAME = "foreroute"
+HANDLER_ATTRIBUTE = "_foreroute_handler"
+MARKER_ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
+
+ExpertsFunction = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+"""(experts, router_input [T, D], expert_ids [T, K], gate_weights [T, K]) -> output [T, D]."""
+
+
+def is_experts_module(module: nn.Module) -> bool:
+    """Whether transformers sends this module's forward through the registered experts function."""
+    return all(hasattr(module, name) for name in MARKER_ATTRIBUTES)
+
+
+def stock_experts_function(name: str, experts: nn.Module) -> ExpertsFunction:
+    """One of transformers' own experts functions (`eager`, `batched_mm`, `grouped_mm`)."""
+    eager = type(experts).forward.__wrapped__  # type: ignore[attr-defined]
+    function: ExpertsFunction = ALL_EXPERTS_FUNCTIONS.get_interface(name, eager)
+    return function
+
+
+def _dispatch(experts: nn.Module, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+    handler: ExpertsFunction = experts.__dict__[HANDLER_ATTRIBUTE]
+    return handler(experts, hidden, expert_ids, weights)
+
+
+ALL_EXPERTS_FUNCTIONS.register(SEAM_NAME, _dispatch)
+
+
+@contextlib.contextmanager
+def routed_through(model: Any, handlers: Mapping[nn.Module, ExpertsFunction]) -> Iterator[None]:
+    """Compute the given experts modules by our functions; everything is put back afterwards.
+
+    Args:
+        model: A transformers model.
+        handlers: For every experts module of the model, the function that computes it.
+    """
+    before = model.get_experts_implementation()
+    for experts, handler in handlers.items():
+        experts.__dict__[HANDLER_ATTRIBUTE] = handler
+    try:
+        model.set_experts_implementation(SEAM_NAME)
+        yield
+    finally:
+        model.set_experts_implementation(before)
+        for experts in handlers:
+            experts.__dict__.pop(HANDLER_ATTRIBUTE, None)
+
+
+class ExpertsView:
+    """Stands in for an experts module whose weights lie elsewhere; all else is the module's own.
+
+    Transformers' experts functions read weights and settings as attributes, so one view serves
+    every architecture, with as many experts as the given weights have rows.
+    """
+
+    __slots__ = ("_experts", "_weights", "num_experts")
+
+    def __init__(self, experts: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        self._experts = experts
+        self._weights = weights
+        self.num_experts = next(iter(weights.values())).shape[0]
+
+    def __getattr__(self, name: str) -> Any:
+        weights = object.__getattribute__(self, "_weights")
+        return weights[name] if name in weights else getattr(self._experts, name)
+
+
+def unweighted_outputs(
+    function: ExpertsFunction, experts: Any, hidden: Tensor, expert_ids: Tensor
+) -> Tensor:
+    """What each chosen expert puts out for its token, before gate weights.
+
+    One (token, expert) pair becomes one token with top-1 routing and gate weight 1, so the stock
+    functions do the same products in the same order as for the whole; `combine` completes them.
+
+    Args:
+        function: A stock experts function.
+        experts: Experts module, or a view of one.
+        hidden: Router input of each pair, [pairs, D].
+        expert_ids: The pair's expert, [pairs].
+
+    Returns:
+        [pairs, D].
+    """
+    ones = torch.ones(len(expert_ids), 1, dtype=hidden.dtype, device=hidden.device)
+    return function(experts, hidden, expert_ids.unsqueeze(1), ones)
+
+
+def combine(outputs: Tensor, gate_weights: Tensor) -> Tensor:
+    """Weigh and add the experts' outputs exactly as transformers' batched_mm and grouped_mm do.
+
+    Args:
+        outputs: Unweighted outputs, pairs in token order, [T * K, D].
+        gate_weights: [T, K].
+
+    Returns:
+        [T, D] in the dtype of `outputs`.
+    """
+    num_tokens, top_k = gate_weights.shape
+    weighted = outputs * gate_weights.reshape(-1).unsqueeze(-1)  # [T * K, D]
+    return weighted.view(num_tokens, top_k, -1).sum(dim=1).to(outputs.dtype)
