@@ -1,5 +1,17 @@
-"""What predicts what: the shape of routing, estimator forms, metrics. Needs torch (and safetensors)."""
+"""What predicts what: shape of routing, estimator forms, metrics. Torch and safetensors only."""
 
+from foreroute.estimators.forms import FORMS, TRAINING_FREE_FORM, EstimatorForm, find_form
+from foreroute.estimators.inputs import SOURCE_FIELDS, SourceInput, SourceState
+from foreroute.estimators.metrics import (
+    RecallMeter,
+    RecallMetrics,
+    default_budgets,
+    exact_set,
+    gate_mass_recall,
+    recall_at_k,
+)
+from foreroute.estimators.pairs import predictable_layers, source_position
+from foreroute.estimators.stack import EstimatorStack
 from foreroute.estimators.types import (
     EstimatorSpec,
     ExpertKey,
@@ -8,4 +20,26 @@ from foreroute.estimators.types import (
     RoutingRecord,
 )
 
-__all__ = ["EstimatorSpec", "ExpertKey", "LayerAnchors", "MoEGeometry", "RoutingRecord"]
+__all__ = [
+    "FORMS",
+    "SOURCE_FIELDS",
+    "TRAINING_FREE_FORM",
+    "EstimatorForm",
+    "EstimatorSpec",
+    "EstimatorStack",
+    "ExpertKey",
+    "LayerAnchors",
+    "MoEGeometry",
+    "RecallMeter",
+    "RecallMetrics",
+    "RoutingRecord",
+    "SourceInput",
+    "SourceState",
+    "default_budgets",
+    "exact_set",
+    "find_form",
+    "gate_mass_recall",
+    "predictable_layers",
+    "recall_at_k",
+    "source_position",
+]

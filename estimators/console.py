@@ -14,7 +14,7 @@ Command = Callable[..., Any]
 
 
 def run_command(
-    name: str, command: Command | dict[str, Command], arguments: Sequence[str] | None = None
+    name: str, command: Command | dict[str, Any], arguments: Sequence[str] | None = None
 ) -> None:
     """Parse the command line, call the command, and end the process with its exit code.
 

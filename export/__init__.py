@@ -1,1 +1,1 @@
-"""Phase three, first half: the bundle, exported estimators that need torch and safetensors alone."""
+"""Phase three, first half: the bundle, estimators that need torch and safetensors alone."""

@@ -1,0 +1,32 @@
+"""Estimator forms by name. Adding one is one file here and one line in `FORMS`."""
+
+from __future__ import annotations
+
+from foreroute.estimators.forms.base import EstimatorForm
+from foreroute.estimators.forms.linear import Linear
+from foreroute.estimators.forms.low_rank import LowRank
+from foreroute.estimators.forms.mlp import MLP
+from foreroute.estimators.forms.next_router import NextRouter
+
+TRAINING_FREE_FORM = "next-router"
+
+FORMS: dict[str, type[EstimatorForm]] = {
+    TRAINING_FREE_FORM: NextRouter,
+    "low-rank": LowRank,
+    "linear": Linear,
+    "mlp": MLP,
+}
+
+
+def find_form(name: str) -> type[EstimatorForm]:
+    """The form of that name.
+
+    Raises:
+        ValueError: If there is none; the message lists the known names.
+    """
+    if name not in FORMS:
+        raise ValueError(f"Unknown estimator form {name!r}; known forms: {', '.join(FORMS)}.")
+    return FORMS[name]
+
+
+__all__ = ["FORMS", "TRAINING_FREE_FORM", "EstimatorForm", "find_form"]

@@ -1,0 +1,42 @@
+"""What every estimator form is: P small predictors, evaluated together or one at a time."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from foreroute.estimators.inputs import ALL_PAIRS
+from foreroute.estimators.types import EstimatorSpec
+
+
+class EstimatorForm(nn.Module, ABC):
+    """Maps source features to the target routers' logits, for P layer pairs at once.
+
+    A subclass creates its parameters in `__init__` with the pairs as first dimension, so that
+    `parameter[pairs]` is a view and no form loops over layers.
+
+    Args:
+        spec: Holds the form's sizes (rank, width).
+        num_pairs: P, pairs of source and target layer.
+        hidden_size: D.
+        num_experts: E.
+    """
+
+    def __init__(
+        self, spec: EstimatorSpec, *, num_pairs: int, hidden_size: int, num_experts: int
+    ) -> None:
+        super().__init__()
+
+    @abstractmethod
+    def forward(self, features: Tensor, anchor_logits: Tensor, pairs: slice = ALL_PAIRS) -> Tensor:
+        """Predict the target routers' logits.
+
+        Args:
+            features: Source features of the pairs asked for, [P, T, D], float32.
+            anchor_logits: What the target routers give for those features, [P, T, E], float32.
+            pairs: Which pairs the first dimension stands for.
+
+        Returns:
+            [P, T, E], float32.
+        """

@@ -1,0 +1,147 @@
+"""What an estimator reads at its source layer, and the training-free logits that follow from it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from foreroute.estimators.types import InputKind, LayerAnchors, NormKind
+
+ALL_PAIRS = slice(None)
+
+SOURCE_FIELDS: dict[InputKind, tuple[str, ...]] = {
+    "router-input": ("router_input",),
+    "residual": ("residual",),
+    "quasi-hidden": ("residual", "expert_ids", "gate_weights"),
+}
+"""The fields of a routing record that each input kind reads at the source layer."""
+
+
+class SourceState(NamedTuple):
+    """What the source layers of P pairs saw and decided; fields no one reads may be None."""
+
+    residual: Tensor | None = None
+    """Residual stream before the norm that feeds the router, [P, T, D], float."""
+    router_input: Tensor | None = None
+    """That, after the norm, [P, T, D], float."""
+    expert_ids: Tensor | None = None
+    """The experts chosen at the source layers, [P, T, K], integer."""
+    gate_weights: Tensor | None = None
+    """What each expert's output was multiplied with, [P, T, K], float."""
+
+
+def apply_norm(
+    residual: Tensor, weight: Tensor, bias: Tensor, *, kind: NormKind, eps: float
+) -> Tensor:
+    """The norm in front of a router, in float32.
+
+    Args:
+        residual: Residual stream, [P, T, D], any float dtype.
+        weight: Factor per feature, [P, D].
+        bias: Term per feature, [P, D].
+        kind: `rms`, `layer`, or `none` (returns the residual).
+        eps: Added to the variance.
+
+    Returns:
+        [P, T, D], float32.
+    """
+    residual = residual.float()
+    if kind == "none":
+        return residual
+    if kind == "layer":
+        residual = residual - residual.mean(dim=-1, keepdim=True)
+    scale = torch.rsqrt(residual.square().mean(dim=-1, keepdim=True) + eps)
+    return torch.addcmul(bias.unsqueeze(1), residual * scale, weight.unsqueeze(1))
+
+
+def expected_output(expert_ids: Tensor, gate_weights: Tensor, default_vectors: Tensor) -> Tensor:
+    """What a layer's experts will add to the residual, judged by their default vectors.
+
+    Args:
+        expert_ids: The experts the source layers chose, [P, T, K], integer.
+        gate_weights: What each expert's output is multiplied with, [P, T, K].
+        default_vectors: Mean unweighted output of each expert, [P, E, D], float32.
+
+    Returns:
+        Sum over the K experts of gate weight times default vector, [P, T, D], float32.
+    """
+    num_pairs, num_tokens, top_k = expert_ids.shape
+    num_experts = default_vectors.shape[1]
+    rows = expert_ids.long()
+    if num_pairs > 1:  # one lookup for all pairs, in the experts of all pairs laid end to end
+        first = torch.arange(num_pairs, device=rows.device) * num_experts
+        rows = rows + first.view(-1, 1, 1)
+    summed = functional.embedding_bag(
+        rows.reshape(-1, top_k),
+        default_vectors.reshape(num_pairs * num_experts, -1),
+        per_sample_weights=gate_weights.float().reshape(-1, top_k),
+        mode="sum",
+    )
+    return summed.view(num_pairs, num_tokens, -1)
+
+
+class SourceInput(nn.Module):
+    """Turns what P source layers saw into features, and features into training-free logits.
+
+    Holds frozen float32 copies of what that needs, stacked over the pairs. Every method takes
+    `pairs`, the pairs that the first dimension of its tensors stands for.
+
+    Args:
+        kind: What is read at the source layer.
+        anchors: Of the P target layers.
+        default_vectors: Of the P source layers, [P, E, D], float; only quasi-hidden needs them.
+
+    Raises:
+        ValueError: If quasi-hidden input has no default vectors.
+    """
+
+    router_weight: Tensor
+    router_bias: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    default_vectors: Tensor | None
+
+    def __init__(
+        self, kind: InputKind, anchors: LayerAnchors, default_vectors: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.kind, self.norm_kind, self.norm_eps = kind, anchors.norm_kind, anchors.norm_eps
+        self.needed = SOURCE_FIELDS[kind]
+        if kind != "quasi-hidden":
+            default_vectors = None
+        elif default_vectors is None:
+            raise ValueError("quasi-hidden input needs default vectors; choose residual instead.")
+        for name in ("router_weight", "router_bias", "norm_weight", "norm_bias"):
+            self.register_buffer(name, getattr(anchors, name).float())
+        vectors = None if default_vectors is None else default_vectors.float()
+        self.register_buffer("default_vectors", vectors)
+
+    def features(self, source: SourceState, pairs: slice = ALL_PAIRS) -> Tensor:
+        """What a form reads, [P, T, D], float32.
+
+        Raises:
+            ValueError: If a tensor the input kind needs is missing.
+        """
+        missing = [name for name in self.needed if getattr(source, name) is None]
+        if missing:
+            raise ValueError(f"{self.kind} input needs {', '.join(missing)}.")
+        if self.kind == "router-input":
+            assert source.router_input is not None
+            return source.router_input.float()
+        assert source.residual is not None
+        residual = source.residual.float()
+        if self.default_vectors is not None:
+            assert source.expert_ids is not None
+            assert source.gate_weights is not None
+            vectors = self.default_vectors[pairs]
+            residual = residual + expected_output(source.expert_ids, source.gate_weights, vectors)
+        weight, bias = self.norm_weight[pairs], self.norm_bias[pairs]
+        return apply_norm(residual, weight, bias, kind=self.norm_kind, eps=self.norm_eps)
+
+    def anchor_logits(self, features: Tensor, pairs: slice = ALL_PAIRS) -> Tensor:
+        """What the target layers' own routers give for the features, [P, T, E], float32."""
+        weight = self.router_weight[pairs].transpose(1, 2)  # [P, D, E]
+        return torch.baddbmm(self.router_bias[pairs].unsqueeze(1), features, weight)
