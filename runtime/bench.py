@@ -1,0 +1,277 @@
+"""Measures one model under every mode in one run: same prompts, same slots, same machine."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foreroute.estimators.stack import EstimatorStack
+from foreroute.runtime.config import EngineConfig
+from foreroute.runtime.engine import Engine
+from foreroute.runtime.offload import OffloadedModel
+from foreroute.runtime.stats import RuntimeStats
+from foreroute.runtime.timing import TimingStreamer
+
+STOCK = "stock"
+BASELINE = "on-demand"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mode:
+    """One way to run the model."""
+
+    name: str
+    config: EngineConfig
+    uses_bundle: bool = False
+    is_filled: bool = False
+    """Make experts resident before the first prompt (the all-resident ceiling)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What every mode is given."""
+
+    prompts: list[Tensor]
+    """Token ids, [1, prompt length] each."""
+    continuations: list[Tensor]
+    """The text's own next tokens after each prompt, [1, n]; perplexity is measured on them."""
+    new_tokens: int
+    """Tokens generated per prompt (greedy, no early stop)."""
+    repeats: int
+    """How often every prompt is run, after one run that is thrown away."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModeResult:
+    """What one mode cost and gave."""
+
+    name: str
+    is_exact: bool
+    tpot_ms: float
+    """Median time per output token, first excluded."""
+    tpot_ms_p25: float
+    tpot_ms_p75: float
+    ttft_ms: float
+    """Median time to first token."""
+    hit_rate: float | None
+    """Share of decode lookups served from a resident slot; None for the stock model."""
+    bytes_per_token: float
+    wasted_bytes_per_token: float
+    late_per_token: float
+    agreement: float
+    """Share of speculatively run experts that the true router chose; 1 for exact modes."""
+    is_speculation_off: bool
+    """Speculation switched itself off during the run."""
+    perplexity: float | None
+    """On the continuations, token by token; measured for the baseline and inexact modes."""
+    perplexity_change: float | None
+    """Relative to the baseline; 0.01 is one per cent worse."""
+    tokens: list[list[int]] = field(repr=False)
+    """What was generated, per prompt."""
+
+
+def modes_for(
+    expert_slots: str, *, has_bundle: bool, budget: int | None, can_speculate: bool
+) -> list[Mode]:
+    """All modes, baselines first.
+
+    Args:
+        expert_slots: Slots per layer of every mode but the all-resident one.
+        has_bundle: Whether there are trained estimators.
+        budget: Experts prefetched per token and layer; top-k if None.
+        can_speculate: Whether gate weights of predicted experts can be had on this model.
+    """
+    demand = EngineConfig(expert_slots=expert_slots)
+    prefetch = EngineConfig(expert_slots=expert_slots, policy="prefetch", budget=budget)
+    modes = [
+        Mode(name="all-resident", config=EngineConfig(expert_slots="100%"), is_filled=True),
+        Mode(name="on-demand-no-cache", config=replace(demand, cache="none")),
+        Mode(name=BASELINE, config=demand),
+        Mode(name="prefetch-next-router", config=prefetch),
+    ]
+    if has_bundle:
+        modes.append(Mode(name="prefetch", config=prefetch, uses_bundle=True))
+    if can_speculate:
+        speculative = replace(prefetch, on_miss="predicted")
+        modes += [
+            Mode(name="speculative", config=speculative, uses_bundle=has_bundle),
+            Mode(
+                name="speculative-predicted-weights",
+                config=replace(speculative, weights="predicted"),
+                uses_bundle=has_bundle,
+            ),
+        ]
+    modes.append(
+        Mode(name="skip", config=replace(prefetch, on_miss="skip"), uses_bundle=has_bundle)
+    )
+    return modes
+
+
+def measure_stock(model: Any, work: Workload, tick: Callable[[], None]) -> ModeResult:
+    """Transformers' own `generate` with `batched_mm` experts, all weights on the model's device.
+
+    Args:
+        model: With all its weights; its experts implementation is put back afterwards.
+        work: What to run.
+        tick: Called after every generation.
+    """
+    before = model.get_experts_implementation()
+    model.set_experts_implementation("batched_mm")
+    stats = RuntimeStats()
+
+    def generate(prompt: Tensor) -> Tensor:
+        output: Tensor = model.generate(
+            prompt.to(model.device),
+            streamer=TimingStreamer(stats),
+            disable_compile=True,
+            **_greedy(prompt, work, model.device),
+        )
+        return output
+
+    try:
+        tokens = _generate_all(generate, work, tick, reset=lambda: stats.__init__())  # type: ignore[misc]
+    finally:
+        model.set_experts_implementation(before)
+    return _result(STOCK, stats, tokens, is_exact=True, hit_rate=None)
+
+
+def measure_mode(
+    mode: Mode,
+    offloaded: OffloadedModel,
+    stack: EstimatorStack | None,
+    work: Workload,
+    tick: Callable[[], None],
+) -> ModeResult:
+    """Run one mode: timed generations, then perplexity where it can have changed.
+
+    Args:
+        mode: How to run.
+        offloaded: The model.
+        stack: Trained estimators, or None.
+        work: What to run.
+        tick: Called after every generation and every continuation.
+    """
+    with Engine(offloaded, mode.config, stack if mode.uses_bundle else None) as engine:
+        if mode.is_filled:
+            engine.fill_slots()
+
+        def generate(prompt: Tensor) -> Tensor:
+            output: Tensor = engine.generate(prompt, **_greedy(prompt, work, engine.device))
+            return output
+
+        tokens = _generate_all(generate, work, tick, reset=engine.reset_stats)
+        stats = engine.stats()
+        result = _result(mode.name, stats, tokens, mode.config.is_exact, stats.hit_rate)
+        if mode.name == BASELINE or not mode.config.is_exact:
+            result = replace(result, perplexity=_perplexity(engine, work, tick))
+    return result
+
+
+def num_ticks(modes: list[Mode], work: Workload) -> int:
+    """How often `tick` will be called for the stock model and these modes."""
+    generations = (len(modes) + 1) * (1 + work.repeats * len(work.prompts))
+    return generations + len(work.prompts) * sum(
+        mode.name == BASELINE or not mode.config.is_exact for mode in modes
+    )
+
+
+def with_perplexity_change(results: list[ModeResult]) -> list[ModeResult]:
+    """Fill in the change of perplexity against the baseline."""
+    baseline = next(r.perplexity for r in results if r.name == BASELINE)
+    return [
+        r
+        if r.perplexity is None or baseline is None
+        else replace(r, perplexity_change=r.perplexity / baseline - 1)
+        for r in results
+    ]
+
+
+def to_json(results: list[ModeResult]) -> dict[str, Any]:
+    """Rows by name, and whether every exact mode gave the same tokens as the first result."""
+    reference = results[0]
+    exact = [r.tokens == reference.tokens for r in results if r.is_exact]
+    return {
+        "reference": reference.name,
+        "exact_tokens_equal": all(exact),
+        "modes": {r.name: asdict(r) for r in results},
+    }
+
+
+def _greedy(prompt: Tensor, work: Workload, device: torch.device) -> dict[str, Any]:
+    return {
+        "attention_mask": torch.ones_like(prompt, device=device),
+        "min_new_tokens": work.new_tokens,
+        "max_new_tokens": work.new_tokens,
+        "do_sample": False,
+    }
+
+
+def _generate_all(
+    generate: Callable[[Tensor], Tensor],
+    work: Workload,
+    tick: Callable[[], None],
+    *,
+    reset: Callable[[], None],
+) -> list[list[int]]:
+    """Warm up, then run all prompts; returns the last repeat's new tokens."""
+    generate(work.prompts[0])
+    tick()
+    reset()
+    tokens: list[list[int]] = []
+    for _ in range(work.repeats):
+        tokens = []
+        for prompt in work.prompts:
+            tokens.append(generate(prompt)[0, prompt.shape[1] :].tolist())
+            tick()
+    return tokens
+
+
+def _perplexity(engine: Engine, work: Workload, tick: Callable[[], None]) -> float:
+    """Exponential of the mean loss on the continuations, one decode step per token."""
+    losses: list[float] = []
+    for prompt, continuation in zip(work.prompts, work.continuations, strict=True):
+        losses += _losses(engine, prompt.to(engine.device), continuation.to(engine.device))
+        tick()
+    return math.exp(statistics.fmean(losses))
+
+
+def _losses(engine: Engine, prompt: Tensor, continuation: Tensor) -> Iterator[float]:
+    output = engine(input_ids=prompt, use_cache=True, logits_to_keep=1)
+    for step in range(continuation.shape[1]):
+        token = continuation[:, step : step + 1]  # [1, 1]
+        log_likelihood = output.logits[:, -1].float().log_softmax(-1).gather(1, token)
+        yield -float(log_likelihood)
+        output = engine(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+
+
+def _result(
+    name: str,
+    stats: RuntimeStats,
+    tokens: list[list[int]],
+    is_exact: bool,
+    hit_rate: float | None,
+) -> ModeResult:
+    quarter, half, three_quarters = statistics.quantiles(stats.token_ms, n=4)
+    return ModeResult(
+        name=name,
+        is_exact=is_exact,
+        tpot_ms=half,
+        tpot_ms_p25=quarter,
+        tpot_ms_p75=three_quarters,
+        ttft_ms=statistics.median(stats.ttft_ms),
+        hit_rate=hit_rate,
+        bytes_per_token=stats.bytes_per_token,
+        wasted_bytes_per_token=stats.wasted_bytes_per_token,
+        late_per_token=stats.late_per_token,
+        agreement=stats.agreement,
+        is_speculation_off=stats.is_speculation_off,
+        perplexity=None,
+        perplexity_change=None,
+        tokens=tokens,
+    )

@@ -1,0 +1,96 @@
+"""What a user can set about a run, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Policy = Literal["on-demand", "prefetch"]
+OnMiss = Literal["fetch", "skip", "predicted"]
+SpeculativeWeights = Literal["true", "predicted"]
+CacheKind = Literal["lru", "none"]
+
+_CHOICES = {
+    "policy": get_args(Policy),
+    "on_miss": get_args(OnMiss),
+    "weights": get_args(SpeculativeWeights),
+    "cache": get_args(CacheKind),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How an engine runs a model."""
+
+    expert_slots: str = "25%"
+    """Cache slots per MoE layer: a number, or a share of the experts such as `25%`."""
+    policy: Policy = "on-demand"
+    """`on-demand` loads an expert when the router asks; `prefetch` also loads what is predicted."""
+    on_miss: OnMiss = "fetch"
+    """`fetch` waits for the expert (exact). `skip` leaves it out; `predicted` runs the predicted
+    experts in place of the true ones: both are speculative execution and change the output."""
+    weights: SpeculativeWeights = "true"
+    """Gate weights of predicted experts: from the `true` router's logits, or from the `predicted`
+    ones (as the paper's engine does)."""
+    budget: int | None = None
+    """Experts prefetched per token and layer; the model's top-k if None."""
+    agreement_floor: float = 0.5
+    """Speculative execution switches itself off when fewer of its experts than this share, over
+    the last tokens, are ones the true router chose. 0..1."""
+    cache: CacheKind = "lru"
+    """`none` forgets all slots before each layer: the baseline without an expert cache."""
+
+    def __post_init__(self) -> None:
+        """Check every choice.
+
+        Raises:
+            ValueError: If a value is unknown or the values contradict each other.
+        """
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"Unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}."
+                )
+        if self.on_miss == "predicted" and self.policy != "prefetch":
+            raise ValueError("on_miss=predicted runs predicted experts: it needs policy=prefetch.")
+        if self.cache == "none" and self.policy == "prefetch":
+            raise ValueError("policy=prefetch needs slots that are kept: use cache=lru.")
+        if self.budget is not None and self.budget < 1:
+            raise ValueError(f"budget must be at least 1 expert, not {self.budget}.")
+        if not 0 <= self.agreement_floor <= 1:
+            raise ValueError(f"agreement_floor must lie in 0..1, not {self.agreement_floor}.")
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the output is that of the unchanged model."""
+        return self.on_miss == "fetch"
+
+
+def parse_slots(text: str | int, *, num_experts: int, top_k: int) -> int:
+    """Turn `8` or `25%` into slots per layer.
+
+    Args:
+        text: A number of slots, or a share of the experts with a percent sign.
+        num_experts: E.
+        top_k: K; fewer slots could not hold one token's experts.
+
+    Raises:
+        ValueError: If it is not a number, or the slots do not lie in top_k..num_experts.
+    """
+    word = str(text).strip()
+    try:
+        slots = round(float(word[:-1]) / 100 * num_experts) if word.endswith("%") else int(word)
+    except ValueError:
+        raise ValueError(
+            f"expert_slots must be a number or a percentage such as 25%, not {text!r}."
+        ) from None
+    if slots > num_experts:
+        raise ValueError(
+            f"expert_slots {text} is {slots} slots, more than the {num_experts} experts of a layer."
+        )
+    if slots < top_k:
+        raise ValueError(
+            f"expert_slots {text} is {slots} of {num_experts} experts, fewer than the {top_k} that "
+            f"one token needs; give at least {top_k}."
+        )
+    return slots

@@ -1,0 +1,262 @@
+"""The runtime engine: generates with a model whose experts are in host memory."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from foreroute.data.adapters import MoELayer, routed_through, router_logits_of
+from foreroute.data.adapters.seam import SEAM_NAME
+from foreroute.estimators.stack import EstimatorStack
+from foreroute.export.bundle import load_bundle
+from foreroute.runtime.config import EngineConfig, parse_slots
+from foreroute.runtime.layer import OffloadedLayer
+from foreroute.runtime.offload import OffloadedModel, load_offloaded
+from foreroute.runtime.prefetch import Prefetcher
+from foreroute.runtime.residency import Residency
+from foreroute.runtime.run_state import RunState
+from foreroute.runtime.slot_cache import SlotCache
+from foreroute.runtime.speculation import AgreementGuard, gate_weights_of
+from foreroute.runtime.stats import RuntimeStats
+from foreroute.runtime.timing import TimingStreamer
+from foreroute.runtime.transfers import Transfers
+
+
+class Engine:
+    """Runs one offloaded model under one configuration, until closed.
+
+    Example:
+        >>> engine = Engine.from_pretrained("bundled", expert_slots="25%")  # doctest: +SKIP
+        >>> ids = engine.generate(**inputs, max_new_tokens=64)              # doctest: +SKIP
+        >>> engine.stats().hit_rate                                         # doctest: +SKIP
+    """
+
+    def __init__(
+        self, offloaded: OffloadedModel, config: EngineConfig, stack: EstimatorStack | None = None
+    ) -> None:
+        """Attach to a model; other engines on the same model must be closed.
+
+        Args:
+            offloaded: The model and its experts' store.
+            config: How to run it.
+            stack: Estimators for `policy="prefetch"`; if None, the training-free next router.
+
+        Raises:
+            ValueError: If the configuration does not fit the model.
+        """
+        self.offloaded = offloaded
+        self.config = config
+        self.model = offloaded.moe.model
+        self.geometry = geometry = offloaded.moe.geometry
+        self.device = offloaded.device
+        self.num_slots = parse_slots(
+            config.expert_slots, num_experts=geometry.num_experts, top_k=geometry.top_k
+        )
+        if config.on_miss == "predicted":  # refuse unknown gate rules before anything runs
+            gate_weights_of(
+                torch.zeros(1, 1), torch.zeros(1, 1).long(), geometry.gate_family, torch.float32
+            )
+        self._run = RunState(
+            config=config,
+            gate_family=geometry.gate_family,
+            transfers=Transfers.for_device(self.device),
+            prefetcher=self._make_prefetcher(stack),
+            guard=AgreementGuard(config.agreement_floor),
+        )
+        self.layers = self._make_layers()
+        self._attachments = contextlib.ExitStack()
+        self._attach()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str,
+        *,
+        bundle: str | Path | None = None,
+        expert_slots: str | int = "25%",
+        policy: str | None = None,
+        on_miss: str = "fetch",
+        device: str = "auto",
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
+        **settings: Any,
+    ) -> Self:
+        """Load a model with its experts in host memory, and estimators if there is a bundle.
+
+        Args:
+            model: `bundled`, a local folder or a Hub id.
+            bundle: Folder that `export-estimator` wrote.
+            expert_slots: Slots per MoE layer, `8` or `25%`.
+            policy: `on-demand` or `prefetch`; prefetch if there is a bundle, unless said.
+            on_miss: `fetch` (exact), `skip` or `predicted`.
+            device: `auto`, `cpu` or `cuda`.
+            dtype: `auto`, `float32`, `bfloat16` or `float16`.
+            trust_remote_code: Run code that came with the checkpoint.
+            **settings: Other fields of `EngineConfig`.
+
+        Raises:
+            ValueError: If the model, the bundle and the settings do not fit together.
+            FileNotFoundError: If the model or the bundle is missing.
+        """
+        config = EngineConfig(
+            expert_slots=str(expert_slots),
+            policy=policy or ("prefetch" if bundle else "on-demand"),  # type: ignore[arg-type]
+            on_miss=on_miss,  # type: ignore[arg-type]
+            **settings,
+        )
+        loaded = load_bundle(Path(bundle)) if bundle else None
+        offloaded = load_offloaded(
+            model, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        if loaded is not None:
+            loaded.require_fits(offloaded.moe.geometry)
+        return cls(offloaded, config, loaded.stack if loaded else None)
+
+    def _make_prefetcher(self, stack: EstimatorStack | None) -> Prefetcher | None:
+        if self.config.policy != "prefetch":
+            return None
+        geometry = self.geometry
+        budget = self.config.budget or geometry.top_k
+        if budget > geometry.num_experts:
+            raise ValueError(
+                f"budget {budget} is more than the {geometry.num_experts} experts of a layer."
+            )
+        if self.config.on_miss == "predicted" and budget < geometry.top_k:
+            raise ValueError(
+                f"on_miss=predicted runs {geometry.top_k} predicted experts: the budget must be at "
+                f"least that, not {budget}."
+            )
+        if stack is None:
+            stack = EstimatorStack.training_free(geometry, self.offloaded.moe.anchors)
+        return Prefetcher(stack.to(self.device), budget)
+
+    def _make_layers(self) -> list[OffloadedLayer]:
+        store, num_experts = self.offloaded.store, self.geometry.num_experts
+        layers = []
+        for moe_layer, rows, layout in zip(
+            self.offloaded.moe.layers, store.rows, store.layouts, strict=True
+        ):
+            cache = SlotCache(num_experts, self.num_slots, layout, self.device)
+            layers.append(OffloadedLayer(moe_layer, Residency(rows, cache, self._run), self._run))
+        by_idx = {layer.layer_idx: layer for layer in layers}
+        for layer in layers:
+            prefetcher = self._run.prefetcher
+            target_idx = prefetcher.target_of(layer.layer_idx) if prefetcher else None
+            layer.target = by_idx[target_idx] if target_idx is not None else None
+        return layers
+
+    def _attach(self) -> None:
+        if self.model.get_experts_implementation() == {"": SEAM_NAME}:
+            raise ValueError("This model is attached to another engine; close that one first.")
+        moe_layers = self.offloaded.moe.layers
+        handlers = {m.experts: own for m, own in zip(moe_layers, self.layers, strict=True)}
+        self._attachments.enter_context(routed_through(self.model, handlers))
+        needs_logits = self.config.on_miss == "predicted" and self.config.weights == "true"
+        for moe_layer, own in zip(moe_layers, self.layers, strict=True):
+            if self._run.prefetcher is not None:
+                self._hook_residual(moe_layer, own)
+            if needs_logits:
+                self._hook_router(moe_layer, own)
+        handle = self.model.register_forward_pre_hook(self._begin_forward, with_kwargs=True)
+        self._attachments.callback(handle.remove)
+
+    def _hook_residual(self, moe_layer: MoELayer, own: OffloadedLayer) -> None:
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            own.residual = inputs[0]
+
+        self._attachments.callback(moe_layer.norm.register_forward_pre_hook(keep).remove)
+
+    def _hook_router(self, moe_layer: MoELayer, own: OffloadedLayer) -> None:
+        def keep(_: nn.Module, __: tuple[Tensor, ...], output: Any) -> None:
+            own.router_logits = router_logits_of(output, self.geometry.num_experts)
+
+        self._attachments.callback(moe_layer.router.register_forward_hook(keep).remove)
+
+    def _begin_forward(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pass over one token per sequence is a decode step, any other is prefill."""
+        tokens = args[0] if args else kwargs.get("input_ids")
+        if tokens is None:
+            tokens = kwargs["inputs_embeds"]
+        self._run.is_prefill = tokens.shape[1] > 1
+        self._run.phase.forwards += 1
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """One forward pass of the model, through the engine."""
+        with self._must_really_run(), torch.no_grad():
+            return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, streamer: Any = None, **kwargs: Any) -> Any:
+        """Generate tokens; takes what transformers' `generate` takes and returns what it returns.
+
+        Inputs are moved to the engine's device. Times go into `stats()` (not with beam search,
+        which hands out no tokens while it runs).
+        """
+        args = tuple(self._on_device(value) for value in args)
+        kwargs = {name: self._on_device(value) for name, value in kwargs.items()}
+        kwargs.setdefault("disable_compile", True)  # the host decides between layers
+        if kwargs.get("num_beams", 1) == 1:
+            streamer = TimingStreamer(self._run.stats, streamer)
+        with self._must_really_run():
+            return self.model.generate(*args, streamer=streamer, **kwargs)
+
+    def _on_device(self, value: Any) -> Any:
+        return value.to(self.device) if isinstance(value, Tensor) else value
+
+    @contextlib.contextmanager
+    def _must_really_run(self) -> Any:
+        """Fail if the model's experts went past the engine."""
+        before = [layer.num_calls for layer in self.layers]
+        implementations = set(self.model.get_experts_implementation().values())
+        if implementations != {SEAM_NAME}:
+            raise RuntimeError(
+                f"The model's experts do not go through foreroute any more (they are set to "
+                f"{', '.join(sorted(map(str, implementations)))}). Make a new engine."
+            )
+        yield
+        idle = [
+            layer.layer_idx
+            for layer, calls in zip(self.layers, before, strict=True)
+            if layer.num_calls == calls
+        ]
+        if idle:
+            raise RuntimeError(f"The experts of layers {idle} did not run through foreroute.")
+
+    def stats(self) -> RuntimeStats:
+        """Counters and times since the start or the last `reset_stats`; live, not a copy."""
+        return self._run.stats
+
+    def reset_stats(self) -> None:
+        """Start counting anew; resident experts stay."""
+        self._run.stats = RuntimeStats()
+
+    def fill_slots(self) -> None:
+        """Make as many experts resident as fit, lowest ids first, not counted in the statistics."""
+        stats, self._run.stats = self._run.stats, RuntimeStats()
+        for layer in self.layers:
+            layer.residency.fill()
+        self._run.stats = stats
+
+    def check_integrity(self) -> None:
+        """Check every layer's slots: tables consistent, and each slot equal to its host row.
+
+        Raises:
+            RuntimeError: If not.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        for layer in self.layers:
+            layer.residency.check_integrity()
+
+    def close(self) -> None:
+        """Detach from the model; its experts stay in the store, for another engine."""
+        self._attachments.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,213 @@
+"""Computes one MoE layer whose experts live in host memory, and looks ahead to a later one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foreroute.data.adapters import (
+    ExpertsView,
+    MoELayer,
+    combine,
+    stock_experts_function,
+    unweighted_outputs,
+)
+from foreroute.runtime.prefetch import Prediction, distinct, most_wanted
+from foreroute.runtime.residency import Residency
+from foreroute.runtime.run_state import RunState
+from foreroute.runtime.slot_cache import EMPTY
+from foreroute.runtime.speculation import gate_weights_of, without_missing
+
+GATHER_LIMIT_BYTES = 64 * 2**20  # batched_mm copies a token's experts: bound what one call copies
+
+
+class OffloadedLayer:
+    """One MoE layer's cache and the function that takes its experts' place."""
+
+    def __init__(self, layer: MoELayer, residency: Residency, run: RunState) -> None:
+        """Connect the parts.
+
+        Args:
+            layer: Handles on the model's modules.
+            residency: The layer's slots and host rows.
+            run: Shared with the engine's other layers.
+        """
+        self.layer_idx = layer.layer_idx
+        self.residency = residency
+        self.target: OffloadedLayer | None = None
+        """The layer whose experts are predicted from this one's state."""
+        self.num_calls = 0
+        self.residual: Tensor | None = None
+        """Set by a hook on the norm, [.., D]; only where estimators read it."""
+        self.router_logits: Tensor | None = None
+        """Set by a hook on the router, [T, E]; only where speculation needs it."""
+        self._run = run
+        self._view: Any = ExpertsView(layer.experts, residency.cache.weights)
+        self._per_token = stock_experts_function("batched_mm", layer.experts)
+        self._grouped = stock_experts_function("grouped_mm", layer.experts)
+        self._prediction: Prediction | None = None
+
+    def __call__(
+        self, experts: nn.Module, router_input: Tensor, expert_ids: Tensor, gate_weights: Tensor
+    ) -> Tensor:
+        """Stand in for the experts module.
+
+        Args:
+            experts: The module, without weights.
+            router_input: [T, D].
+            expert_ids: The true router's choice, [T, K].
+            gate_weights: [T, K].
+
+        Returns:
+            [T, D].
+        """
+        self.num_calls += 1
+        if self._run.config.cache == "none":
+            self.residency.cache.clear()
+        if self._run.is_prefill:
+            self._prediction = None
+            return self._run_exact(router_input, expert_ids, expert_ids.tolist(), gate_weights)
+        return self._decode(router_input, expert_ids, gate_weights)
+
+    def _decode(self, router_input: Tensor, expert_ids: Tensor, gate_weights: Tensor) -> Tensor:
+        prediction, self._prediction = self._prediction, None
+        mode = self._run.config.on_miss if self._run.is_speculating else "fetch"
+        run_ids, run_weights = expert_ids, gate_weights
+        if mode == "predicted" and prediction is not None:
+            run_ids, run_weights = self._speculate(prediction, gate_weights)
+        true_rows, onward = self._look_ahead(expert_ids, router_input, run_ids, run_weights)
+        if mode == "skip":
+            return self._run_present(router_input, true_rows, gate_weights, onward)
+        if run_ids is expert_ids or prediction is None:
+            return self._run_exact(router_input, expert_ids, true_rows, gate_weights, onward)
+        run_rows = [row[: run_ids.shape[-1]] for row in prediction.rows]
+        pairs = zip(run_rows, true_rows, strict=True)
+        self._run.count_agreement(sum(len(set(a) & set(b)) for a, b in pairs), run_ids.numel())
+        return self._run_exact(router_input, run_ids, run_rows, run_weights, onward)
+
+    def _look_ahead(
+        self, true_ids: Tensor, router_input: Tensor, run_ids: Tensor, run_weights: Tensor
+    ) -> tuple[list[list[int]], Prediction | None]:
+        """The true ids, and the prediction for the target layer, with one device-to-host sync.
+
+        The prediction stands on the experts that run here, which speculation may have replaced.
+        """
+        if self.target is None or self._run.prefetcher is None:
+            return true_ids.tolist(), None
+        assert self.residual is not None  # the engine hooks the norm wherever it prefetches
+        logits, ranked = self._run.prefetcher.predict(
+            self.layer_idx,
+            residual=self.residual.reshape(router_input.shape),
+            router_input=router_input,
+            expert_ids=run_ids,
+            gate_weights=run_weights,
+        )
+        top_k = true_ids.shape[-1]
+        both = torch.cat([true_ids, ranked], dim=-1).tolist()
+        onward = Prediction(ranked, [row[top_k:] for row in both], logits)
+        return [row[:top_k] for row in both], onward
+
+    def _run_exact(
+        self,
+        router_input: Tensor,
+        expert_ids: Tensor,
+        id_rows: list[list[int]],
+        gate_weights: Tensor,
+        onward: Prediction | None = None,
+    ) -> Tensor:
+        """Compute these experts for these tokens, fetching what is missing."""
+        needed = distinct(expert for row in id_rows for expert in row)
+        cache = self.residency.cache
+        fits_one_call = expert_ids.numel() * self.residency.expert_bytes <= GATHER_LIMIT_BYTES
+        if len(needed) > cache.num_slots or not fits_one_call:
+            output = self._run_in_groups(router_input, expert_ids, needed, gate_weights)
+            self._prefetch_onward(onward)
+            return output
+        tickets = self.residency.fetch(needed)
+        self._prefetch_onward(onward)
+        for ticket in tickets:
+            ticket.wait()
+        slot_ids = cache.slot_ids(id_rows, router_input.device)
+        return self._per_token(self._view, router_input, slot_ids, gate_weights)
+
+    def _run_in_groups(
+        self, router_input: Tensor, expert_ids: Tensor, needed: list[int], gate_weights: Tensor
+    ) -> Tensor:
+        """Compute with more experts, or more pairs, than slots or one call can take."""
+        cache, top_k = self.residency.cache, expert_ids.shape[-1]
+        order = sorted(needed, key=lambda e: cache.slot_of(e) == EMPTY)  # resident first
+        flat_ids = expert_ids.reshape(-1)  # [T * K]
+        outputs = router_input.new_empty(flat_ids.numel(), router_input.shape[-1])
+        for start in range(0, len(order), cache.num_slots):
+            group = order[start : start + cache.num_slots]
+            for ticket in self.residency.fetch(group):
+                ticket.wait()
+            slot_of = torch.full((len(self.residency.rows),), EMPTY)  # [E]
+            slot_of[group] = torch.tensor([cache.slot_of(e) for e in group])
+            slot_of_pair = slot_of.to(flat_ids.device)[flat_ids]  # [T * K]
+            for pairs in self._chunks((slot_of_pair != EMPTY).nonzero().squeeze(1)):
+                outputs[pairs] = self._pair_outputs(router_input, pairs, top_k, slot_of_pair)
+        return combine(outputs, gate_weights)
+
+    def _chunks(self, pairs: Tensor) -> tuple[Tensor, ...]:
+        """Split pairs so that one call copies a bounded number of weights."""
+        if pairs.device.type == "cuda":
+            return (pairs,)
+        chunks: tuple[Tensor, ...] = pairs.split(
+            max(2, GATHER_LIMIT_BYTES // self.residency.expert_bytes)
+        )
+        return chunks
+
+    def _pair_outputs(
+        self, router_input: Tensor, pairs: Tensor, top_k: int, slot_of_pair: Tensor
+    ) -> Tensor:
+        """Unweighted outputs of some (token, expert) pairs, [pairs, D]."""
+        function = self._grouped if pairs.device.type == "cuda" else self._per_token
+        is_alone = len(pairs) == 1 and len(slot_of_pair) > 1
+        if is_alone:  # a product of one row may round differently from the same row among several
+            pairs = pairs.repeat(2)
+        hidden, slots = router_input[pairs // top_k], slot_of_pair[pairs]
+        outputs = unweighted_outputs(function, self._view, hidden, slots)
+        return outputs[:1] if is_alone else outputs
+
+    def _prefetch_onward(self, onward: Prediction | None) -> None:
+        if onward is not None and self.target is not None:
+            self.target.expect(onward)
+
+    def expect(self, prediction: Prediction) -> None:
+        """Load the experts predicted for this layer, and remember the prediction."""
+        self._prediction = prediction
+        self.residency.prefetch(most_wanted(prediction.rows, self.residency.cache.num_slots))
+
+    def _speculate(self, prediction: Prediction, gate_weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The predicted experts and their gate weights, both [T, K], in place of the true ones."""
+        ids = prediction.expert_ids[:, : gate_weights.shape[-1]]  # [T, K]
+        logits = prediction.router_logits
+        if self._run.config.weights == "true":
+            assert self.router_logits is not None  # the engine hooks the router in this mode
+            logits = self.router_logits
+        return ids, gate_weights_of(logits, ids, self._run.gate_family, gate_weights.dtype)
+
+    def _run_present(
+        self,
+        router_input: Tensor,
+        true_rows: list[list[int]],
+        gate_weights: Tensor,
+        onward: Prediction | None,
+    ) -> Tensor:
+        """Compute the true experts that are there; the others are left out."""
+        needed = distinct(expert for row in true_rows for expert in row)
+        present = self.residency.use_present(needed)
+        is_present = [[expert in present for expert in row] for row in true_rows]
+        self._run.count_agreement(sum(map(sum, is_present)), gate_weights.numel())
+        self._prefetch_onward(onward)
+        if not present:
+            return torch.zeros_like(router_input)
+        stand_in = min(present)  # computed with weight 0 where an expert is left out
+        rows = [[e if e in present else stand_in for e in row] for row in true_rows]
+        mask = torch.tensor(is_present, device=gate_weights.device)  # [T, K]
+        weights = without_missing(gate_weights, mask, self._run.gate_family)
+        slot_ids = self.residency.cache.slot_ids(rows, router_input.device)
+        return self._per_token(self._view, router_input, slot_ids, weights)

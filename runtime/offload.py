@@ -1,0 +1,64 @@
+"""Loads a model so that its experts lie in host memory and everything else on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from foreroute.data.adapters import MoEModel, discover, load_model, resolve_device
+from foreroute.runtime.host_store import HostExpertStore
+
+
+@dataclass(frozen=True)
+class OffloadedModel:
+    """A model without expert weights, and the store that holds them."""
+
+    moe: MoEModel
+    store: HostExpertStore
+    device: torch.device
+    """Where everything but the experts is."""
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert, as copied."""
+        return self.store.layouts[0].row_bytes
+
+
+def offload(model: Any, *, device: torch.device, model_name: str = "") -> OffloadedModel:
+    """Take the experts out of a model that was loaded on the CPU, then move the rest.
+
+    Args:
+        model: Transformers causal LM; it can only be used through an engine afterwards.
+        device: Where to run it.
+        model_name: What the user calls it, for messages.
+
+    Raises:
+        ValueError: If it is no MoE that is supported; says what is missing.
+    """
+    moe = discover(model, model_name)
+    experts = [layer.experts for layer in moe.layers]
+    store = HostExpertStore(experts, is_pinned=device.type == "cuda")
+    model.to(device)
+    return OffloadedModel(moe, store, device)
+
+
+def load_offloaded(
+    name: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+) -> OffloadedModel:
+    """Load `bundled`, a folder or a Hub id with its experts in host memory.
+
+    Args:
+        name: The model.
+        device: `auto`, `cpu` or `cuda`.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        trust_remote_code: Run code that came with the checkpoint.
+
+    Raises:
+        FileNotFoundError: If there is no such model.
+        ValueError: If it cannot be read, or is no MoE that is supported.
+    """
+    target = resolve_device(device)
+    model = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
+    return offload(model, device=target, model_name=name)

@@ -1,0 +1,79 @@
+"""Decides which experts to load before the router asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from foreroute.estimators.stack import EstimatorStack
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What was expected of a layer before it ran."""
+
+    expert_ids: Tensor
+    """[T, budget], most likely first, on the device."""
+    rows: list[list[int]]
+    """The same on the host."""
+    router_logits: Tensor
+    """[T, E], as predicted."""
+
+
+class Prefetcher:
+    """Ranks the experts of a coming layer from the state at an earlier one."""
+
+    def __init__(self, stack: EstimatorStack, budget: int) -> None:
+        """Use these estimators.
+
+        Args:
+            stack: Estimators, on the engine's device.
+            budget: Experts per token and layer.
+        """
+        self._stack = stack
+        self._budget = budget
+
+    def target_of(self, source_layer: int) -> int | None:
+        """Decoder layer index predicted from this one, if any."""
+        return self._stack.target_of(source_layer)
+
+    def predict(
+        self,
+        source_layer: int,
+        *,
+        residual: Tensor,
+        router_input: Tensor,
+        expert_ids: Tensor,
+        gate_weights: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Rank the target layer's experts.
+
+        Returns:
+            Router logits as predicted, [T, E], and the budget's best experts, [T, budget], most
+            likely first; both on the device.
+        """
+        logits = self._stack.predict(
+            source_layer,
+            residual=residual,
+            router_input=router_input,
+            expert_ids=expert_ids,
+            gate_weights=gate_weights,
+        )
+        return logits, logits.topk(self._budget, dim=-1).indices
+
+
+def most_wanted(ranked: list[list[int]], limit: int) -> list[int]:
+    """Distinct experts of a batch, every token's best guess first.
+
+    Args:
+        ranked: [T][budget], most likely first.
+        limit: Keep at most so many.
+    """
+    return distinct(expert for rank in zip(*ranked, strict=True) for expert in rank)[:limit]
+
+
+def distinct(expert_ids: Iterable[int]) -> list[int]:
+    """Each expert once, in order of first appearance."""
+    return list(dict.fromkeys(expert_ids))

@@ -1,0 +1,135 @@
+"""Keeps the right experts of one layer in its slots: looks up, copies, counts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from foreroute.runtime.run_state import RunState
+from foreroute.runtime.slot_cache import EMPTY, SlotCache
+from foreroute.runtime.transfers import Ticket
+
+
+class Residency:
+    """One layer's host rows, its slots, and the copies between them."""
+
+    def __init__(self, rows: Tensor, cache: SlotCache, run: RunState) -> None:
+        """Connect the parts.
+
+        Args:
+            rows: Host weights, [E, row_bytes] uint8.
+            cache: Slots on the device.
+            run: Shared with the engine's other layers.
+        """
+        self.rows = rows
+        self.cache = cache
+        self._run = run
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes that one copy moves."""
+        return self.rows.shape[1]
+
+    def fetch(self, needed: list[int]) -> list[Ticket]:
+        """Make these experts resident, those that are missing by copies on demand.
+
+        Args:
+            needed: Distinct experts, at most as many as slots.
+
+        Returns:
+            What compute must wait for.
+        """
+        cache, phase = self.cache, self._run.phase
+        cache.pin(needed)
+        tickets, missing = [], []
+        for expert in needed:
+            ticket = cache.arriving.pop(expert, None)
+            if cache.slot_of(expert) == EMPTY:
+                missing.append(expert)
+            elif ticket is not None and not ticket.is_done():
+                phase.late += 1
+                tickets.append(ticket)
+            else:
+                phase.hits += 1
+        if missing:
+            tickets.append(self._copy(missing))
+            phase.misses += len(missing)
+        phase.lookups += len(needed)
+        cache.use(needed)
+        cache.unpin()
+        return tickets
+
+    def prefetch(self, wanted: list[int]) -> None:
+        """Ask for those of these experts that are absent; none of the others has to go for them.
+
+        Args:
+            wanted: Distinct experts, at most as many as slots, most likely first.
+        """
+        absent = [expert for expert in wanted if self.cache.slot_of(expert) == EMPTY]
+        if absent:
+            self.cache.pin(wanted)
+            self._ask_for(absent, is_prefetch=True)
+            self.cache.unpin()
+
+    def use_present(self, needed: list[int]) -> set[int]:
+        """Use the experts that are there; the absent ones are copied for later, not waited for.
+
+        Args:
+            needed: Distinct experts.
+
+        Returns:
+            Those that can be computed now.
+        """
+        cache, phase = self.cache, self._run.phase
+        arriving = {e for e, ticket in cache.arriving.items() if not ticket.is_done()}
+        present = [e for e in needed if cache.slot_of(e) != EMPTY and e not in arriving]
+        absent = [e for e in needed if cache.slot_of(e) == EMPTY]
+        phase.lookups += len(needed)
+        phase.hits += len(present)
+        phase.late += len(needed) - len(present) - len(absent)
+        phase.misses += len(absent)
+        phase.skipped += len(needed) - len(present)
+        for expert in present:
+            cache.arriving.pop(expert, None)
+        cache.use(present)
+        cache.pin(needed)
+        self._ask_for(absent[: cache.num_evictable])
+        cache.unpin()
+        return set(present)
+
+    def fill(self) -> None:
+        """Make as many experts resident as there are free slots, lowest ids first."""
+        absent = [e for e in range(len(self.rows)) if self.cache.slot_of(e) == EMPTY]
+        free = self.cache.num_slots - len(self.cache.resident)
+        self._copy(absent[:free]).wait()
+
+    def check_integrity(self) -> None:
+        """Check the tables, and every resident expert against its host row.
+
+        Raises:
+            RuntimeError: If they disagree.
+        """
+        self.cache.check_integrity()
+        for expert in self.cache.resident:
+            slot = self.cache.slots[self.cache.slot_of(expert)]
+            if not torch.equal(slot.cpu(), self.rows[expert]):
+                raise RuntimeError(f"The slot of expert {expert} differs from its host row.")
+
+    def _ask_for(self, expert_ids: list[int], *, is_prefetch: bool = False) -> None:
+        if expert_ids:
+            ticket = self._copy(expert_ids, is_prefetch=is_prefetch)
+            self.cache.arriving.update(dict.fromkeys(expert_ids, ticket))
+
+    def _copy(self, expert_ids: list[int], *, is_prefetch: bool = False) -> Ticket:
+        phase = self._run.phase
+        pairs = []
+        for expert in expert_ids:
+            slot, is_wasted = self.cache.admit(expert, is_prefetch=is_prefetch)
+            phase.wasted_bytes += self.expert_bytes * is_wasted
+            pairs.append((self.rows[expert], self.cache.slots[slot]))
+        if is_prefetch:
+            phase.prefetches += len(pairs)
+            phase.prefetched_bytes += self.expert_bytes * len(pairs)
+        else:
+            phase.fetched_bytes += self.expert_bytes * len(pairs)
+        return self._run.transfers.copy(pairs)

@@ -1,0 +1,43 @@
+"""What the layers of one engine share while it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from foreroute.estimators.types import GateFamily
+from foreroute.runtime.config import EngineConfig
+from foreroute.runtime.prefetch import Prefetcher
+from foreroute.runtime.speculation import AgreementGuard
+from foreroute.runtime.stats import PhaseStats, RuntimeStats
+from foreroute.runtime.transfers import Transfers
+
+
+@dataclass
+class RunState:
+    """Settings, shared resources and counters of one engine."""
+
+    config: EngineConfig
+    gate_family: GateFamily
+    transfers: Transfers
+    prefetcher: Prefetcher | None
+    guard: AgreementGuard
+    stats: RuntimeStats = field(default_factory=RuntimeStats)
+    is_prefill: bool = True
+    """Whether the forward pass at hand reads a prompt (else it is one decode step)."""
+
+    @property
+    def phase(self) -> PhaseStats:
+        """Counters of the phase that is running."""
+        return self.stats.prefill if self.is_prefill else self.stats.decode
+
+    @property
+    def is_speculating(self) -> bool:
+        """Whether this forward pass may change the output."""
+        return not (self.is_prefill or self.config.is_exact) and self.guard.is_open
+
+    def count_agreement(self, num_agreed: int, num_run: int) -> None:
+        """Count how many of the experts one layer ran speculatively the true router chose."""
+        self.stats.agreed_experts += num_agreed
+        self.stats.speculated_experts += num_run
+        self.guard.observe(num_agreed, num_run)
+        self.stats.is_speculation_off = not self.guard.is_open

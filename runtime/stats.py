@@ -1,0 +1,111 @@
+"""What the runtime did: integer counters, times per token, and the ratios that follow from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0
+
+
+@dataclass
+class PhaseStats:
+    """Counters of one phase (prefill or decode), over all MoE layers.
+
+    A lookup is one distinct expert that one layer needs in one forward pass.
+    """
+
+    forwards: int = 0
+    """Forward passes; in decode each gives one token per sequence."""
+    lookups: int = 0
+    hits: int = 0
+    """Lookups served from a resident slot."""
+    late: int = 0
+    """Lookups whose prefetch was asked for but had not landed (late prefetches)."""
+    misses: int = 0
+    """Lookups fetched on demand, or skipped."""
+    skipped: int = 0
+    """Misses whose expert was left out (`on_miss="skip"`)."""
+    fetched_bytes: int = 0
+    """Copied after the true routing was known."""
+    prefetches: int = 0
+    """Experts copied before it was known."""
+    prefetched_bytes: int = 0
+    wasted_bytes: int = 0
+    """Prefetched, then evicted without ever being used."""
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits over lookups."""
+        return _share(self.hits, self.lookups)
+
+    @property
+    def bytes(self) -> int:
+        """All bytes copied to slots."""
+        return self.fetched_bytes + self.prefetched_bytes
+
+
+@dataclass
+class RuntimeStats:
+    """Everything one engine counted since its start or the last reset."""
+
+    prefill: PhaseStats = field(default_factory=PhaseStats)
+    decode: PhaseStats = field(default_factory=PhaseStats)
+    agreed_experts: int = 0
+    """Of the experts that speculative execution ran, how many the true router chose."""
+    speculated_experts: int = 0
+    """Experts that speculative execution ran (or left out) in place of the true ones."""
+    is_speculation_off: bool = False
+    """Speculation switched itself off because agreement fell under its floor."""
+    ttft_ms: list[float] = field(default_factory=list)
+    """Time to first token of each `generate` call."""
+    token_ms: list[float] = field(default_factory=list)
+    """Time of each later token, first excluded."""
+
+    @property
+    def tpot_ms(self) -> float:
+        """Median time per output token, first excluded; nan if nothing was generated."""
+        return statistics.median(self.token_ms) if self.token_ms else float("nan")
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of decode lookups served from a resident slot."""
+        return self.decode.hit_rate
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes copied to slots per decode step."""
+        return _share(self.decode.bytes, self.decode.forwards)
+
+    @property
+    def wasted_bytes_per_token(self) -> float:
+        """Prefetched bytes never used, per decode step."""
+        return _share(self.decode.wasted_bytes, self.decode.forwards)
+
+    @property
+    def late_per_token(self) -> float:
+        """Late prefetches per decode step."""
+        return _share(self.decode.late, self.decode.forwards)
+
+    @property
+    def agreement(self) -> float:
+        """Share of speculatively run experts that the true router chose; 1 where nothing was."""
+        if not self.speculated_experts:
+            return 1.0
+        return self.agreed_experts / self.speculated_experts
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready counters with the ratios beside them."""
+        names = (
+            "tpot_ms",
+            "hit_rate",
+            "bytes_per_token",
+            "wasted_bytes_per_token",
+            "late_per_token",
+            "agreement",
+        )
+        return dataclasses.asdict(self) | {name: getattr(self, name) for name in names}
