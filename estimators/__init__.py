@@ -10,11 +10,12 @@ from foreroute.estimators.metrics import (
     gate_mass_recall,
     recall_at_k,
 )
-from foreroute.estimators.pairs import predictable_layers, source_position
+from foreroute.estimators.pairs import parse_layers, predictable_layers, source_position
 from foreroute.estimators.stack import EstimatorStack
 from foreroute.estimators.types import (
     EstimatorSpec,
     ExpertKey,
+    InputKind,
     LayerAnchors,
     MoEGeometry,
     RoutingRecord,
@@ -28,6 +29,7 @@ __all__ = [
     "EstimatorSpec",
     "EstimatorStack",
     "ExpertKey",
+    "InputKind",
     "LayerAnchors",
     "MoEGeometry",
     "RecallMeter",
@@ -39,6 +41,7 @@ __all__ = [
     "exact_set",
     "find_form",
     "gate_mass_recall",
+    "parse_layers",
     "predictable_layers",
     "recall_at_k",
     "source_position",

@@ -1,4 +1,4 @@
-"""What every command shares: flags from a function's signature, one-line errors, exit codes."""
+"""What all foreroute commands share: flags from a signature, one-line errors, exit codes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
@@ -18,7 +18,9 @@ def run_command(
 ) -> None:
     """Parse the command line, call the command, and end the process with its exit code.
 
-    Bad input (ValueError, FileNotFoundError and the like) is one line on stderr and exit code 2.
+    A parameter `batch_size` becomes the flag `--batch-size`; a bool becomes `--resume` and
+    `--no-resume`. Bad input (ValueError, FileNotFoundError and the like) is one line on stderr and
+    exit code 2.
 
     Args:
         name: The console script's name, for messages.
@@ -29,17 +31,42 @@ def run_command(
     warnings.filterwarnings("ignore", category=FutureWarning)
     from jsonargparse import auto_cli
 
+    typed = list(arguments) if arguments is not None else None
     try:
-        auto_cli(
-            command,
-            args=list(arguments) if arguments is not None else None,
-            prog=name,
-            as_positional=False,
-        )
+        auto_cli(command, args=typed, prog=name, as_positional=False, parser_class=_parser_class())
     except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
-        message = " ".join(str(error).split())
-        print(f"{name}: error: {message}", file=sys.stderr)
-        sys.exit(USER_ERROR_EXIT_CODE)
+        _fail(name, str(error))
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command goes on where it stopped.", file=sys.stderr)
         sys.exit(INTERRUPTED_EXIT_CODE)
+
+
+def _fail(name: str, message: str) -> NoReturn:
+    print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(USER_ERROR_EXIT_CODE)
+
+
+def _parser_class() -> Any:
+    """A jsonargparse parser with dashes in flags, switches for bools, and one-line errors."""
+    from jsonargparse import ActionYesNo, ArgumentParser
+    from jsonargparse._core import ArgumentGroup  # the only way to reach a group's arguments
+
+    class Restyled:
+        def add_argument(self, *names: str, **options: Any) -> Any:
+            if options.get("type") is bool:
+                del options["type"]
+                options["action"] = ActionYesNo(no_prefix="no-")
+            if "--print_config" not in names:
+                names = tuple(name.replace("_", "-") for name in names)
+            return super().add_argument(*names, **options)  # type: ignore[misc]
+
+    class Group(Restyled, ArgumentGroup):
+        pass
+
+    class Parser(Restyled, ArgumentParser):
+        _group_class = Group
+
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            _fail(self.prog.replace(" [options]", ""), message)
+
+    return Parser

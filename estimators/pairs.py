@@ -37,3 +37,36 @@ def source_position(geometry: MoEGeometry, target_layer: int, horizon: int) -> i
             f"predict from. Layers that can be: {list(predictable_layers(geometry, horizon))}."
         )
     return position
+
+
+def parse_layers(text: str, geometry: MoEGeometry, horizon: int) -> tuple[int, ...]:
+    """Turn what a user typed for `--layers` into target layers, ascending.
+
+    Args:
+        text: `all`, or decoder layer indices: `3`, `3,4`, `3-7`, `1,3-7`. A range takes the MoE
+            layers in it.
+        geometry: The model's routing.
+        horizon: Distance from source to target layer, in MoE layers.
+
+    Raises:
+        ValueError: If it cannot be read, or a layer has no experts or no source layer.
+    """
+    if text.strip() == "all":
+        return predictable_layers(geometry, horizon)
+    wanted: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        try:
+            start, stop = int(first), int(last or first)
+        except ValueError:
+            raise ValueError(
+                f"--layers {text!r} is not understood; write all, 3, 3,4 or 3-7."
+            ) from None
+        if stop < start:
+            raise ValueError(f"--layers {part.strip()!r} runs backwards; write {stop}-{start}.")
+        geometry.position(start)
+        geometry.position(stop)
+        wanted |= {layer for layer in geometry.layer_indices if start <= layer <= stop}
+    for layer in wanted:
+        source_position(geometry, layer, horizon)
+    return tuple(sorted(wanted))
