@@ -194,12 +194,12 @@ def _router_of(
     expert_ids: Tensor, num_experts: int, outputs: list[tuple[nn.Module, Any]]
 ) -> nn.Module | None:
     """The module that returned these very ids, or else (the block routes) E logits per token."""
-    for module, output in reversed(outputs):
+    for module, output in outputs[::-1]:
         parts = output if isinstance(output, tuple) else (output,)
         same = [p for p in parts if isinstance(p, Tensor) and p.data_ptr() == expert_ids.data_ptr()]
         if same and len(parts) > 1:
             return module
-    for module, output in reversed(outputs):
+    for module, output in outputs[::-1]:
         if isinstance(output, Tensor) and output.shape[-1] == num_experts:
             return module
     return None
