@@ -1,0 +1,186 @@
+"""The manifest of a trace folder: what was recorded, from what, how, and which shards are there."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from foreroute.estimators.artifacts import read_json
+from foreroute.estimators.types import MoEGeometry, NormKind
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+ANCHORS_FILE = "anchors.safetensors"
+REMEDY = "Remove the folder and collect the traces again."
+
+StopReason = Literal["", "tokens-reached", "dataset-exhausted", "max-bytes"]
+"""Why recording ended; empty while it goes on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEntry:
+    """One finished shard, as the manifest lists it."""
+
+    shard_idx: int
+    """0.. in recording order."""
+    num_sequences: int
+    """Sequences in it."""
+    num_tokens: int
+    """Tokens in it, all sequences together."""
+    sha256: dict[str, str]
+    """Hex digest of each of its files, by path below the trace folder."""
+    file_bytes: dict[str, int]
+    """Size of each of its files."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of its files, all together."""
+        return sum(self.file_bytes.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceManifest:
+    """What was recorded, from what, and how; equal headers mean equal shards."""
+
+    geometry: MoEGeometry
+    """Shape of the recorded model's routing."""
+    model: str
+    """What the user called the model."""
+    dataset: str
+    """What the user called the dataset."""
+    split: str
+    """`train` or `held-out`."""
+    tokens: int
+    """Tokens asked for; whole sequences are recorded, so a few more may be there."""
+    sequence_length: int
+    """Tokens per sequence."""
+    generated_share: float
+    """Share of each sequence that the model made itself, 0..1."""
+    dtype: str
+    """The model's dtype while it was recorded."""
+    states_dtype: str
+    """Dtype in which residual and router_input are stored."""
+    device: str
+    """Kind of device that computed it, `cpu` or `cuda`."""
+    batch_size: int
+    """Sequences per forward pass."""
+    shard_sequences: int
+    """Sequences per shard (the last may hold fewer)."""
+    seed: int
+    """Seed of the sampled continuations."""
+    norm_kind: NormKind
+    """Kind of the norms that feed the routers."""
+    norm_eps: float
+    """Their epsilon."""
+    command: str
+    """The command that makes these traces, less --out and --device."""
+    versions: dict[str, str]
+    """Versions of the packages it ran on."""
+    anchors_sha256: str = ""
+    """Hex digest of the anchors' file."""
+    shards: tuple[ShardEntry, ...] = ()
+    """The finished shards."""
+    is_complete: bool = False
+    """Whether recording came to its end."""
+    stop_reason: StopReason = ""
+    """Why it ended."""
+    format_version: int = FORMAT_VERSION
+    """Version of this layout."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the finished shards."""
+        return sum(shard.num_tokens for shard in self.shards)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the finished shards on disk."""
+        return sum(shard.num_bytes for shard in self.shards)
+
+    def require_same_run(self, other: TraceManifest, folder: Path) -> None:
+        """Refuse to let another run write into this run's folder.
+
+        Args:
+            other: What the user asks for now.
+            folder: Where this manifest lies, for the message.
+
+        Raises:
+            ValueError: If the model, an argument or (for unfinished traces) a version differs.
+        """
+        remedy = "Choose another --out, or pass --overwrite."
+        self.geometry.require_match(
+            other.geometry, what=f"The traces in {folder} were", remedy=remedy
+        )
+        progress = {"geometry", "shards", "is_complete", "stop_reason", "anchors_sha256", "command"}
+        progress |= {"versions"} if self.is_complete else set()
+        for field in dataclasses.fields(self):
+            there, here = getattr(self, field.name), getattr(other, field.name)
+            if field.name not in progress and there != here:
+                raise ValueError(
+                    f"The traces in {folder} were recorded with {field.name} {there}, now "
+                    f"{field.name} is {here}. {remedy}"
+                )
+
+    def require_whole(self, folder: Path) -> None:
+        """Check that every listed file is there with its size.
+
+        Raises:
+            FileNotFoundError: If one is missing; names it.
+            ValueError: If one has another size; names it.
+        """
+        for shard in self.shards:
+            for name, num_bytes in shard.file_bytes.items():
+                path = folder / name
+                if not path.is_file():
+                    raise FileNotFoundError(f"{path} is missing. {REMEDY}")
+                if path.stat().st_size != num_bytes:
+                    raise ValueError(
+                        f"{path} is damaged ({path.stat().st_size} bytes, the manifest says "
+                        f"{num_bytes}). {REMEDY}"
+                    )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form; `from_dict` reverses it."""
+        values = dataclasses.asdict(self)
+        return values | {"geometry": self.geometry.to_dict(), "shards": list(values["shards"])}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TraceManifest:
+        """Rebuild from `to_dict`'s output."""
+        shards = tuple(ShardEntry(**shard) for shard in values["shards"])
+        geometry = MoEGeometry.from_dict(values["geometry"])
+        return cls(**(values | {"geometry": geometry, "shards": shards}))
+
+
+def read_manifest(folder: Path) -> TraceManifest:
+    """Read a trace folder's manifest, finished or not.
+
+    Raises:
+        FileNotFoundError: If the folder holds no traces.
+        ValueError: If the manifest is damaged or of another version.
+    """
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no traces: it has no {MANIFEST_FILE}.")
+    values = read_json(path)
+    if values.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {values.get('format_version')}; this foreroute reads "
+            f"version {FORMAT_VERSION}. {REMEDY}"
+        )
+    try:
+        return TraceManifest.from_dict(values)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}). {REMEDY}") from error
+
+
+def tokens_path(shard_idx: int) -> str:
+    """Where a shard's tokens lie below the trace folder."""
+    return f"tokens/shard_{shard_idx:05d}.safetensors"
+
+
+def layer_path(layer_idx: int, shard_idx: int) -> str:
+    """Where a shard of a decoder layer lies below the trace folder."""
+    return f"layer_{layer_idx:03d}/shard_{shard_idx:05d}.safetensors"
