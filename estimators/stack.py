@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -188,6 +189,12 @@ class EstimatorStack(nn.Module):
         fields = (residual, router_input, expert_ids, gate_weights)
         source = SourceState(*(None if field is None else field.unsqueeze(0) for field in fields))
         return self._logits(source, slice(pair, pair + 1)).squeeze(0)
+
+    def with_trained(self, is_trained: Sequence[bool]) -> EstimatorStack:
+        """The same estimators (tensors are shared) with the form used for other pairs."""
+        other = copy.copy(self)
+        other.is_trained = tuple(is_trained)
+        return other
 
     def target_of(self, source_layer: int) -> int | None:
         """Decoder layer index predicted from a layer; None if nothing is."""

@@ -1,0 +1,146 @@
+"""The command `train-estimator`."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+from foreroute.estimators import InputKind
+from foreroute.estimators.console import run_command
+from foreroute.train.run import DeviceChoice, FitConfig
+
+TABLE_BASELINES = (
+    "random",
+    "frequency",
+    "previous-token",
+    "next-router",
+    "residual-next-router",
+    "quasi-hidden",
+    "ridge",
+)
+
+
+def train(
+    *,
+    traces: Path,
+    out: Path,
+    layers: str = "all",
+    form: str = "low-rank",
+    input: InputKind = "quasi-hidden",
+    horizon: int = 1,
+    rank: int = 32,
+    width: int = 256,
+    epochs: int = FitConfig.epochs,
+    batch_size: int = FitConfig.batch_size,
+    learning_rate: float = FitConfig.learning_rate,
+    device: DeviceChoice = "auto",
+    seed: int = FitConfig.seed,
+    overwrite: bool = False,
+    resume: bool = False,
+) -> None:
+    """Fit estimators of where an MoE routes next, for all chosen layers in one run.
+
+    Args:
+        traces: Folder that collect-traces wrote.
+        out: Folder of the run, made new.
+        layers: Layers to predict, as the model counts them: all, 3, 3,4 or 3-7.
+        form: Estimator form: next-router, low-rank, linear or mlp.
+        input: State at the source layer that is read.
+        horizon: Distance from source to target layer, in MoE layers.
+        rank: Rank of the correction (low-rank only).
+        width: Hidden units (mlp only).
+        epochs: Passes over the training tokens.
+        batch_size: Tokens per optimizer step.
+        learning_rate: At the first step; follows a cosine to zero.
+        device: Where to compute; auto takes a GPU if there is one.
+        seed: Of the initial parameters and of the order of tokens.
+        overwrite: Replace the folder if it is there already.
+        resume: Go on with a run that was killed.
+    """
+    _quieten_lightning()
+    from foreroute.data.manifest import read_manifest
+    from foreroute.estimators import EstimatorSpec, parse_layers
+    from foreroute.train.fit import train_estimator
+
+    targets = parse_layers(layers, read_manifest(traces).geometry, horizon)
+    spec = EstimatorSpec(
+        form=form,
+        input_kind=input,
+        horizon=horizon,
+        rank=rank,
+        width=width,
+        target_layers=targets,
+    )
+    config = FitConfig(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
+    metrics = train_estimator(
+        traces, spec, config, out, device=device, overwrite=overwrite, resume=resume
+    )
+    _print_tables(metrics)
+    print(out)
+
+
+def _quieten_lightning() -> None:
+    """Keep Lightning's progress bar, drop its notices."""
+    import lightning  # noqa: F401  (sets its loggers' levels when imported)
+
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+
+
+def _print_tables(metrics: dict[str, Any]) -> None:
+    """Print the trained form beside the baselines, then all there is about the trained form."""
+    ours, top_k, form = metrics["estimator"], metrics["top_k"], metrics["form"]
+    others = {name: metrics["baselines"][name] for name in TABLE_BASELINES}
+    beside = [
+        (name, result["per_layer"]["recall_at_k"], result["recall_at_k"])
+        for name, result in {form: ours, **others}.items()
+    ]
+    title = f"recall@{top_k}(budget={top_k}) on {metrics['num_held_out_tokens']:,} held-out tokens"
+    _print_table(title, metrics["layers"], beside)
+    alone = [
+        (
+            f"recall@{top_k} budget={budget}",
+            ours["per_layer"]["recall_at_budgets"][str(budget)],
+            ours["recall_at_budgets"][str(budget)],
+        )
+        for budget in metrics["budgets"]
+    ]
+    alone += [
+        (name.replace("_", " "), ours["per_layer"][name], ours[name])
+        for name in ("gate_mass_recall", "exact_set")
+    ]
+    title = f"{form}, trained on {metrics['num_train_tokens']:,} tokens"
+    _print_table(title, metrics["layers"], alone)
+
+
+def _print_table(
+    title: str, layers: list[int], columns: list[tuple[str, list[float], float]]
+) -> None:
+    """Print one row per layer and a row of means; a column is a name, its values, their mean."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=title, collapse_padding=True, box=SIMPLE_HEAD, pad_edge=False, title_justify="left"
+    )
+    table.add_column("layer", justify="right")
+    for name, _, _ in columns:
+        table.add_column(name.replace("-", " "), justify="right")
+    for row, layer in enumerate(layers):
+        table.add_row(str(layer), *(f"{values[row]:.3f}" for _, values, _ in columns))
+    table.add_section()
+    table.add_row("mean", *(f"{mean:.3f}" for _, _, mean in columns))
+    Console().print(table)
+
+
+def main() -> None:
+    """Entry point of `train-estimator`."""
+    run_command("train-estimator", train)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Traces as an estimator needs them: source and target layers side by side, shard by shard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from foreroute.data.traces import Traces
+from foreroute.estimators import SOURCE_FIELDS, EstimatorSpec, SourceState, source_position
+from foreroute.train.split import rows_of
+
+CACHE_BYTES = 2 << 30
+ALL_SOURCE_FIELDS = SourceState._fields
+TARGET_FIELDS = ("router_logits", "expert_ids", "gate_weights")
+
+
+class RoutingBatch(NamedTuple):
+    """Tokens at the source layers, and what the target layers did with them."""
+
+    source: SourceState
+    """What estimators read, stacked over the P pairs."""
+    target_logits: Tensor
+    """True router logits of the target layers, [P, T, E], float."""
+    target_ids: Tensor
+    """Experts the target layers chose, [P, T, K], int64."""
+    target_gate_weights: Tensor
+    """What each of them was multiplied with, [P, T, K], float."""
+    previous_ids: Tensor
+    """Experts the target layers chose for the token before, [P, T, K]; -1 at a sequence's start."""
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.target_ids.shape[1]
+
+    def select(self, rows: slice | Tensor) -> RoutingBatch:
+        """The same for some of the tokens."""
+        source = (None if field is None else field[:, rows] for field in self.source)
+        return RoutingBatch(SourceState(*source), *(tensor[:, rows] for tensor in self[1:]))
+
+    def to(self, device: torch.device) -> RoutingBatch:
+        """The same on another device."""
+        source = (None if field is None else field.to(device) for field in self.source)
+        return RoutingBatch(SourceState(*source), *(tensor.to(device) for tensor in self[1:]))
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors it holds."""
+        return [field for field in (*self.source, *self[1:]) if field is not None]
+
+
+class PairedShards:
+    """The tokens of a range of sequences, shard by shard, layers stacked as they are paired.
+
+    Shards are kept in memory after their first reading as long as they fit `cache_bytes`.
+
+    Args:
+        traces: Where to read.
+        spec: Which layers are paired.
+        sequences: Wanted, counted over all shards.
+        source_fields: Fields of the source layers to read; those of the spec's input if None.
+        cache_bytes: Most bytes to keep in memory, besides the shard in use.
+    """
+
+    def __init__(
+        self,
+        traces: Traces,
+        spec: EstimatorSpec,
+        sequences: range,
+        *,
+        source_fields: tuple[str, ...] | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        geometry = traces.geometry
+        sources = (source_position(geometry, t, spec.horizon) for t in spec.target_layers)
+        self._traces = traces
+        self.source_layers = tuple(geometry.layer_indices[position] for position in sources)
+        self.target_layers = spec.target_layers
+        self._source_fields = source_fields or SOURCE_FIELDS[spec.input_kind]
+        self._free_bytes = cache_bytes
+        self._cache: dict[int, RoutingBatch] = {}
+        self.rows: dict[int, slice] = {}
+        """Tokens wanted of each shard that has some."""
+        first_sequence = 0
+        for shard_idx, shard in enumerate(traces.manifest.shards):
+            offsets = traces.tokens(shard_idx).sequence_offsets
+            rows = rows_of(sequences, first_sequence, offsets)
+            if rows.stop > rows.start:
+                self.rows[shard_idx] = rows
+            first_sequence += shard.num_sequences
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all the sequences."""
+        return sum(rows.stop - rows.start for rows in self.rows.values())
+
+    def __iter__(self) -> Iterator[RoutingBatch]:
+        """Every shard's tokens in recording order."""
+        return (self.read(shard_idx) for shard_idx in self.rows)
+
+    def read(self, shard_idx: int) -> RoutingBatch:
+        """One shard's tokens, on the CPU, floats as stored."""
+        if shard_idx in self._cache:
+            return self._cache[shard_idx]
+        target = self._stack(self.target_layers, shard_idx, TARGET_FIELDS)
+        batch = RoutingBatch(
+            source=SourceState(**self._stack(self.source_layers, shard_idx, self._source_fields)),
+            target_logits=target["router_logits"],
+            target_ids=target["expert_ids"],
+            target_gate_weights=target["gate_weights"],
+            previous_ids=self._previous(target["expert_ids"], shard_idx),
+        )
+        num_bytes = sum(tensor.nbytes for tensor in batch.tensors())
+        if num_bytes <= self._free_bytes:
+            self._free_bytes -= num_bytes
+            self._cache[shard_idx] = batch
+        return batch
+
+    def _stack(
+        self, layers: tuple[int, ...], shard_idx: int, names: tuple[str, ...]
+    ) -> dict[str, Tensor]:
+        rows = self.rows[shard_idx]
+        read = [self._traces.read(layer_idx, shard_idx, names) for layer_idx in layers]
+        return {name: torch.stack([tensors[name][rows] for tensors in read]) for name in names}
+
+    def _previous(self, expert_ids: Tensor, shard_idx: int) -> Tensor:
+        rows = self.rows[shard_idx]
+        offsets = self._traces.tokens(shard_idx).sequence_offsets
+        starts = offsets[(offsets >= rows.start) & (offsets < rows.stop)] - rows.start
+        previous = expert_ids.roll(1, dims=1)
+        previous[:, starts] = -1
+        return previous

@@ -1,0 +1,72 @@
+"""Which sequences train an estimator and which measure it: split by sequence, never by token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+HELD_OUT_SHARE = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceSplit:
+    """Sequences in recording order; one between the two ranges belongs to neither."""
+
+    train: range
+    """Sequences the estimators and the fitted baselines learn from."""
+    held_out: range
+    """Sequences everything is measured on."""
+
+    def to_dict(self) -> dict[str, list[int]]:
+        """JSON-ready form: first and one past the last sequence of each part."""
+        return {
+            "train": [self.train.start, self.train.stop],
+            "held_out": [self.held_out.start, self.held_out.stop],
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, list[int]]) -> SequenceSplit:
+        """Rebuild from `to_dict`'s output."""
+        return cls(train=range(*values["train"]), held_out=range(*values["held_out"]))
+
+
+def split_sequences(num_sequences: int, held_out_share: float = HELD_OUT_SHARE) -> SequenceSplit:
+    """Hold out the last sequences.
+
+    Neighbours may share a document, so the sequence before the held-out ones is dropped.
+
+    Args:
+        num_sequences: In the traces, all shards together.
+        held_out_share: Share to hold out, between 0 and 1; at least one sequence is.
+
+    Raises:
+        ValueError: If a part would be empty.
+    """
+    if not 0 < held_out_share < 1:
+        raise ValueError(f"held_out_share must be between 0 and 1, not {held_out_share}.")
+    num_held_out = max(1, round(num_sequences * held_out_share))
+    num_train = num_sequences - num_held_out - 1
+    if num_train < 1:
+        raise ValueError(
+            f"The traces hold {num_sequences} sequences; holding out {num_held_out} and dropping "
+            "the one before leaves none to train on. Collect more tokens."
+        )
+    return SequenceSplit(train=range(num_train), held_out=range(num_train + 1, num_sequences))
+
+
+def rows_of(sequences: range, first_sequence: int, sequence_offsets: Tensor) -> slice:
+    """The tokens of a shard that belong to a range of sequences.
+
+    Args:
+        sequences: Wanted, counted over all shards.
+        first_sequence: The shard's first sequence, counted the same way.
+        sequence_offsets: The shard's own, [N + 1], int64.
+
+    Returns:
+        Rows of the shard; empty if it holds none of the sequences.
+    """
+    last = len(sequence_offsets) - 1
+    start = min(max(sequences.start - first_sequence, 0), last)
+    stop = min(max(sequences.stop - first_sequence, 0), last)
+    return slice(int(sequence_offsets[start]), int(sequence_offsets[stop]))
