@@ -120,8 +120,9 @@ class OffloadedLayer:
         """Compute these experts for these tokens, fetching what is missing."""
         needed = distinct(expert for row in id_rows for expert in row)
         cache = self.residency.cache
-        fits_one_call = expert_ids.numel() * self.residency.expert_bytes <= GATHER_LIMIT_BYTES
-        if len(needed) > cache.num_slots or not fits_one_call:
+        copied_bytes = expert_ids.numel() * self.residency.expert_bytes
+        is_one_call = copied_bytes <= GATHER_LIMIT_BYTES and not self._is_grouped(expert_ids)
+        if len(needed) > cache.num_slots or not is_one_call:
             output = self._run_in_groups(router_input, expert_ids, needed, gate_weights)
             self._prefetch_onward(onward)
             return output
@@ -151,9 +152,16 @@ class OffloadedLayer:
                 outputs[pairs] = self._pair_outputs(router_input, pairs, top_k, slot_of_pair)
         return combine(outputs, gate_weights)
 
+    def _is_grouped(self, expert_ids: Tensor) -> bool:
+        """Whether pairs are sorted by expert and multiplied together: prompts on a GPU.
+
+        Not on a CPU, where results shall equal batched_mm's bit for bit.
+        """
+        return self._run.is_prefill and expert_ids.device.type == "cuda"
+
     def _chunks(self, pairs: Tensor) -> tuple[Tensor, ...]:
         """Split pairs so that one call copies a bounded number of weights."""
-        if pairs.device.type == "cuda":
+        if self._is_grouped(pairs):
             return (pairs,)
         chunks: tuple[Tensor, ...] = pairs.split(
             max(2, GATHER_LIMIT_BYTES // self.residency.expert_bytes)
@@ -164,7 +172,7 @@ class OffloadedLayer:
         self, router_input: Tensor, pairs: Tensor, top_k: int, slot_of_pair: Tensor
     ) -> Tensor:
         """Unweighted outputs of some (token, expert) pairs, [pairs, D]."""
-        function = self._grouped if pairs.device.type == "cuda" else self._per_token
+        function = self._grouped if self._is_grouped(pairs) else self._per_token
         is_alone = len(pairs) == 1 and len(slot_of_pair) > 1
         if is_alone:  # a product of one row may round differently from the same row among several
             pairs = pairs.repeat(2)

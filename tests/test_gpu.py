@@ -1,0 +1,123 @@
+"""On CUDA: pinned memory of exact size, copies on their own stream, exact at any slot count."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from foreroute.runtime import Engine, EngineConfig
+from foreroute.runtime.host_store import allocate_host
+from foreroute.runtime.offload import OffloadedModel, offload
+from foreroute.runtime.transfers import StreamTransfers
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CUDA = torch.device("cuda")
+# Rounding of bfloat16 products summed in another order, through four layers.
+STOCK_TOLERANCE = 0.06
+
+
+@pytest.fixture(scope="module")
+def offloaded(make_tiny_moe: Any) -> OffloadedModel:
+    tiny = make_tiny_moe(
+        hidden_size=128, moe_intermediate_size=64, num_experts=16, num_experts_per_tok=4
+    )
+    return offload(copy.deepcopy(tiny.model).to(torch.bfloat16), device=CUDA, model_name="tiny")
+
+
+@pytest.fixture(scope="module")
+def stock(make_tiny_moe: Any) -> Any:
+    tiny = make_tiny_moe(
+        hidden_size=128, moe_intermediate_size=64, num_experts=16, num_experts_per_tok=4
+    )
+    model = copy.deepcopy(tiny.model).to(torch.bfloat16).to(CUDA)
+    model.set_experts_implementation("batched_mm")
+    return model
+
+
+def step_logits(model: Any, tokens: Tensor, steps: int) -> Tensor:
+    """Logits of a prompt and of forced decode steps, [steps + 1, vocab]."""
+    rows = []
+    with torch.no_grad():
+        output = model(input_ids=tokens[:, :-steps], use_cache=True, logits_to_keep=1)
+        rows.append(output.logits[0, -1])
+        for i in range(tokens.shape[1] - steps, tokens.shape[1]):
+            cache = output.past_key_values
+            output = model(input_ids=tokens[:, i : i + 1], past_key_values=cache, use_cache=True)
+            rows.append(output.logits[0, -1])
+    return torch.stack(rows)
+
+
+def prompt() -> Tensor:
+    return torch.randint(3, 250, (1, 60), generator=torch.Generator().manual_seed(1)).to(CUDA)
+
+
+def test_pinned_memory_has_exactly_the_size_asked_for() -> None:
+    rows = allocate_host(3, 1_000_003, is_pinned=True)
+    assert rows.is_pinned()
+    assert rows.untyped_storage().nbytes() == 3 * 1_000_003
+    torch.cuda.cudart().cudaHostUnregister(rows.data_ptr())
+
+
+def test_copies_land_and_compute_waits_for_them() -> None:
+    rows = allocate_host(4, 8_000_000, is_pinned=True)
+    rows.random_(0, 255)
+    slots = torch.zeros(4, 8_000_000, dtype=torch.uint8, device=CUDA)
+    transfers = StreamTransfers(CUDA)
+    for _ in range(5):
+        slots.zero_()
+        transfers.copy([(rows[i], slots[i]) for i in range(4)]).wait()
+        assert torch.equal(slots.clone().cpu(), rows)
+    torch.cuda.cudart().cudaHostUnregister(rows.data_ptr())
+
+
+@pytest.mark.parametrize("policy", ["on-demand", "prefetch"])
+@pytest.mark.parametrize("slots", ["4", "6", "9"])
+def test_any_slot_count_gives_the_all_resident_logits_bit_for_bit(
+    offloaded: OffloadedModel, slots: str, policy: Any
+) -> None:
+    with Engine(offloaded, EngineConfig(expert_slots="100%")) as engine:
+        engine.fill_slots()
+        expected = step_logits(engine, prompt(), steps=40)
+        assert engine.stats().hit_rate == 1.0
+    with Engine(offloaded, EngineConfig(expert_slots=slots, policy=policy)) as engine:
+        assert torch.equal(step_logits(engine, prompt(), steps=40), expected)
+        engine.check_integrity()
+        assert engine.stats().decode.misses > 0
+
+
+def test_exact_mode_matches_stock_transformers(offloaded: OffloadedModel, stock: Any) -> None:
+    expected = step_logits(stock, prompt(), steps=20).float()
+    with Engine(offloaded, EngineConfig(expert_slots="5", policy="prefetch")) as engine:
+        got = step_logits(engine, prompt(), steps=20).float()
+    assert (got - expected).abs().max() <= STOCK_TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"on_miss": "skip"},
+        {"on_miss": "predicted"},
+        {"on_miss": "predicted", "weights": "predicted"},
+    ],
+)
+def test_speculative_modes_run_and_keep_the_slots_right(
+    offloaded: OffloadedModel, settings: dict[str, Any]
+) -> None:
+    config = EngineConfig(expert_slots="6", policy="prefetch", agreement_floor=0.0, **settings)
+    with Engine(offloaded, config) as engine:
+        engine.generate(prompt(), max_new_tokens=30, do_sample=False, pad_token_id=0)
+        engine.check_integrity()
+        assert 0 < engine.stats().agreement < 1
+
+
+def test_batches_run_with_fewer_slots_than_they_need(offloaded: OffloadedModel) -> None:
+    tokens = torch.randint(3, 250, (8, 12), generator=torch.Generator().manual_seed(2))
+    with Engine(offloaded, EngineConfig(expert_slots="4", policy="prefetch")) as engine:
+        output = engine.generate(tokens, max_new_tokens=12, do_sample=False, pad_token_id=0)
+        engine.check_integrity()
+    assert output.shape[0] == 8
