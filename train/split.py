@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 HELD_OUT_SHARE = 0.1
+MIN_SEQUENCES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,17 +42,17 @@ def split_sequences(num_sequences: int, held_out_share: float = HELD_OUT_SHARE) 
         held_out_share: Share to hold out, between 0 and 1; at least one sequence is.
 
     Raises:
-        ValueError: If a part would be empty.
+        ValueError: If there are too few sequences, or the share is out of range.
     """
     if not 0 < held_out_share < 1:
         raise ValueError(f"held_out_share must be between 0 and 1, not {held_out_share}.")
-    num_held_out = max(1, round(num_sequences * held_out_share))
-    num_train = num_sequences - num_held_out - 1
-    if num_train < 1:
+    if num_sequences < MIN_SEQUENCES:
         raise ValueError(
-            f"The traces hold {num_sequences} sequences; holding out {num_held_out} and dropping "
-            "the one before leaves none to train on. Collect more tokens."
+            f"The traces hold {num_sequences} sequences; at least {MIN_SEQUENCES} are needed: one "
+            "to train on, one to measure on, one between. Collect more tokens."
         )
+    num_held_out = min(max(1, round(num_sequences * held_out_share)), num_sequences - 2)
+    num_train = num_sequences - num_held_out - 1
     return SequenceSplit(train=range(num_train), held_out=range(num_train + 1, num_sequences))
 
 

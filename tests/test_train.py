@@ -1,0 +1,365 @@
+"""Splitting, batching, fitting and measuring estimators."""
+
+import itertools
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning import Trainer
+
+from foreroute.data.traces import Traces
+from foreroute.estimators import (
+    EstimatorSpec,
+    EstimatorStack,
+    LayerAnchors,
+    MoEGeometry,
+    RecallMeter,
+    SourceState,
+    parse_layers,
+)
+from foreroute.train import baselines
+from foreroute.train.baselines import previous_token_predictor, solve_ridge
+from foreroute.train.datamodule import BatchStream
+from foreroute.train.fit import choose_device, train_estimator
+from foreroute.train.module import EstimatorModule, kl_to_router
+from foreroute.train.run import FitConfig, load_run
+from foreroute.train.shards import PairedShards, RoutingBatch
+from foreroute.train.split import rows_of, split_sequences
+
+QUICK = FitConfig(epochs=2, batch_size=256)
+SPEC = EstimatorSpec(form="low-rank", rank=8, target_layers=(1, 2, 3))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Matrices this small lose time by being shared among threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def toy_geometry(layer_indices=(0, 1, 2), num_experts=16, hidden_size=128) -> MoEGeometry:
+    return MoEGeometry(
+        model_type="toy",
+        layer_indices=layer_indices,
+        num_experts=num_experts,
+        top_k=4,
+        hidden_size=hidden_size,
+        router_fingerprint="f" * 64,
+    )
+
+
+def toy_stack(form: str) -> EstimatorStack:
+    anchors = LayerAnchors(
+        router_weight=torch.randn(3, 16, 128) / 11,
+        router_bias=torch.zeros(3, 16),
+        norm_weight=torch.ones(3, 128),
+        norm_bias=torch.zeros(3, 128),
+        norm_kind="rms",
+        norm_eps=1e-6,
+    )
+    spec = EstimatorSpec(form=form, input_kind="residual", width=64, target_layers=(1, 2))
+    return EstimatorStack.build(toy_geometry(), spec, anchors)
+
+
+def toy_batch(num_tokens: int) -> RoutingBatch:
+    """Routing that has nothing to do with the source states."""
+    chosen = torch.rand(2, num_tokens, 16).topk(4).indices
+    logits = torch.rand(2, num_tokens, 16).scatter_add(-1, chosen, torch.full(chosen.shape, 2.0))
+    weights, ids = logits.softmax(dim=-1).topk(4)
+    return RoutingBatch(
+        source=SourceState(residual=torch.randn(2, num_tokens, 128)),
+        target_logits=logits,
+        target_ids=ids,
+        target_gate_weights=weights,
+        previous_ids=torch.full_like(ids, -1),
+    )
+
+
+class Repeated:
+    def __init__(self, batch: RoutingBatch, num_steps: int) -> None:
+        self.batch, self.num_steps = batch, num_steps
+
+    def __iter__(self):
+        return itertools.repeat(self.batch, self.num_steps)
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+
+def fit_on(stack: EstimatorStack, batch: RoutingBatch, num_steps: int, tmp_path) -> None:
+    module = EstimatorModule(stack, learning_rate=0.02, num_steps=num_steps)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        default_root_dir=tmp_path,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(module, Repeated(batch, num_steps))
+
+
+def recall_of(stack: EstimatorStack, batch: RoutingBatch) -> list[float]:
+    meter = RecallMeter(2, 4)
+    with torch.no_grad():
+        meter.update(stack(batch.source), batch.target_ids, batch.target_gate_weights)
+    return meter.compute().recall_at_k
+
+
+@pytest.mark.parametrize("num_sequences", [3, 4, 19, 20, 21, 100, 1001])
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.5])
+def test_no_sequence_both_trains_and_measures(num_sequences: int, share: float) -> None:
+    split = split_sequences(num_sequences, share)
+    assert len(split.train) >= 1
+    assert len(split.held_out) >= 1
+    assert not set(split.train) & set(split.held_out)
+    # Neighbours may share a document: one sequence lies between the parts.
+    assert split.held_out.start - split.train.stop == 1
+    assert split.held_out.stop == num_sequences
+
+
+@pytest.mark.parametrize("num_sequences", [0, 1, 2])
+def test_too_few_sequences_are_refused(num_sequences: int) -> None:
+    with pytest.raises(ValueError, match="Collect more tokens"):
+        split_sequences(num_sequences)
+
+
+def test_rows_follow_the_sequences_of_a_shard() -> None:
+    offsets = torch.tensor([0, 5, 7, 20])  # sequences 10, 11, 12 of the traces
+    assert rows_of(range(0, 12), 10, offsets) == slice(0, 7)
+    assert rows_of(range(12, 40), 10, offsets) == slice(7, 20)
+    assert rows_of(range(13, 40), 10, offsets) == slice(20, 20)
+    assert rows_of(range(0, 10), 10, offsets) == slice(0, 0)
+
+
+def test_split_parts_share_no_token_of_the_traces(tiny_traces) -> None:
+    traces = Traces.open(tiny_traces)
+    split = split_sequences(traces.num_sequences)
+    train = PairedShards(traces, SPEC, split.train)
+    held_out = PairedShards(traces, SPEC, split.held_out)
+    for shard_idx in set(train.rows) & set(held_out.rows):
+        assert train.rows[shard_idx].stop < held_out.rows[shard_idx].start
+    assert 0 < train.num_tokens + held_out.num_tokens < traces.num_tokens
+
+
+def test_batches_pair_source_states_with_target_routing(tiny_traces) -> None:
+    traces = Traces.open(tiny_traces)
+    spec = EstimatorSpec(form="linear", horizon=2, target_layers=(2, 3))
+    shards = PairedShards(traces, spec, range(traces.num_sequences))
+    batch = shards.read(0)
+    for pair, (source, target) in enumerate(((0, 2), (1, 3))):
+        there = traces.record(source, 0), traces.record(target, 0)
+        assert torch.equal(batch.source.residual[pair], there[0].residual)
+        assert torch.equal(batch.source.expert_ids[pair], there[0].expert_ids)
+        assert torch.equal(batch.target_logits[pair], there[1].router_logits)
+    offsets = traces.tokens(0).sequence_offsets
+    assert (batch.previous_ids[:, offsets[:-1]] == -1).all()
+    assert torch.equal(batch.previous_ids[:, 1], batch.target_ids[:, 0])
+    assert (batch.previous_ids >= 0).sum() == batch.previous_ids.numel() - 4 * (len(offsets) - 1)
+
+
+def test_a_stream_yields_every_token_once_and_repeats_with_its_seed(tiny_traces) -> None:
+    traces = Traces.open(tiny_traces)
+    shards = PairedShards(traces, SPEC, range(traces.num_sequences), cache_bytes=0)
+    first, again, other = (
+        torch.cat([batch.target_logits for batch in BatchStream(shards, 100, seed)], dim=1)
+        for seed in (1, 1, 2)
+    )
+    assert len(BatchStream(shards, 100, 1)) == len(list(BatchStream(shards, 100, 1)))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(first.sort(dim=1).values, other.sort(dim=1).values)
+
+
+def test_kl_matches_a_hand_worked_number() -> None:
+    true = torch.tensor([[[math.log(3.0), 0.0]]])  # 3/4, 1/4
+    divergence = kl_to_router(torch.zeros(1, 1, 2), true)
+    assert divergence.item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+
+
+@pytest.mark.parametrize("form", ["low-rank", "linear", "mlp"])
+def test_a_form_overfits_64_tokens(form: str, tmp_path) -> None:
+    torch.manual_seed(0)
+    stack, batch = toy_stack(form), toy_batch(64)
+    fit_on(stack, batch, 150, tmp_path)
+    assert recall_of(stack, batch) == [1.0, 1.0]
+
+
+def test_labels_without_relation_stay_at_chance(tmp_path) -> None:
+    torch.manual_seed(0)
+    stack, batch = toy_stack("low-rank"), toy_batch(8192)
+    fit_on(stack, batch.select(slice(4096)), 60, tmp_path)
+    # Standard error over 4,096 tokens of 4 draws is about 0.003.
+    assert recall_of(stack, batch.select(slice(4096, None))) == pytest.approx([0.25] * 2, abs=0.015)
+
+
+def test_a_pair_learns_the_same_alone_and_beside_others() -> None:
+    torch.manual_seed(0)
+    stack, batch = toy_stack("low-rank"), toy_batch(32)
+    module = EstimatorModule(stack, learning_rate=0.02, num_steps=10)
+    module.log = lambda *args, **kwargs: None
+    module.training_step(batch, 0).backward()
+    together = stack.form.up.grad[0].clone()
+    stack.zero_grad()
+    kl_to_router(stack(batch.source), batch.target_logits)[0].backward()
+    assert torch.allclose(together, stack.form.up.grad[0])
+
+
+def test_previous_tokens_experts_rank_first_then_frequent_ones() -> None:
+    predict = previous_token_predictor(torch.tensor([[0.0, 9.0, 5.0, 1.0]]))
+    ids = torch.zeros(1, 2, 1, dtype=torch.long)
+    batch = SimpleNamespace(num_tokens=2, previous_ids=torch.tensor([[[-1], [3]]]), target_ids=ids)
+    ranked = predict(batch).argsort(dim=-1, descending=True)
+    assert ranked.tolist() == [[[1, 2, 3, 0], [3, 1, 2, 0]]]
+
+
+def test_ridge_recovers_a_linear_map() -> None:
+    torch.manual_seed(0)
+    features, weight = torch.randn(2000, 8), torch.randn(8, 4)
+    found, bias = solve_ridge(features, features @ weight + 1.0)
+    # The penalty shrinks the solution by about its relative size, 0.3 %.
+    assert torch.allclose(found, weight, atol=0.02)
+    assert torch.allclose(bias, torch.ones(4), atol=0.02)
+
+
+def test_training_writes_a_run_that_loads(tiny_traces, tmp_path) -> None:
+    out = tmp_path / "run"
+    metrics = train_estimator(tiny_traces, SPEC, QUICK, out, device="cpu")
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    assert set(metrics["baselines"]) == {
+        "random",
+        "frequency",
+        "previous-token",
+        "next-router",
+        "residual-next-router",
+        "quasi-hidden",
+        "ridge",
+    }
+    assert metrics["layers"] == [1, 2, 3]
+    assert metrics["baselines"]["random"]["recall_at_k"] == 2 / 8
+    for result in (metrics["estimator"], *metrics["baselines"].values()):
+        per_layer = result["per_layer"]
+        assert len(per_layer["recall_at_k"]) == 3
+        assert all(0 <= value <= 1 for value in per_layer["recall_at_k"])
+        recall = list(result["recall_at_budgets"].values())
+        assert recall == sorted(recall)
+    # All experts but two of eight are predicted at the largest budget.
+    assert metrics["budgets"] == [2, 3, 4, 6]
+    assert (out / "command.txt").is_file()
+    assert list((out / "logs").rglob("metrics.csv"))
+    finished = load_run(out)
+    assert finished.plan.spec == SPEC
+    assert finished.stack.target_layers == (1, 2, 3)
+
+
+def test_next_router_needs_no_training(tiny_traces, tmp_path) -> None:
+    spec = EstimatorSpec(form="next-router", input_kind="residual", target_layers=(1, 2, 3))
+    metrics = train_estimator(tiny_traces, spec, QUICK, tmp_path / "run", device="cpu")
+    assert metrics["num_train_tokens"] == 0
+    assert metrics["estimator"] == metrics["baselines"]["residual-next-router"]
+
+
+def test_a_killed_run_resumes_to_what_an_uninterrupted_one_gives(
+    tiny_traces, tmp_path, monkeypatch
+) -> None:
+    config = FitConfig(epochs=3, batch_size=256)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train_estimator(tiny_traces, SPEC, config, whole, device="cpu")
+    training_step = EstimatorModule.training_step
+
+    def die_in_the_second_epoch(self, batch, batch_idx):
+        if self.current_epoch == 1 and batch_idx == 2:
+            raise RuntimeError("killed")
+        return training_step(self, batch, batch_idx)
+
+    monkeypatch.setattr(EstimatorModule, "training_step", die_in_the_second_epoch)
+    with pytest.raises(RuntimeError, match="killed"):
+        train_estimator(tiny_traces, SPEC, config, killed, device="cpu")
+    monkeypatch.undo()
+    assert not (killed / "metrics.json").exists()
+    with pytest.raises(ValueError, match="is unfinished"):
+        load_run(killed)
+    with pytest.raises(ValueError, match="unfinished run"):
+        train_estimator(tiny_traces, SPEC, config, killed, device="cpu")
+    with pytest.raises(ValueError, match="another config"):
+        train_estimator(tiny_traces, SPEC, QUICK, killed, device="cpu", resume=True)
+    train_estimator(tiny_traces, SPEC, config, killed, device="cpu", resume=True)
+    expected = (whole / "estimators.safetensors").read_bytes()
+    assert (killed / "estimators.safetensors").read_bytes() == expected
+
+
+def test_an_existing_folder_is_not_overwritten(tiny_traces, tmp_path) -> None:
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(ValueError, match="exists already"):
+        train_estimator(tiny_traces, SPEC, QUICK, tmp_path, device="cpu")
+    assert (tmp_path / "mine.txt").read_text() == "keep"
+
+
+def test_bad_input_leaves_nothing_behind(tiny_traces, tmp_path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(FileNotFoundError, match="holds no traces"):
+        train_estimator(tmp_path / "nowhere", SPEC, QUICK, out, device="cpu")
+    bad = EstimatorSpec(form="bogus", target_layers=(1,))
+    with pytest.raises(ValueError, match="known forms"):
+        train_estimator(tiny_traces, bad, QUICK, out, device="cpu")
+    with pytest.raises(ValueError, match="epochs must be above 0"):
+        FitConfig(epochs=0)
+    assert not out.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_asking_for_a_missing_gpu_is_refused() -> None:
+    with pytest.raises(ValueError, match="no CUDA device"):
+        choose_device("cuda")
+    assert choose_device("auto").type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [
+        ("all", (3, 4, 6, 7)),
+        ("3", (3,)),
+        ("4,3", (3, 4)),
+        ("3-7", (3, 4, 6, 7)),
+        ("3, 6-7", (3, 6, 7)),
+        ("4-4,4", (4,)),
+    ],
+)
+def test_layers_are_parsed(text: str, layers: tuple[int, ...]) -> None:
+    assert parse_layers(text, toy_geometry((1, 3, 4, 6, 7)), horizon=1) == layers
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1", "no MoE layer 1 before it"),
+        ("5", "Layer 5 is not an MoE layer"),
+        ("7-3", "runs backwards"),
+        ("three", "not understood"),
+        ("", "not understood"),
+        ("3,", "not understood"),
+        ("-3", "not understood"),
+    ],
+)
+def test_layers_that_cannot_be_are_explained(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_layers(text, toy_geometry((1, 3, 4, 6, 7)), horizon=1)
+
+
+def test_ridge_learns_from_a_bounded_number_of_tokens(tiny_traces, monkeypatch) -> None:
+    traces = Traces.open(tiny_traces)
+    seen = []
+
+    def solve(features, logits):
+        seen.append(len(features))
+        return solve_ridge(features, logits)
+
+    monkeypatch.setattr(baselines, "RIDGE_TOKENS", 700)
+    monkeypatch.setattr(baselines, "solve_ridge", solve)
+    vectors = traces.default_vectors()[0]
+    baselines.fit_ridge(traces, SPEC, split_sequences(traces.num_sequences).train, vectors)
+    assert seen == [700, 700, 700]
