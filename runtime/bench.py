@@ -102,7 +102,7 @@ def modes_for(
         modes += [
             Mode(name="speculative", config=speculative, uses_bundle=has_bundle),
             Mode(
-                name="speculative-predicted-weights",
+                name="speculative-pred-weights",
                 config=replace(speculative, weights="predicted"),
                 uses_bundle=has_bundle,
             ),

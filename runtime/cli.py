@@ -170,8 +170,9 @@ def bench(
             stack = loaded.stack if loaded else None
             results.append(measure.measure_mode(mode, offloaded, stack, work, tick))
     results = measure.with_perplexity_change(results)
-    title = f"{model} on {target}: {slots} slots for {geometry.num_experts} experts per layer"
-    console.print(_bench_table(results, title))
+    title = f"{model} on {target}, {slots} slots for the {geometry.num_experts} experts of a layer"
+    console.print(_time_table(results, title))
+    console.print(_traffic_table(results))
     if target.type == "cpu":
         console.print(CPU_NOTE)
     if json is not None:
@@ -203,41 +204,50 @@ def _sequences(tokenizer: Any, dataset: str, count: int, length: int) -> list[Te
     )
 
 
-def _bench_table(results: list[ModeResult], title: str) -> Table:
-    from rich.table import Table
-
-    table = Table(title=title)
-    table.add_column("mode")
-    for name in (
-        "TPOT ms (p25-p75)",
-        "x on-demand",
-        "TTFT ms",
-        "hit rate",
-        "MB/token",
-        "wasted MB/token",
-        "late/token",
-        "agreement",
-        "perplexity",
-        "tokens = stock",
-    ):
-        table.add_column(name, justify="right")
+def _time_table(results: list[ModeResult], title: str) -> Table:
+    """What each mode took."""
+    table = _table(title, "TPOT ms", "p25-p75", "x on-demand", "TTFT ms", "same tokens")
     baseline = next(r.tpot_ms for r in results if r.name == "on-demand")
     for r in results:
         table.add_row(
             r.name,
-            f"{r.tpot_ms:.2f} ({r.tpot_ms_p25:.2f}-{r.tpot_ms_p75:.2f})",
+            f"{r.tpot_ms:.2f}",
+            f"{r.tpot_ms_p25:.2f}-{r.tpot_ms_p75:.2f}",
             f"{r.tpot_ms / baseline:.2f}",
             f"{r.ttft_ms:.0f}",
+            "yes" if r.tokens == results[0].tokens else "no",
+        )
+    return table
+
+
+def _traffic_table(results: list[ModeResult]) -> Table:
+    """What each mode copied, and what it did to the output."""
+    table = _table(
+        "Copies per token, and the output against the exact model",
+        *("hit rate", "MB", "wasted MB", "late", "agreement", "perplexity"),
+    )
+    for r in results:
+        perplexity = f"{r.perplexity:.2f} ({r.perplexity_change:+.1%})" if r.perplexity else "exact"
+        table.add_row(
+            r.name,
             "-" if r.hit_rate is None else f"{r.hit_rate:.3f}",
             f"{r.bytes_per_token / 1e6:.2f}",
             f"{r.wasted_bytes_per_token / 1e6:.2f}",
             f"{r.late_per_token:.2f}",
             "exact" if r.is_exact else f"{r.agreement:.3f}" + " (off)" * r.is_speculation_off,
-            "as on-demand"
-            if r.perplexity is None
-            else f"{r.perplexity:.2f} ({r.perplexity_change:+.1%})",
-            "yes" if r.tokens == results[0].tokens else "no",
+            perplexity,
         )
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1))
+    table.add_column("mode", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right")
     return table
 
 
