@@ -1,0 +1,144 @@
+"""The Triton kernels agree with their plain references; on a CPU interpreted (conftest.py)."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs triton")
+
+from foreroute.runtime.kernels.fetch import fetch, fetch_reference
+from foreroute.runtime.kernels.plan import (
+    LFU,
+    LRU,
+    ResidencyTables,
+    ScoreRule,
+    lrfu,
+    plan,
+    plan_reference,
+)
+from foreroute.runtime.kernels.products import (
+    ExpertForm,
+    expert_products,
+    expert_products_reference,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NUM_SEQUENCES = 1000 if torch.cuda.is_available() else 40
+
+
+def on_device(tables: ResidencyTables) -> ResidencyTables:
+    return ResidencyTables(**{name: t.clone().to(DEVICE) for name, t in vars(tables).items()})
+
+
+@pytest.mark.parametrize("rule", [LRU, LFU, lrfu(5.0)], ids=["lru", "lfu", "lrfu"])
+def test_plans_agree_with_the_reference_over_random_residency_sequences(rule: ScoreRule) -> None:
+    for seed in range(NUM_SEQUENCES // 3):
+        generator = torch.Generator().manual_seed(seed)
+        num_experts = int(torch.randint(4, 20, (), generator=generator))
+        num_slots = int(torch.randint(4, num_experts + 1, (), generator=generator))
+        expected = ResidencyTables.empty(num_experts, num_slots, "cpu")
+        got = on_device(expected)
+        for _ in range(6):
+            num_ids = int(torch.randint(1, 5, (), generator=generator))
+            ids = torch.randperm(num_experts, generator=generator)[:num_ids]
+            if seed % 2:  # several tokens: repeats
+                ids = torch.cat([ids, ids.flip(0)])
+            is_prefetch = bool(torch.rand((), generator=generator) < 0.4)
+            if is_prefetch:
+                ids = torch.where(torch.rand(len(ids), generator=generator) < 0.2, -1, ids)
+            outputs = [torch.full((2, len(ids)), -7, dtype=torch.int32) for _ in range(2)]
+            outputs[1] = outputs[1].to(DEVICE)
+            plan_reference(ids, expected, rule, *outputs[0], is_prefetch=is_prefetch)
+            plan(ids.to(DEVICE), got, rule, *outputs[1], is_prefetch=is_prefetch)
+            assert torch.equal(outputs[1].cpu(), outputs[0])
+            for name, tensor in vars(expected).items():
+                torch.testing.assert_close(vars(got)[name].cpu(), tensor, rtol=1e-6, atol=0)
+            got.check_integrity()
+
+
+def test_recency_by_hand() -> None:
+    tables = ResidencyTables.empty(6, 2, DEVICE)
+    source, target = torch.zeros(2, 2, dtype=torch.int32, device=DEVICE)
+    for ids in ([0, 1], [1, -1], [2, -1]):
+        plan(torch.tensor(ids, device=DEVICE), tables, LRU, source, target)
+    assert tables.expert_in.tolist() == [2, 1]  # 0 was used longest ago
+    assert source.tolist() == [2, -1]
+    assert int(target[0]) == 0
+    assert tables.counters.tolist() == [1, 3, 0, 0]
+
+
+def test_experts_of_the_call_are_never_victims() -> None:
+    tables = ResidencyTables.empty(8, 4, DEVICE)
+    source, target = torch.zeros(2, 4, dtype=torch.int32, device=DEVICE)
+    plan(torch.tensor([0, 1, 2, 3], device=DEVICE), tables, LRU, source, target)
+    plan(torch.tensor([7, 0, 6, 1], device=DEVICE), tables, LRU, source, target)
+    assert sorted(tables.expert_in.tolist()) == [0, 1, 6, 7]
+
+
+def test_a_prefetch_that_would_evict_its_own_experts_leaves_them_out() -> None:
+    tables = ResidencyTables.empty(8, 2, DEVICE)
+    source, target = torch.zeros(2, 4, dtype=torch.int32, device=DEVICE)
+    plan(torch.tensor([5, 4, 3, 2], device=DEVICE), tables, LRU, source, target, is_prefetch=True)
+    assert source.tolist() == [5, 4, -1, -1]
+    assert tables.expert_in.tolist() == [5, 4]
+
+
+def test_fetch_copies_the_planned_rows_and_nothing_else() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 255, (6, 3 * 64), dtype=torch.uint8, generator=generator)
+    slots = torch.randint(0, 255, (4, 3 * 64), dtype=torch.uint8, generator=generator)
+    source = torch.tensor([4, -1, 0], dtype=torch.int32)
+    target = torch.tensor([1, 3, 2], dtype=torch.int32)
+    expected = slots.clone()
+    fetch_reference(rows, expected, source, target)
+    got = slots.to(DEVICE)
+    fetch(rows.to(DEVICE), got, source.to(DEVICE), target.to(DEVICE), num_blocks=2)
+    assert torch.equal(got.cpu(), expected)
+
+
+FORMS = {
+    "qwen": ExpertForm(activation="silu"),
+    "gemma": ExpertForm(activation="gelu-tanh"),
+    "gpt-oss": ExpertForm(
+        activation="clamped-swish", is_interleaved=True, is_transposed=True, alpha=1.7, limit=0.7
+    ),
+    "nemotron": ExpertForm(activation="relu-squared", has_gate=False),
+}
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FORMS)
+def test_products_agree_with_the_reference(name: str, dtype: torch.dtype, num_tokens: int) -> None:
+    form, generator = FORMS[name], torch.Generator().manual_seed(1)
+    experts, slots, depth, width, top_k = 6, 4, 40, 24, 2
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    rows = (2 if form.has_gate else 1) * width
+    first = (slots, depth, rows) if form.is_transposed else (slots, rows, depth)
+    second = (slots, width, depth) if form.is_transposed else (slots, depth, width)
+    prefix = "gate_up_proj" if form.has_gate else "up_proj"
+    weights = {prefix: random(*first), "down_proj": random(*second)}
+    if name == "gpt-oss":
+        weights |= {f"{prefix}_bias": random(slots, rows), "down_proj_bias": random(slots, depth)}
+    slot_of = torch.tensor([2, -1, 0, 3, -1, 1], dtype=torch.int32)
+    ids = torch.tensor([[0, 3], [5, 2], [3, 5]])[:num_tokens]
+    hidden, gates = random(num_tokens, depth), torch.rand(num_tokens, top_k, generator=generator)
+    expected = expert_products_reference(hidden, ids, gates, slot_of, weights, form)
+    output = torch.full((num_tokens, depth), float("nan"), dtype=dtype, device=DEVICE)
+    expert_products(
+        hidden.to(DEVICE),
+        ids.to(DEVICE),
+        gates.to(DEVICE),
+        slot_of.to(DEVICE),
+        {key: weight.to(DEVICE) for key, weight in weights.items()},
+        form,
+        torch.empty(num_tokens * top_k, width, device=DEVICE),
+        output,
+    )
+    # float32 sums in another order; bfloat16 output is rounded once more, at 3 digits
+    tolerance = 1e-5 if dtype == torch.float32 else 8e-3
+    error = (output.cpu().float() - expected).norm() / expected.norm()
+    assert error < tolerance
+    assert experts == len(slot_of)
