@@ -105,16 +105,8 @@ def layer_shards(
         expert_sums: Of those batches, as the recorder took them.
     """
     for layer_idx, (output_sum, count) in expert_sums.items():
-        records = [batch.records.pop(layer_idx) for batch in batches]
-        joined = {
-            field.name: torch.cat([getattr(record, field.name) for record in records])
-            for field in fields(RoutingRecord)
-        }
-        yield (
-            layer_idx,
-            LayerShard(
-                record=RoutingRecord(**joined),
-                expert_output_sum=output_sum.cpu(),
-                expert_count=count.cpu(),
-            ),
+        records = tuple(batch.records.pop(layer_idx) for batch in batches)
+        shard = LayerShard(
+            records=records, expert_output_sum=output_sum.cpu(), expert_count=count.cpu()
         )
+        yield layer_idx, shard

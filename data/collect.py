@@ -60,7 +60,8 @@ def collect_traces(
         generated_share: Share of each sequence, 0 to 1, that is the model's own sampled
             continuation, recorded while it generates.
         dtype: The model's dtype: auto (what the checkpoint asks for), float32, bfloat16, float16.
-        states_dtype: Dtype in which residual and router_input are stored; auto is the model's.
+        states_dtype: Dtype in which residual and router_input are stored; auto is the model's, or
+            bfloat16 where the model's is float32.
         device: auto, cpu or cuda.
         batch_size: Sequences per forward pass.
         shard_tokens: Tokens per shard; by default 16384, or fewer where that would exceed 1 GiB.
@@ -103,7 +104,7 @@ def collect_traces(
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     logger.info("Model: %s", moe.geometry.describe())
     if not isinstance(stored_dtype, torch.dtype):
-        stored_dtype = moe.model.dtype
+        stored_dtype = torch.bfloat16 if moe.model.dtype == torch.float32 else moe.model.dtype
     shard_tokens = shard_tokens or default_shard_tokens(moe.geometry, stored_dtype)
     manifest = TraceManifest(
         geometry=moe.geometry,

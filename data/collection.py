@@ -56,7 +56,7 @@ class Collection:
             writer = TraceWriter.begin(
                 self._out, self._manifest, self._moe.anchors, overwrite=overwrite
             )
-        self._record(writer, sequences, num_shards)
+        self.record(writer, sequences, num_shards)
         writer.finish(self._stop_reason(writer.manifest, num_shards))
         return Traces.open(self._out)
 
@@ -126,8 +126,14 @@ class Collection:
         first = list(itertools.islice(left, 1))
         return itertools.chain(first, left)
 
-    def _record(self, writer: TraceWriter, sequences: Iterator[list[int]], num_shards: int) -> None:
-        """Record up to so many shards; one is written while the next is recorded."""
+    def record(self, writer: TraceWriter, sequences: Iterator[list[int]], num_shards: int) -> None:
+        """Record until there are so many shards, or no sequences are left.
+
+        Args:
+            writer: Where they go.
+            sequences: Prompts, from the first that the writer lacks.
+            num_shards: How many to have in the end.
+        """
         manifest = self._manifest
         most = min(self._num_sequences, num_shards * manifest.shard_sequences)
         with (
@@ -149,6 +155,9 @@ class Collection:
                     return
                 layers = layer_shards(batches, recorder.take_expert_sums())
                 writing = background.submit(writer.add_shard, token_shard(batches), layers)
+                if self._moe.model.device.type == "cpu":
+                    # Writing alongside would slow the forward pass by more than it takes.
+                    writing.result()
             if writing:
                 writing.result()
 

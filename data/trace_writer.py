@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +32,15 @@ from foreroute.estimators.artifacts import (
     write_tensors,
 )
 from foreroute.estimators.types import LayerAnchors, RoutingRecord
+
+DTYPE_CODES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int16: "I16",
+    torch.uint8: "U8",
+}
 
 
 class TraceWriter:
@@ -73,17 +86,17 @@ class TraceWriter:
             layers: Decoder layer index and content of every MoE layer, taken one at a time.
         """
         shard_idx = len(self.manifest.shards)
-        paths = [self._write(tokens_path(shard_idx), vars(tokens))]
+        path = tokens_path(shard_idx)
+        digests = {path: self._write(path, {name: [t] for name, t in vars(tokens).items()})}
         for layer_idx, layer in layers:
-            sums = {name: getattr(layer, name) for name in SUM_TENSORS}
             path = layer_path(layer_idx, shard_idx)
-            paths.append(self._write(path, _stored(layer.record) | sums))
+            digests[path] = self._write(path, _stored(layer))
         entry = ShardEntry(
             shard_idx=shard_idx,
             num_sequences=len(tokens.sequence_offsets) - 1,
             num_tokens=len(tokens.token_ids),
-            sha256={path: sha256_of(self.folder / path) for path in paths},
-            file_bytes={path: (self.folder / path).stat().st_size for path in paths},
+            sha256=digests,
+            file_bytes={path: (self.folder / path).stat().st_size for path in digests},
         )
         self.manifest = dataclasses.replace(self.manifest, shards=(*self.manifest.shards, entry))
         self._write_manifest()
@@ -95,22 +108,62 @@ class TraceWriter:
         )
         self._write_manifest()
 
-    def _write(self, path: str, tensors: Mapping[str, Tensor]) -> str:
+    def _write(self, path: str, parts: Mapping[str, Sequence[Tensor]]) -> str:
         (self.folder / path).parent.mkdir(exist_ok=True)
-        write_tensors(self.folder / path, tensors)
-        return path
+        return write_tensor_parts(self.folder / path, parts)
 
     def _write_manifest(self) -> None:
         write_json(self.folder / MANIFEST_FILE, self.manifest.to_dict())
 
 
-def _stored(record: RoutingRecord) -> dict[str, Tensor]:
-    """A record's tensors as they lie on disk; `sizes` counts on these types."""
-    return vars(record) | {
-        "router_logits": record.router_logits.float(),
-        "gate_weights": record.gate_weights.float(),
-        "expert_ids": record.expert_ids.to(torch.int16),
+def _stored(layer: LayerShard) -> dict[str, list[Tensor]]:
+    """A layer's tensors as they lie on disk; `sizes` counts on these types."""
+    types = {
+        "router_logits": torch.float32,
+        "gate_weights": torch.float32,
+        "expert_ids": torch.int16,
     }
+    parts = {
+        field.name: [
+            getattr(record, field.name).to(types.get(field.name)) for record in layer.records
+        ]
+        for field in dataclasses.fields(RoutingRecord)
+    }
+    return parts | {name: [getattr(layer, name)] for name in SUM_TENSORS}
+
+
+def write_tensor_parts(path: Path, parts: Mapping[str, Sequence[Tensor]]) -> str:
+    """Write a safetensors file of tensors that lie in parts, neither joining nor reading again.
+
+    Args:
+        path: The file; a reader never sees half of it.
+        parts: By tensor name, its parts along the first dimension, on the CPU.
+
+    Returns:
+        Hex sha256 of the file.
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    for name, pieces in parts.items():
+        shape = [sum(len(piece) for piece in pieces), *pieces[0].shape[1:]]
+        start, end = end, end + sum(piece.nbytes for piece in pieces)
+        header[name] = {
+            "dtype": DTYPE_CODES[pieces[0].dtype],
+            "shape": shape,
+            "data_offsets": [start, end],
+        }
+    described = json.dumps(header).encode()
+    described += b" " * (-len(described) % 8)
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    digest = hashlib.sha256()
+    pieces = [piece for several in parts.values() for piece in several]
+    raw: Iterator[Any] = (p.contiguous().view(-1).view(torch.uint8).numpy() for p in pieces)
+    with partial.open("wb") as file:
+        for chunk in itertools.chain([len(described).to_bytes(8, "little"), described], raw):
+            digest.update(chunk)
+            file.write(chunk)
+    partial.replace(path)
+    return digest.hexdigest()
 
 
 def _remove_unlisted(folder: Path, manifest: TraceManifest) -> None:

@@ -42,8 +42,8 @@ class TokenShard:
 class LayerShard:
     """What one shard stores of one MoE layer."""
 
-    record: RoutingRecord
-    """Its routing, T tokens."""
+    records: tuple[RoutingRecord, ...]
+    """Its routing, batch after batch, on the CPU; T tokens all together."""
     expert_output_sum: Tensor
     """Sum of each expert's unweighted outputs over the tokens that chose it, [E, D], float32."""
     expert_count: Tensor

@@ -1,11 +1,16 @@
 """Fixtures shared by all tests: a tiny MoE on disk, and traces recorded from it."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports triton: it decides at import
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -109,6 +114,7 @@ def tiny_traces(
         out=out,
         sequence_length=64,
         generated_share=0.25,
+        states_dtype="float32",
         shard_tokens=16 * 64,
         batch_size=8,
     )
