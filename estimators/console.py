@@ -36,8 +36,9 @@ def run_command(
         auto_cli(command, args=typed, prog=name, as_positional=False, parser_class=_parser_class())
     except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
         _fail(name, str(error))
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted; the same command goes on where it stopped.", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        hint = str(stopped) or "the same command goes on where it stopped."
+        print(f"{name}: interrupted; {hint}", file=sys.stderr)
         sys.exit(INTERRUPTED_EXIT_CODE)
 
 

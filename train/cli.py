@@ -12,7 +12,6 @@ from foreroute.estimators.console import run_command
 from foreroute.train.run import DeviceChoice, FitConfig
 
 TABLE_BASELINES = (
-    "random",
     "frequency",
     "previous-token",
     "next-router",
@@ -98,7 +97,10 @@ def _print_tables(metrics: dict[str, Any]) -> None:
         (name, result["per_layer"]["recall_at_k"], result["recall_at_k"])
         for name, result in {form: ours, **others}.items()
     ]
-    title = f"recall@{top_k}(budget={top_k}) on {metrics['num_held_out_tokens']:,} held-out tokens"
+    title = (
+        f"recall@{top_k}(budget={top_k}) on {metrics['num_held_out_tokens']:,} held-out tokens, "
+        f"random {metrics['mean']['random']:.3f}"
+    )
     _print_table(title, metrics["layers"], beside)
     alone = [
         (
@@ -125,7 +127,12 @@ def _print_table(
     from rich.table import Table
 
     table = Table(
-        title=title, collapse_padding=True, box=SIMPLE_HEAD, pad_edge=False, title_justify="left"
+        title=title,
+        collapse_padding=True,
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+        title_justify="left",
     )
     table.add_column("layer", justify="right")
     for name, _, _ in columns:

@@ -170,7 +170,7 @@ def fit_stack(
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
     except SystemExit as ended:  # Lightning's answer to Ctrl+C
-        raise KeyboardInterrupt from ended
+        raise KeyboardInterrupt("the same command with --resume goes on.") from ended
     stack.eval().requires_grad_(False)
     return data.train.num_tokens
 

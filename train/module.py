@@ -12,7 +12,7 @@ from torch.nn import functional
 from foreroute.estimators import EstimatorStack, RecallMeter
 from foreroute.train.shards import RoutingBatch
 
-WEIGHT_DECAY = 0.01
+WEIGHT_DECAY = 0.1
 
 
 def kl_to_router(predicted_logits: Tensor, router_logits: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class FitConfig:
     """Passes over the training tokens."""
     batch_size: int = 512
     """Tokens per optimizer step."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     """AdamW's, at the first step; follows a cosine to zero."""
     seed: int = 0
     """Of the initial parameters and of the order of tokens."""
