@@ -157,7 +157,7 @@ def measure_mode(
         work: What to run.
         tick: Called after every generation and every continuation.
     """
-    with Engine(offloaded, mode.config, stack if mode.uses_bundle else None) as engine:
+    with Engine.open(offloaded, mode.config, stack if mode.uses_bundle else None) as engine:
         if mode.is_filled:
             engine.fill_slots()
 

@@ -9,12 +9,14 @@ Policy = Literal["on-demand", "prefetch"]
 OnMiss = Literal["fetch", "skip", "predicted"]
 SpeculativeWeights = Literal["true", "predicted"]
 CacheKind = Literal["lru", "none"]
+DecideOn = Literal["auto", "host"]
 
 _CHOICES = {
     "policy": get_args(Policy),
     "on_miss": get_args(OnMiss),
     "weights": get_args(SpeculativeWeights),
     "cache": get_args(CacheKind),
+    "decide_on": get_args(DecideOn),
 }
 
 
@@ -39,6 +41,9 @@ class EngineConfig:
     the last tokens, are ones the true router chose. 0..1."""
     cache: CacheKind = "lru"
     """`none` forgets all slots before each layer: the baseline without an expert cache."""
+    decide_on: DecideOn = "auto"
+    """`auto` lets a GPU decide what to fetch and evict, inside one graph per decode step, wherever
+    model and settings allow it; `host` never does."""
 
     def __post_init__(self) -> None:
         """Check every choice.

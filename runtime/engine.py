@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,6 +25,8 @@ from foreroute.runtime.speculation import AgreementGuard, gate_weights_of
 from foreroute.runtime.stats import RuntimeStats
 from foreroute.runtime.timing import TimingStreamer
 from foreroute.runtime.transfers import Transfers
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -68,6 +71,7 @@ class Engine:
             guard=AgreementGuard(config.agreement_floor),
         )
         self.layers = self._make_layers()
+        self._link_targets()
         self._attachments = contextlib.ExitStack()
         self._attach()
 
@@ -84,7 +88,7 @@ class Engine:
         dtype: str = "auto",
         trust_remote_code: bool = False,
         **settings: Any,
-    ) -> Self:
+    ) -> Engine:
         """Load a model with its experts in host memory, and estimators if there is a bundle.
 
         Args:
@@ -114,7 +118,27 @@ class Engine:
         )
         if loaded is not None:
             loaded.require_fits(offloaded.moe.geometry)
-        return cls(offloaded, config, loaded.stack if loaded else None)
+        return cls.open(offloaded, config, loaded.stack if loaded else None)
+
+    @classmethod
+    def open(
+        cls, offloaded: OffloadedModel, config: EngineConfig, stack: EstimatorStack | None = None
+    ) -> Engine:
+        """The engine that fits model, device and configuration: decisions on the GPU if possible.
+
+        Args:
+            offloaded: The model and its experts' store.
+            config: How to run it.
+            stack: Estimators for `policy="prefetch"`.
+        """
+        if offloaded.device.type == "cuda" and config.decide_on != "host":
+            from foreroute.runtime.graph_engine import GraphEngine, why_not_on_device
+
+            reason = why_not_on_device(offloaded, config)
+            if reason is None:
+                return GraphEngine(offloaded, config, stack)
+            logger.info("Decoding is driven by the host: %s.", reason)
+        return Engine(offloaded, config, stack)
 
     def _make_prefetcher(self, stack: EstimatorStack | None) -> Prefetcher | None:
         if self.config.policy != "prefetch":
@@ -142,12 +166,15 @@ class Engine:
         ):
             cache = SlotCache(num_experts, self.num_slots, layout, self.device)
             layers.append(OffloadedLayer(moe_layer, Residency(rows, cache, self._run), self._run))
-        by_idx = {layer.layer_idx: layer for layer in layers}
-        for layer in layers:
-            prefetcher = self._run.prefetcher
+        return layers
+
+    def _link_targets(self) -> None:
+        """Tell each layer which one its state predicts."""
+        prefetcher = self._run.prefetcher
+        by_idx: dict[int, Any] = {layer.layer_idx: layer for layer in self.layers}
+        for layer in self.layers:
             target_idx = prefetcher.target_of(layer.layer_idx) if prefetcher else None
             layer.target = by_idx[target_idx] if target_idx is not None else None
-        return layers
 
     def _attach(self) -> None:
         if self.model.get_experts_implementation() == {"": SEAM_NAME}:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from foreroute.runtime import Engine, EngineConfig
+from foreroute.runtime.graph_engine import GraphEngine
 from foreroute.runtime.host_store import allocate_host
 from foreroute.runtime.offload import OffloadedModel, offload
 from foreroute.runtime.transfers import StreamTransfers
@@ -80,11 +81,13 @@ def test_copies_land_and_compute_waits_for_them() -> None:
 def test_any_slot_count_gives_the_all_resident_logits_bit_for_bit(
     offloaded: OffloadedModel, slots: str, policy: Any
 ) -> None:
-    with Engine(offloaded, EngineConfig(expert_slots="100%")) as engine:
+    with Engine(offloaded, EngineConfig(expert_slots="100%", decide_on="host")) as engine:
         engine.fill_slots()
         expected = step_logits(engine, prompt(), steps=40)
         assert engine.stats().hit_rate == 1.0
-    with Engine(offloaded, EngineConfig(expert_slots=slots, policy=policy)) as engine:
+    with Engine(
+        offloaded, EngineConfig(expert_slots=slots, policy=policy, decide_on="host")
+    ) as engine:
         assert torch.equal(step_logits(engine, prompt(), steps=40), expected)
         engine.check_integrity()
         assert engine.stats().decode.misses > 0
@@ -121,3 +124,93 @@ def test_batches_run_with_fewer_slots_than_they_need(offloaded: OffloadedModel) 
         output = engine.generate(tokens, max_new_tokens=12, do_sample=False, pad_token_id=0)
         engine.check_integrity()
     assert output.shape[0] == 8
+
+
+def graph_logits(engine: GraphEngine, tokens: Tensor, steps: int) -> Tensor:
+    """Logits of forced decode steps by replays of the captured graph, [steps, vocab]."""
+    graph = engine.graph_for(len(tokens), tokens.shape[1])
+    prompt_ids = tokens[:, :-steps]
+    graph.begin(torch.ones_like(prompt_ids))
+    engine(input_ids=prompt_ids, past_key_values=graph.cache, use_cache=True)
+    return torch.stack(
+        [graph.replay(tokens[:, i])[0].clone() for i in range(prompt_ids.shape[1], tokens.shape[1])]
+    )
+
+
+@pytest.mark.parametrize("policy", ["on-demand", "prefetch"])
+@pytest.mark.parametrize("slots", ["4", "6", "9"])
+def test_graph_gives_the_all_resident_logits_bit_for_bit_at_any_slot_count(
+    offloaded: OffloadedModel, slots: str, policy: Any
+) -> None:
+    with GraphEngine(offloaded, EngineConfig(expert_slots="100%")) as engine:
+        engine.fill_slots()
+        expected = graph_logits(engine, prompt(), steps=40)
+        assert engine.stats().hit_rate == 1.0
+    with GraphEngine(offloaded, EngineConfig(expert_slots=slots, policy=policy)) as engine:
+        assert torch.equal(graph_logits(engine, prompt(), steps=40), expected)
+        engine.check_integrity()
+        stats = engine.stats()
+    assert stats.decode.misses > 0
+    assert (stats.decode.prefetches > 0) == (policy == "prefetch")
+
+
+def test_graph_matches_stock_transformers(offloaded: OffloadedModel, stock: Any) -> None:
+    expected = step_logits(stock, prompt(), steps=20)[1:].float()
+    with GraphEngine(offloaded, EngineConfig(expert_slots="6")) as engine:
+        got = graph_logits(engine, prompt(), steps=20).float()
+    assert (got - expected).abs().max() <= STOCK_TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_graph_generates_what_the_kernels_generate_step_by_step(
+    offloaded: OffloadedModel, batch: int
+) -> None:
+    tokens = prompt().repeat(batch, 1)[:, :20]
+    tokens[1:] = tokens[1:].flip(1)
+    settings = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
+    mask = torch.ones_like(tokens)
+    if batch > 1:
+        mask[0, :6] = 0
+    with GraphEngine(offloaded, EngineConfig(expert_slots="6", policy="prefetch")) as engine:
+        got = engine.generate(tokens, attention_mask=mask, **settings)
+        again = engine.generate(tokens, attention_mask=mask, **settings)
+        engine.check_integrity()
+        plain = engine.model.generate(tokens, attention_mask=mask, **settings)
+    assert torch.equal(got, again)
+    agreement = (got[:, :30] == plain[:, :30]).float().mean()  # masked attention rounds otherwise
+    assert agreement > 0.9
+
+
+def test_a_decode_step_never_waits_for_the_host(offloaded: OffloadedModel) -> None:
+    config = EngineConfig(expert_slots="6", policy="prefetch")
+    with GraphEngine(offloaded, config) as engine:
+        graph = engine.graph_for(1, 64)
+        graph.begin(torch.ones(1, 4, dtype=torch.long, device=CUDA))
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            token = torch.zeros(1, dtype=torch.long, device=CUDA)
+            for _ in range(5):
+                token = graph.replay(token).argmax(-1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_sampling_with_the_same_seed_gives_the_same_text(offloaded: OffloadedModel) -> None:
+    with GraphEngine(offloaded, EngineConfig(expert_slots="6")) as engine:
+        outputs = []
+        for _ in range(2):
+            torch.manual_seed(3)
+            outputs.append(
+                engine.generate(prompt(), max_new_tokens=12, do_sample=True, pad_token_id=0)
+            )
+    assert torch.equal(*outputs)
+
+
+def test_a_prompt_leaves_the_decode_working_set_in_place(offloaded: OffloadedModel) -> None:
+    with GraphEngine(offloaded, EngineConfig(expert_slots="6")) as engine:
+        engine.generate(prompt(), max_new_tokens=20, do_sample=False, pad_token_id=0)
+        before = [layer.tables.expert_in.clone() for layer in engine.layers]
+        engine(input_ids=prompt().flip(1))
+        after = [layer.tables.expert_in for layer in engine.layers]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

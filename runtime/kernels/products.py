@@ -247,14 +247,15 @@ def expert_products_reference(
     first_bias = weights.get("gate_up_proj_bias" if form.has_gate else "up_proj_bias")
     if first_bias is not None:
         inner = inner + first_bias[slots].float()
-    inner = _activate_reference(inner, form)
+    inner = activate_reference(inner, form)
     outputs = torch.einsum("tkoi,tki->tko", second, inner)
     if "down_proj_bias" in weights:
         outputs = outputs + weights["down_proj_bias"][slots].float()
     return (outputs * gate_weights.float().unsqueeze(-1)).sum(1)
 
 
-def _activate_reference(inner: Tensor, form: ExpertForm) -> Tensor:
+def activate_reference(inner: Tensor, form: ExpertForm) -> Tensor:
+    """The form's activation in plain PyTorch: [.., 2 * I] (or [.., I] ungated) to [.., I]."""
     functional = torch.nn.functional
     gate = up = inner
     if form.has_gate and form.is_interleaved:

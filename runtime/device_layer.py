@@ -1,0 +1,176 @@
+"""Runs one MoE layer with every decision on the GPU: no id comes to the host while decoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from foreroute.data.adapters import MoELayer
+from foreroute.runtime.host_store import RowLayout
+from foreroute.runtime.kernels.fetch import fetch
+from foreroute.runtime.kernels.plan import ResidencyTables, ScoreRule, plan
+from foreroute.runtime.kernels.products import ExpertForm, expert_products
+from foreroute.runtime.prefetch import Prefetcher
+from foreroute.runtime.prefill import StreamedPrefill
+
+DEMAND_BLOCKS = 32
+PREFETCH_BLOCKS = 16
+
+
+@dataclass
+class DeviceRun:
+    """What the layers of one engine share."""
+
+    rule: ScoreRule
+    form: ExpertForm
+    prefill: StreamedPrefill
+    prefetcher: Prefetcher | None
+    ahead: torch.cuda.Stream
+    """Predictions and prefetches run here, beside the compute."""
+    is_prefill: bool = True
+
+
+class DeviceLayer:
+    """One layer's slots and tables on the device, and the function in its experts' place."""
+
+    def __init__(
+        self,
+        layer: MoELayer,
+        rows: Tensor,
+        layout: RowLayout,
+        num_slots: int,
+        run: DeviceRun,
+        device: torch.device,
+    ) -> None:
+        """Allocate the slots, all empty.
+
+        Args:
+            layer: Handles on the model's modules.
+            rows: Host weights, [E, row_bytes] uint8, pinned.
+            layout: How an expert lies in a row.
+            num_slots: S.
+            run: Shared with the engine's other layers.
+            device: The GPU.
+        """
+        self.layer_idx = layer.layer_idx
+        self.experts = layer.experts
+        self.rows = rows
+        self.slots = torch.zeros(num_slots, rows.shape[1], dtype=torch.uint8, device=device)
+        self.weights = layout.views(self.slots)
+        self.tables = ResidencyTables.empty(len(rows), num_slots, device)
+        self.target: DeviceLayer | None = None
+        """The layer whose experts are predicted from this one's state."""
+        self.residual: Tensor | None = None
+        """Set by a hook on the norm; only where estimators read it."""
+        self.num_calls = 0
+        self._run = run
+        self._arriving: torch.cuda.Event | None = None
+        self._read_ahead: tuple[Tensor, ...] = ()
+
+    @property
+    def rule(self) -> ScoreRule:
+        """How experts are scored for eviction."""
+        return self._run.rule
+
+    def __call__(
+        self, experts: nn.Module, router_input: Tensor, expert_ids: Tensor, gate_weights: Tensor
+    ) -> Tensor:
+        """Stand in for the experts module.
+
+        Args:
+            experts: The module, without weights.
+            router_input: [T, D].
+            expert_ids: The router's choice, [T, K].
+            gate_weights: [T, K].
+
+        Returns:
+            [T, D].
+        """
+        self.num_calls += 1
+        if self._run.is_prefill:
+            return self._run.prefill.run(self, router_input, expert_ids, gate_weights)
+        return self._decode(router_input.contiguous(), expert_ids, gate_weights)
+
+    def _decode(self, router_input: Tensor, expert_ids: Tensor, gate_weights: Tensor) -> Tensor:
+        self._join_prefetch()
+        output = torch.empty_like(router_input)
+        num_tokens, top_k = expert_ids.shape
+        tokens_at_once = len(self.slots) // top_k
+        for start in range(0, num_tokens, tokens_at_once):
+            tokens = slice(start, start + tokens_at_once)
+            ids = expert_ids[tokens].contiguous()
+            self.load(ids, num_blocks=DEMAND_BLOCKS)
+            if start + tokens_at_once >= num_tokens:
+                self._look_ahead(router_input, expert_ids, gate_weights)
+            self._multiply(
+                router_input[tokens], ids, gate_weights[tokens].contiguous(), output[tokens]
+            )
+        return output
+
+    def load(self, expert_ids: Tensor, *, num_blocks: int, is_prefetch: bool = False) -> None:
+        """Make experts resident by copies from the host, on the current stream.
+
+        Args:
+            expert_ids: [T, K], contiguous; no more distinct ones than slots.
+            num_blocks: Thread blocks per copy.
+            is_prefetch: Whether they are predicted, not yet needed.
+        """
+        shape = (2, expert_ids.numel())
+        source, target = torch.empty(shape, dtype=torch.int32, device=expert_ids.device)
+        plan(expert_ids, self.tables, self._run.rule, source, target, is_prefetch=is_prefetch)
+        fetch(self.rows, self.slots, source, target, num_blocks=num_blocks)
+
+    def _multiply(self, hidden: Tensor, ids: Tensor, gate_weights: Tensor, output: Tensor) -> None:
+        form = self._run.form
+        width = self.weights["down_proj"].shape[1 if form.is_transposed else 2]
+        inner = torch.empty(ids.numel(), width, dtype=torch.float32, device=hidden.device)
+        slot_of = self.tables.slot_of
+        expert_products(hidden, ids, gate_weights, slot_of, self.weights, form, inner, output)
+
+    def _look_ahead(self, router_input: Tensor, expert_ids: Tensor, gate_weights: Tensor) -> None:
+        """Predict the target layer's experts and load them, on the stream beside the compute."""
+        target, run = self.target, self._run
+        if target is None or run.prefetcher is None:
+            return
+        assert self.residual is not None  # the engine hooks the norm wherever it prefetches
+        residual = self.residual.reshape(router_input.shape)
+        run.ahead.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(run.ahead):
+            _, ranked = run.prefetcher.predict(
+                self.layer_idx,
+                residual=residual,
+                router_input=router_input,
+                expert_ids=expert_ids,
+                gate_weights=gate_weights,
+            )
+            ids = ranked.T.contiguous()  # [budget, T]: every token's best guess first
+            target.load(ids, num_blocks=PREFETCH_BLOCKS, is_prefetch=True)
+            target._arriving = torch.cuda.Event()
+            target._arriving.record(run.ahead)
+        # read on the other stream until the target joins it: keep the memory from being used again
+        target._read_ahead = (residual, router_input, expert_ids, gate_weights)
+
+    def _join_prefetch(self) -> None:
+        if self._arriving is not None:
+            torch.cuda.current_stream().wait_event(self._arriving)
+            self._arriving, self._read_ahead = None, ()
+
+    def fill(self) -> None:
+        """Make as many experts resident as fit, lowest ids first."""
+        ids = torch.arange(len(self.slots), device=self.slots.device).unsqueeze(0)
+        self.load(ids, num_blocks=DEMAND_BLOCKS, is_prefetch=True)
+
+    def check_integrity(self) -> None:
+        """Check the tables, and every resident expert against its host row.
+
+        Raises:
+            RuntimeError: If they disagree.
+        """
+        self.tables.check_integrity()
+        for slot, expert in enumerate(self.tables.expert_in.tolist()):
+            if expert >= 0 and not torch.equal(self.slots[slot].cpu(), self.rows[expert]):
+                raise RuntimeError(
+                    f"Layer {self.layer_idx}: slot {slot} differs from the host's expert {expert}."
+                )

@@ -1,0 +1,105 @@
+"""Generates with a captured decode step: sampling on the device, the host one step behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foreroute.runtime.decode_graph import DecodeGraph
+
+
+class _HostCopy:
+    """A step's tokens and whether all sequences ended, on their way to the host."""
+
+    def __init__(self, tokens: Tensor, is_done: Tensor) -> None:
+        self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+        self._is_done = torch.empty((), dtype=torch.bool, pin_memory=True)
+        self._tokens.copy_(tokens, non_blocking=True)
+        self._is_done.copy_(is_done, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    def read(self) -> tuple[Tensor, bool]:
+        """Wait for this step (later ones run on) and hand out its tokens, [B]."""
+        self._event.synchronize()
+        return self._tokens, bool(self._is_done)
+
+
+def decode_loop(
+    model: Any,
+    graph: DecodeGraph,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    streamer: Any,
+    on_step: Callable[[], None],
+) -> Tensor:
+    """Read the prompt, then replay the graph until every sequence has ended.
+
+    The host reads step n's tokens while step n + 1 runs, so one step may run past the end; its
+    tokens are dropped.
+
+    Args:
+        model: Transformers causal LM, for the prompt.
+        graph: The captured step.
+        input_ids: Prompts, [B, P].
+        attention_mask: [B, P].
+        logits_processor: As `generate` prepares it.
+        stopping_criteria: As `generate` prepares it.
+        generation_config: As `generate` prepares it.
+        streamer: Gets each step's tokens, or None.
+        on_step: Called for every decode step that counts.
+
+    Returns:
+        Prompts and continuations, [B, P + new].
+    """
+    pad = generation_config._pad_token_tensor
+    unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    graph.begin(attention_mask)
+    output = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=(attention_mask.cumsum(-1) - 1).clamp_min(0),
+        past_key_values=graph.cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    logits, pending = output.logits[:, -1], None
+    while True:
+        scores = logits_processor(input_ids, logits.to(torch.float32, copy=True))
+        tokens = _choose(scores, do_sample=generation_config.do_sample)
+        if pad is not None:
+            tokens = torch.where(unfinished, tokens, pad)
+        input_ids = torch.cat([input_ids, tokens.unsqueeze(1)], dim=1)
+        unfinished = unfinished & ~stopping_criteria(input_ids, None)
+        behind, pending = pending, _HostCopy(tokens, ~unfinished.any())
+        if behind is not None and _hand_out(behind, streamer):
+            input_ids = input_ids[:, :-1]
+            break
+        if input_ids.shape[1] >= generation_config.max_length:
+            _hand_out(pending, streamer)
+            break
+        logits = graph.replay(tokens)
+        on_step()
+    if streamer is not None:
+        streamer.end()
+    return input_ids
+
+
+def _choose(scores: Tensor, *, do_sample: bool) -> Tensor:
+    """Next tokens from processed scores, [B]."""
+    if do_sample:
+        return torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
+    return scores.argmax(-1)
+
+
+def _hand_out(step: _HostCopy, streamer: Any) -> bool:
+    tokens, is_done = step.read()
+    if streamer is not None:
+        streamer.put(tokens)
+    return is_done

@@ -1,0 +1,144 @@
+"""Reads prompts on a GPU layer by layer: experts stream through two buffers beside the slots.
+
+The decode working set stays where it is; experts that lie in slots already are not copied again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from foreroute.data.adapters import (
+    ExpertsView,
+    combine,
+    stock_experts_function,
+    unweighted_outputs,
+)
+from foreroute.runtime.host_store import RowLayout
+from foreroute.runtime.kernels.fetch import fetch
+from foreroute.runtime.kernels.plan import EMPTY, plan
+
+if TYPE_CHECKING:
+    from foreroute.runtime.device_layer import DeviceLayer
+
+COPY_BLOCKS = 32
+
+
+@dataclass
+class _Buffer:
+    """Room for one group of experts."""
+
+    rows: Tensor
+    weights: dict[str, Tensor]
+    is_free: torch.cuda.Event
+    """Compute is done with what was here."""
+    is_filled: torch.cuda.Event
+    """The copies have landed."""
+
+
+class StreamedPrefill:
+    """Two buffers and a copy stream, shared by all layers of an engine."""
+
+    def __init__(self, layout: RowLayout, group_size: int, device: torch.device) -> None:
+        """Allocate the buffers.
+
+        Args:
+            layout: How an expert lies in a row; the same for every layer.
+            group_size: Experts per buffer.
+            device: The GPU.
+        """
+        self.group_size = group_size
+        self.prompt_bytes = 0
+        """Bytes copied from the host so far."""
+        self._copies = torch.cuda.Stream(device=device, priority=-1)
+        self._buffers = []
+        for _ in range(2):
+            rows = torch.empty(group_size, layout.row_bytes, dtype=torch.uint8, device=device)
+            events = torch.cuda.Event(), torch.cuda.Event()
+            self._buffers.append(_Buffer(rows, layout.views(rows), *events))
+
+    def run(
+        self, layer: DeviceLayer, hidden: Tensor, expert_ids: Tensor, gate_weights: Tensor
+    ) -> Tensor:
+        """Compute one layer's experts for a prompt; one device-to-host sync.
+
+        Args:
+            layer: Its slots, tables and host rows.
+            hidden: Router input, [T, D].
+            expert_ids: [T, K].
+            gate_weights: [T, K].
+
+        Returns:
+            [T, D].
+        """
+        flat_ids, top_k = expert_ids.reshape(-1), expert_ids.shape[-1]
+        num_experts = len(layer.rows)
+        counts = torch.bincount(flat_ids, minlength=num_experts)  # [E]
+        counts_list, slot_of = torch.stack([counts, layer.tables.slot_of.long()]).tolist()
+        needed = [e for e in range(num_experts) if counts_list[e]]
+        resident = [e for e in needed if slot_of[e] != EMPTY]
+        absent = [e for e in needed if slot_of[e] == EMPTY]
+        outputs = hidden.new_empty(flat_ids.numel(), hidden.shape[-1])  # [T * K, D]
+
+        def compute(experts: list[int], places: list[int], weights: dict[str, Tensor]) -> None:
+            place_of = torch.full((num_experts,), EMPTY)
+            place_of[experts] = torch.tensor(places)
+            place_of_pair = place_of.to(hidden.device)[flat_ids]
+            pairs = (place_of_pair != EMPTY).nonzero().squeeze(1)
+            outputs[pairs] = unweighted_outputs(
+                stock_experts_function("grouped_mm", layer.experts),
+                ExpertsView(layer.experts, weights),
+                hidden[pairs // top_k],
+                place_of_pair[pairs],
+            )
+
+        if resident:
+            compute(resident, [slot_of[e] for e in resident], layer.weights)
+        num_free = len(layer.slots) - sum(slot != EMPTY for slot in slot_of)
+        wanted = sorted(absent, key=lambda e: -counts_list[e])[:num_free]
+        for experts, buffer in self._stream(layer, absent):
+            compute(experts, list(range(len(experts))), buffer.weights)
+            self._keep(layer, experts, [e for e in experts if e in set(wanted)], buffer)
+            buffer.is_free.record()
+        return combine(outputs, gate_weights)
+
+    def _stream(
+        self, layer: DeviceLayer, experts: list[int]
+    ) -> Iterator[tuple[list[int], _Buffer]]:
+        """Groups of experts in a buffer each; the next group is on its way meanwhile."""
+        size = self.group_size
+        groups = [experts[start : start + size] for start in range(0, len(experts), size)]
+        for i, group in enumerate(groups):
+            if i == 0:
+                self._copy(layer, group, self._buffers[0])
+            if i + 1 < len(groups):
+                self._copy(layer, groups[i + 1], self._buffers[(i + 1) % 2])
+            buffer = self._buffers[i % 2]
+            torch.cuda.current_stream().wait_event(buffer.is_filled)
+            yield group, buffer
+
+    def _copy(self, layer: DeviceLayer, experts: list[int], buffer: _Buffer) -> None:
+        self._copies.wait_event(buffer.is_free)
+        with torch.cuda.stream(self._copies):
+            for place, expert in enumerate(experts):
+                buffer.rows[place].copy_(layer.rows[expert], non_blocking=True)
+            buffer.is_filled.record()
+        self.prompt_bytes += len(experts) * layer.rows.shape[1]
+
+    def _keep(
+        self, layer: DeviceLayer, experts: list[int], kept: list[int], buffer: _Buffer
+    ) -> None:
+        """Copy a group's frequent experts into free slots, from device to device."""
+        if not kept:
+            return
+        device = buffer.rows.device
+        ids = torch.tensor(kept, device=device)
+        source, target = torch.empty(2, len(kept), dtype=torch.int32, device=device)
+        plan(ids, layer.tables, layer.rule, source, target, is_prefetch=True)
+        places = torch.tensor([experts.index(e) for e in kept], dtype=torch.int32, device=device)
+        from_buffer = torch.where(source >= 0, places, source)
+        fetch(buffer.rows, layer.slots, from_buffer, target, num_blocks=COPY_BLOCKS)
