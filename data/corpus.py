@@ -14,7 +14,10 @@ HELD_OUT_SHARE = 0.05
 PIECE_CHARACTERS = 8192  # a lone text file is cut into pieces, so that it too can be split
 TEXT_COLUMNS = ("text", "content")
 TABLE_FORMATS = {".jsonl": "json", ".parquet": "parquet"}
-TEST_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages"})
+LEFT_OUT_FOLDERS = frozenset(
+    {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data"}
+)
+"""Tests, what is no part of the library, and pydoc's generated topics (prose in one literal)."""
 
 
 class Document(NamedTuple):
@@ -40,7 +43,7 @@ def stdlib_documents(split: Split) -> Iterator[Document]:
     paths = {
         path.relative_to(root).as_posix(): path
         for path in root.rglob("*.py")
-        if not TEST_FOLDERS.intersection(path.relative_to(root).parts)
+        if not LEFT_OUT_FOLDERS.intersection(path.relative_to(root).parts)
     }
     for name in sorted(paths, key=lambda name: hashlib.sha256(name.encode()).digest()[::-1]):
         if split_of(name) == split:

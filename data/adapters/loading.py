@@ -77,7 +77,7 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
     source = resolve_model(name)
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, ValueError) as error:
         raise ValueError(_unreadable(name, error)) from error
 
 
@@ -100,15 +100,16 @@ def load_model(
         FileNotFoundError: If a local path does not exist.
         ValueError: If the model cannot be read; one line says why.
     """
+    weights_dtype = resolve_dtype(dtype)
     config = load_config(name, trust_remote_code=trust_remote_code)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             resolve_model(name),
             config=config,
-            dtype=resolve_dtype(dtype),
+            dtype=weights_dtype,
             trust_remote_code=trust_remote_code,
         )
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(_unreadable(name, error)) from error
     return model.eval().requires_grad_(False).to(device)
 
