@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from foreroute.data.adapters import (
     MoELayer,
     MoEModel,
+    first_tensor,
     routed_through,
     router_logits_of,
     stock_experts_function,
@@ -129,16 +130,18 @@ class _LayerRecorder:
     def hooks(self) -> list[Any]:
         """Register the hooks on the norm and the router."""
         return [
-            self.handle.norm.register_forward_hook(self._see_residual),
-            self.handle.router.register_forward_hook(self._see_logits),
+            self.handle.residual_source.register_forward_pre_hook(
+                self._see_residual, with_kwargs=True
+            ),
+            self.handle.router.register_forward_hook(self._see_router, with_kwargs=True),
         ]
 
-    def _see_residual(self, _: nn.Module, arguments: tuple[Any, ...], __: Any) -> None:
-        self._keep("residual", arguments[0], self._states_dtype)
+    def _see_residual(self, _: nn.Module, arguments: Any, settings: Any) -> None:
+        self._keep("residual", first_tensor(arguments, settings), self._states_dtype)
 
-    def _see_logits(self, _: nn.Module, __: Any, output: Any) -> None:
-        num_experts = int(self.handle.experts.num_experts)  # type: ignore[arg-type]
-        self._keep("router_logits", router_logits_of(output, num_experts))
+    def _see_router(self, _: nn.Module, arguments: Any, settings: Any, output: Any) -> None:
+        self._keep("router_input", first_tensor(arguments, settings), self._states_dtype)
+        self._keep("router_logits", router_logits_of(output, self.handle.num_experts))
 
     def _keep(self, name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> None:
         # A copy: the model may change its own tensor in place later in the pass.
@@ -149,7 +152,6 @@ class _LayerRecorder:
         self, experts: nn.Module, hidden: Tensor, expert_ids: Tensor, gate_weights: Tensor
     ) -> Tensor:
         """Compute the experts as the model would, keeping what came in."""
-        self._keep("router_input", hidden, self._states_dtype)
         self._keep("expert_ids", expert_ids)
         self._keep("gate_weights", gate_weights)
         if self._implementation in SHARED_IMPLEMENTATIONS:
@@ -198,5 +200,7 @@ class _LayerRecorder:
         output_sum, count = torch.stack(sums), self._count  # [E, D], [E]
         if experts.has_bias:
             output_sum += experts.down_proj_bias.float() * count.unsqueeze(-1)
+        if self.handle.to_hidden is not None:  # a bias of the map is added once, not per expert
+            output_sum = output_sum @ self.handle.to_hidden.weight.float().T  # type: ignore[operator]
         self._activation_sum = self._count = None
         return output_sum, count

@@ -12,7 +12,14 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-GateFamily = Literal["softmax-topk", "softmax-topk-renorm", "other"]
+GateFamily = Literal[
+    "softmax-topk",
+    "softmax-topk-renorm",
+    "sigmoid-topk",
+    "sigmoid-topk-renorm",
+    "sqrtsoftplus-topk-renorm",
+    "other",
+]
 NormKind = Literal["rms", "layer", "none"]
 InputKind = Literal["router-input", "residual", "quasi-hidden"]
 
@@ -44,6 +51,8 @@ class MoEGeometry:
     """sha256 over all router weights, rounded to bfloat16, in layer order: names the checkpoint."""
     gate_family: GateFamily = field(default="other", compare=False)
     """How gate weights follow from router logits, as verified on the model."""
+    gate_scale: float = field(default=1.0, compare=False)
+    """Factor on all gate weights."""
     model_name: str = field(default="", compare=False)
     """What the user called the model (folder, Hub id or `bundled`); for messages only."""
 

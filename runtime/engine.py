@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from foreroute.data.adapters import MoELayer, routed_through, router_logits_of
+from foreroute.data.adapters import MoELayer, first_tensor, routed_through, router_logits_of
 from foreroute.data.adapters.seam import SEAM_NAME
 from foreroute.estimators.stack import EstimatorStack
 from foreroute.export.bundle import load_bundle
@@ -60,12 +60,12 @@ class Engine:
             config.expert_slots, num_experts=geometry.num_experts, top_k=geometry.top_k
         )
         if config.on_miss == "predicted":  # refuse unknown gate rules before anything runs
-            gate_weights_of(
-                torch.zeros(1, 1), torch.zeros(1, 1).long(), geometry.gate_family, torch.float32
-            )
+            one = torch.zeros(1, 1)
+            gate_weights_of(one, one.long(), geometry.gate_family, 1.0, torch.float32)
         self._run = RunState(
             config=config,
             gate_family=geometry.gate_family,
+            gate_scale=geometry.gate_scale,
             transfers=Transfers.for_device(self.device),
             prefetcher=self._make_prefetcher(stack),
             guard=AgreementGuard(config.agreement_floor),
@@ -159,12 +159,13 @@ class Engine:
         return Prefetcher(stack.to(self.device), budget)
 
     def _make_layers(self) -> list[OffloadedLayer]:
-        store, num_experts = self.offloaded.store, self.geometry.num_experts
+        store = self.offloaded.store
         layers = []
         for moe_layer, rows, layout in zip(
             self.offloaded.moe.layers, store.rows, store.layouts, strict=True
         ):
-            cache = SlotCache(num_experts, self.num_slots, layout, self.device)
+            num_slots = min(self.num_slots, moe_layer.num_experts)
+            cache = SlotCache(moe_layer.num_experts, num_slots, layout, self.device)
             layers.append(OffloadedLayer(moe_layer, Residency(rows, cache, self._run), self._run))
         return layers
 
@@ -186,20 +187,31 @@ class Engine:
         for moe_layer, own in zip(moe_layers, self.layers, strict=True):
             if self._run.prefetcher is not None:
                 self._hook_residual(moe_layer, own)
+                if moe_layer.is_input_apart:
+                    self._hook_router_input(moe_layer, own)
             if needs_logits:
                 self._hook_router(moe_layer, own)
         handle = self.model.register_forward_pre_hook(self._begin_forward, with_kwargs=True)
         self._attachments.callback(handle.remove)
 
     def _hook_residual(self, moe_layer: MoELayer, own: OffloadedLayer) -> None:
-        def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            own.residual = inputs[0]
+        def keep(_: nn.Module, inputs: tuple[Any, ...], settings: dict[str, Any]) -> None:
+            own.residual = first_tensor(inputs, settings).flatten(0, -2)
 
-        self._attachments.callback(moe_layer.norm.register_forward_pre_hook(keep).remove)
+        source = moe_layer.residual_source
+        handle = source.register_forward_pre_hook(keep, with_kwargs=True)
+        self._attachments.callback(handle.remove)
+
+    def _hook_router_input(self, moe_layer: MoELayer, own: OffloadedLayer) -> None:
+        def keep(_: nn.Module, inputs: tuple[Any, ...], settings: dict[str, Any]) -> None:
+            own.router_input = first_tensor(inputs, settings).flatten(0, -2)
+
+        handle = moe_layer.router.register_forward_pre_hook(keep, with_kwargs=True)
+        self._attachments.callback(handle.remove)
 
     def _hook_router(self, moe_layer: MoELayer, own: OffloadedLayer) -> None:
         def keep(_: nn.Module, __: tuple[Tensor, ...], output: Any) -> None:
-            own.router_logits = router_logits_of(output, self.geometry.num_experts)
+            own.router_logits = router_logits_of(output, moe_layer.num_experts)
 
         self._attachments.callback(moe_layer.router.register_forward_hook(keep).remove)
 

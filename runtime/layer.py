@@ -40,7 +40,9 @@ class OffloadedLayer:
         """The layer whose experts are predicted from this one's state."""
         self.num_calls = 0
         self.residual: Tensor | None = None
-        """Set by a hook on the norm, [.., D]; only where estimators read it."""
+        """Set by a hook, [T, D]; only where estimators read it."""
+        self.router_input: Tensor | None = None
+        """Set by a hook, [T, D]; only where estimators read it and the experts read another."""
         self.router_logits: Tensor | None = None
         """Set by a hook on the router, [T, E]; only where speculation needs it."""
         self._run = run
@@ -99,8 +101,8 @@ class OffloadedLayer:
         assert self.residual is not None  # the engine hooks the norm wherever it prefetches
         logits, ranked = self._run.prefetcher.predict(
             self.layer_idx,
-            residual=self.residual.reshape(router_input.shape),
-            router_input=router_input,
+            residual=self.residual,
+            router_input=router_input if self.router_input is None else self.router_input,
             expert_ids=run_ids,
             gate_weights=run_weights,
         )
@@ -196,7 +198,8 @@ class OffloadedLayer:
         if self._run.config.weights == "true":
             assert self.router_logits is not None  # the engine hooks the router in this mode
             logits = self.router_logits
-        return ids, gate_weights_of(logits, ids, self._run.gate_family, gate_weights.dtype)
+        rule = self._run.gate_family, self._run.gate_scale
+        return ids, gate_weights_of(logits, ids, *rule, gate_weights.dtype)
 
     def _run_present(
         self,

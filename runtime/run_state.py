@@ -18,6 +18,8 @@ class RunState:
 
     config: EngineConfig
     gate_family: GateFamily
+    gate_scale: float
+    """How gate weights follow from router logits."""
     transfers: Transfers
     prefetcher: Prefetcher | None
     guard: AgreementGuard

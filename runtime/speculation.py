@@ -8,6 +8,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
+from foreroute.data.adapters import gate_weights
 from foreroute.estimators.types import GateFamily
 
 logger = logging.getLogger(__name__)
@@ -16,7 +17,11 @@ WINDOW_LAYER_STEPS = 256
 
 
 def gate_weights_of(
-    router_logits: Tensor, expert_ids: Tensor, family: GateFamily, dtype: torch.dtype
+    router_logits: Tensor,
+    expert_ids: Tensor,
+    family: GateFamily,
+    scale: float,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Gate weights a router would give to these experts, whether or not it would choose them.
 
@@ -24,6 +29,7 @@ def gate_weights_of(
         router_logits: [T, E].
         expert_ids: [T, K].
         family: How this model derives gate weights.
+        scale: Factor on all of them.
         dtype: Of the result.
 
     Returns:
@@ -32,15 +38,7 @@ def gate_weights_of(
     Raises:
         ValueError: If the model's rule is not known.
     """
-    if family == "other":
-        raise ValueError(
-            "Speculative execution of predicted experts needs a softmax router; how this model "
-            "derives its gate weights is not supported yet. Use on_miss=fetch or skip."
-        )
-    chosen = router_logits.float().softmax(-1).gather(-1, expert_ids)  # [T, K]
-    if family == "softmax-topk-renorm":
-        chosen = chosen / chosen.sum(-1, keepdim=True)
-    return chosen.to(dtype)
+    return gate_weights(router_logits, expert_ids, family, scale).to(dtype)
 
 
 def without_missing(gate_weights: Tensor, is_present: Tensor, family: GateFamily) -> Tensor:
@@ -58,7 +56,7 @@ def without_missing(gate_weights: Tensor, is_present: Tensor, family: GateFamily
         [T, K], zero where missing.
     """
     kept = gate_weights * is_present
-    if family != "softmax-topk-renorm":
+    if not family.endswith("renorm"):
         return kept
     before = gate_weights.sum(-1, keepdim=True)
     after = kept.sum(-1, keepdim=True)

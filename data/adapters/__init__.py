@@ -1,6 +1,7 @@
 """Between foreroute and transformers: load a model, find its MoE layers, take over its experts."""
 
-from foreroute.data.adapters.discovery import MoELayer, MoEModel, discover, router_logits_of
+from foreroute.data.adapters.discovery import MoELayer, MoEModel, discover
+from foreroute.data.adapters.gates import gate_weights
 from foreroute.data.adapters.loading import (
     load_config,
     load_model,
@@ -9,6 +10,7 @@ from foreroute.data.adapters.loading import (
     resolve_dtype,
     resolve_model,
 )
+from foreroute.data.adapters.probe import first_tensor, router_logits_of
 from foreroute.data.adapters.seam import (
     ExpertsView,
     combine,
@@ -23,6 +25,8 @@ __all__ = [
     "MoEModel",
     "combine",
     "discover",
+    "first_tensor",
+    "gate_weights",
     "load_config",
     "load_model",
     "load_tokenizer",

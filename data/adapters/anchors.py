@@ -1,0 +1,117 @@
+"""Copies of a model's routers and the norms that feed them, kept only if they give its logits."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from foreroute.data.adapters.probe import Observed
+from foreroute.estimators.types import LayerAnchors, NormKind
+
+NORM_TOLERANCE = 1e-2  # bfloat16 models round to three digits
+LOGIT_TOLERANCE = 3e-2  # of the largest logit: a product of rounded numbers
+EPSILON_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps")
+
+
+def build_anchors(layers: Sequence[Observed]) -> LayerAnchors:
+    """The tensors that training-free prediction needs, checked against the probe's own logits.
+
+    Raises:
+        ValueError: If the routers are not `norm`, then one linear map; says what they are instead.
+    """
+    if len({seen.num_experts for seen in layers}) > 1:
+        raise ValueError("its layers have different numbers of experts")
+    weights = torch.stack([_router_weight(seen) for seen in layers])  # [L, E, D]
+    biases = torch.stack([_router_bias(seen) for seen in layers])  # [L, E]
+    parts = [_norm_parts(seen) for seen in layers]
+    kinds, norm_weights, norm_biases, epsilons = zip(*parts, strict=True)
+    if len(set(kinds)) > 1 or len(set(epsilons)) > 1:
+        raise ValueError("norms of different kinds feed its routers")
+    return LayerAnchors(
+        router_weight=weights,
+        router_bias=biases,
+        norm_weight=torch.stack(norm_weights),
+        norm_bias=torch.stack(norm_biases),
+        norm_kind=kinds[0],
+        norm_eps=epsilons[0],
+    )
+
+
+def router_fingerprint(layers: Sequence[Observed]) -> str:
+    """Sha256 over the routers' weights, rounded to bfloat16, in layer order."""
+    digest = hashlib.sha256()
+    for seen in layers:
+        weight = _weight_matrix(seen)
+        router = seen.router or seen.experts
+        tensors = [weight] if weight is not None else [p.detach() for p in router.parameters()]
+        for tensor in tensors:
+            rounded = tensor.to(torch.bfloat16).cpu().contiguous()
+            digest.update(rounded.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _weight_matrix(seen: Observed) -> Tensor | None:
+    """The router's [>= E, D] weight, its own or a child's; None if it has none."""
+    for module in (seen.router, *(seen.router.children() if seen.router else ())):
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() == 2 and len(weight) >= seen.num_experts:
+            return weight.detach()
+    return None
+
+
+def _router_weight(seen: Observed) -> Tensor:
+    weight = _weight_matrix(seen)
+    if weight is None or seen.router_logits is None or seen.router is None:
+        raise ValueError(f"{type(seen.router).__name__} is not one linear map")
+    rows = weight[: seen.num_experts].float().cpu()
+    if rows.shape[1] != seen.router_input.shape[-1]:
+        raise ValueError(f"{type(seen.router).__name__} is not one linear map of its input")
+    given = seen.router_logits.float().cpu()
+    computed = seen.router_input.float().cpu() @ rows.T + _router_bias(seen)  # [T, E]
+    if not torch.allclose(computed, given, atol=LOGIT_TOLERANCE * float(given.abs().max())):
+        raise ValueError(f"the logits of {type(seen.router).__name__} are not linear in its input")
+    return rows
+
+
+def _router_bias(seen: Observed) -> Tensor:
+    bias = getattr(seen.router, "bias", None)
+    if isinstance(bias, Tensor) and bias.dim() == 1 and len(bias) >= seen.num_experts:
+        return bias.detach()[: seen.num_experts].float().cpu()
+    return torch.zeros(seen.num_experts)
+
+
+def _norm_parts(seen: Observed) -> tuple[NormKind, Tensor, Tensor, float]:
+    """Kind, weight, bias and epsilon of the norm, verified on what went through it."""
+    hidden_size = seen.router_input.shape[-1]
+    if seen.norm is None:
+        return "none", torch.ones(hidden_size), torch.zeros(hidden_size), 0.0
+    raw = getattr(seen.norm, "weight", None)
+    if not isinstance(raw, Tensor) or raw.shape != (hidden_size,):
+        raise ValueError(f"{type(seen.norm).__name__} is neither an RMS norm nor a LayerNorm")
+    weight = raw.detach().float().cpu()
+    bias = _norm_bias(seen.norm, weight)
+    epsilon = float(
+        next((getattr(seen.norm, n) for n in EPSILON_NAMES if hasattr(seen.norm, n)), 1e-6)
+    )
+    residual, expected = seen.residual.float().cpu(), seen.router_input.float().cpu()
+    scaled = residual * torch.rsqrt(residual.square().mean(-1, keepdim=True) + epsilon)
+    centred = torch.nn.functional.layer_norm(residual, weight.shape, weight, bias, epsilon)
+    candidates: list[tuple[NormKind, Tensor, Tensor]] = [
+        ("rms", weight, scaled * weight + bias),
+        ("rms", weight + 1, scaled * (weight + 1) + bias),
+        ("layer", weight, centred),
+    ]
+    for kind, factor, result in candidates:
+        if torch.allclose(result, expected, atol=NORM_TOLERANCE, rtol=NORM_TOLERANCE):
+            return kind, factor, bias, epsilon
+    raise ValueError(f"{type(seen.norm).__name__} is neither an RMS norm nor a LayerNorm")
+
+
+def _norm_bias(norm: nn.Module, weight: Tensor) -> Tensor:
+    bias = getattr(norm, "bias", None)
+    if isinstance(bias, Tensor) and bias.shape == weight.shape:
+        return bias.detach().float().cpu()
+    return torch.zeros_like(weight)

@@ -1,0 +1,53 @@
+"""What no rule of discovery covers, model by model or shape by shape, each with its reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+WITHOUT_INTERFACE = {
+    "aria_text": "its experts sort tokens and multiply in a function of their own",
+    "aria": "its experts sort tokens and multiply in a function of their own",
+    "dbrx": "its experts are slices of one flat matrix, in a loop of their own",
+    "doge": "its experts are rows of embedding tables, picked by product keys: no FFN to move",
+    "jetmoe": "its attention is a mixture too, and its experts multiply in a loop of their own",
+    "llama4": "its router gives a score to every expert and each expert computes every token",
+    "llama4_text": "its router gives a score to every expert and each expert computes every token",
+    "longcat_flash": "its identity experts have no weights and share the ids of those that have",
+    "step3p7": "its experts multiply in a loop of their own",
+}
+"""Models without @use_experts_implementation: transformers does not let anyone take their experts
+over, so they are refused with this reason. All others are found by structure."""
+
+PER_TOKEN_TABLE = "tid2eid"
+"""Hash routing (deepseek_v4's first layers): a buffer of this name gives the ids from the token
+alone, so they are known before the layer runs and no estimator can do better."""
+
+
+def is_hash_routed(router: nn.Module | None) -> bool:
+    """Whether a router takes ids from a table of tokens instead of from its logits."""
+    return any(name == PER_TOKEN_TABLE for name, _ in router.named_buffers()) if router else False
+
+
+def back_projection(block: nn.Module, latent_size: int, hidden_size: int) -> nn.Module | None:
+    """The linear map from a latent width back to the hidden size, where experts work in one.
+
+    nemotron_h compresses what the experts read and expands what they put out, in two linear maps
+    of the block; whoever speaks of the experts' output means what is added to the residual.
+
+    Args:
+        block: Parent of the experts module.
+        latent_size: What the experts read and put out.
+        hidden_size: D.
+
+    Returns:
+        The map, or None if the experts work at the hidden size (or none of that shape is there).
+    """
+    if latent_size == hidden_size:
+        return None
+    for child in block.children():
+        weight: Any = getattr(child, "weight", None)
+        if isinstance(weight, Tensor) and weight.shape == (hidden_size, latent_size):
+            return child
+    return None

@@ -1,0 +1,93 @@
+"""How gate weights follow from router logits: the rules known, and which one a model keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from foreroute.data.adapters.probe import Observed
+from foreroute.estimators.types import GateFamily
+
+RELATIVE_TOLERANCE = 2e-2  # bfloat16 weights carry three digits
+SMALLEST_WEIGHT = 1e-20
+FAMILIES: tuple[GateFamily, ...] = (
+    "softmax-topk",
+    "softmax-topk-renorm",
+    "sigmoid-topk",
+    "sigmoid-topk-renorm",
+    "sqrtsoftplus-topk-renorm",
+)
+
+
+def gate_weights(
+    router_logits: Tensor, expert_ids: Tensor, family: GateFamily, scale: float = 1.0
+) -> Tensor:
+    """Gate weights a router would give to these experts, whether or not it would choose them.
+
+    A bias that only takes part in choosing the experts (`e_score_correction_bias`) plays no role
+    here, and a softmax over the chosen logits is the renormalised softmax over all of them.
+
+    Args:
+        router_logits: [T, E].
+        expert_ids: [T, K], int64.
+        family: The model's rule.
+        scale: Factor on all weights.
+
+    Returns:
+        [T, K], float32.
+
+    Raises:
+        ValueError: If the family is `other`: the rule is not known.
+    """
+    logits = router_logits.float()
+    if family.startswith("softmax"):
+        scores = logits.softmax(-1)
+    elif family.startswith("sigmoid"):
+        scores = logits.sigmoid()
+    elif family.startswith("sqrtsoftplus"):
+        scores = functional.softplus(logits).sqrt()
+    else:
+        raise ValueError(
+            "How this model derives its gate weights from router logits is not known, so predicted "
+            "experts cannot be run. Use on_miss=fetch or skip."
+        )
+    chosen = scores.gather(-1, expert_ids)  # [T, K]
+    if family.endswith("renorm"):
+        chosen = chosen / chosen.sum(-1, keepdim=True).clamp_min(SMALLEST_WEIGHT)
+    return chosen * scale
+
+
+def find_gate_rule(layers: Sequence[Observed]) -> tuple[GateFamily, float]:
+    """The rule that best gives the gate weights the probe saw in all layers, found by trying each.
+
+    Returns:
+        The family and its scale; `other` and 1 if none fits.
+    """
+    true = torch.cat([seen.gate_weights.float() for seen in layers])  # [L * T, K]
+    best: tuple[float, GateFamily, float] = (RELATIVE_TOLERANCE, "other", 1.0)
+    for family in FAMILIES:
+        parts = [
+            gate_weights(seen.router_logits, seen.expert_ids.long(), family)
+            for seen in layers
+            if seen.router_logits is not None
+        ]
+        if len(parts) < len(layers):
+            return "other", 1.0
+        weights = torch.cat(parts)
+        scale = _rounded(float(true.sum() / weights.sum()))
+        error = float((weights * scale / true - 1).abs().max())
+        if error < best[0]:
+            best = (error, family, scale)
+    return best[1:]
+
+
+def _rounded(scale: float) -> float:
+    """The scale without the rounding of the tensors it was measured on."""
+    for digits in (0, 1, 2, 3):
+        rounded = round(scale, digits)
+        if rounded and abs(scale / rounded - 1) < 4e-3:
+            return rounded
+    return scale
