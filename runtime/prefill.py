@@ -138,7 +138,10 @@ class StreamedPrefill:
         device = buffer.rows.device
         ids = torch.tensor(kept, device=device)
         source, target = torch.empty(2, len(kept), dtype=torch.int32, device=device)
+        counters = layer.tables.counters.clone()  # these copies cost the link nothing
         plan(ids, layer.tables, layer.rule, source, target, is_prefetch=True)
+        layer.tables.counters.copy_(counters)
+        layer.tables.is_unused_prefetch.zero_()
         places = torch.tensor([experts.index(e) for e in kept], dtype=torch.int32, device=device)
         from_buffer = torch.where(source >= 0, places, source)
         fetch(buffer.rows, layer.slots, from_buffer, target, num_blocks=COPY_BLOCKS)
