@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 BUNDLED = "bundled"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -74,6 +73,8 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
     Raises:
         ValueError: If it is missing, or its architecture is unknown to this transformers.
     """
+    from transformers import AutoConfig  # lazily: transformers' auto classes import scikit-learn
+
     source = resolve_model(name)
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -101,6 +102,8 @@ def load_model(
         ValueError: If the model cannot be read; one line says why.
     """
     weights_dtype = resolve_dtype(dtype)
+    from transformers import AutoModelForCausalLM
+
     config = load_config(name, trust_remote_code=trust_remote_code)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -120,6 +123,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     Raises:
         ValueError: If there is none.
     """
+    from transformers import AutoTokenizer
+
     source = resolve_model(name)
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
