@@ -17,7 +17,7 @@ from rich.progress import Progress
 
 from foreroute.data.adapters import MoEModel
 from foreroute.data.batch import RecordedBatch, layer_shards, record_batch, token_shard
-from foreroute.data.corpus import documents, token_sequences
+from foreroute.data.corpus import documents, token_sequences, windows
 from foreroute.data.manifest import MANIFEST_FILE, StopReason, TraceManifest, read_manifest
 from foreroute.data.recorder import RoutingRecorder
 from foreroute.data.sizes import format_bytes, free_bytes, shard_bytes
@@ -25,6 +25,8 @@ from foreroute.data.trace_writer import TraceWriter
 from foreroute.data.traces import Traces
 
 logger = logging.getLogger(__name__)
+
+CHARACTERS_PER_TOKEN = 4  # of usual text, so that a piece of a document is about one sequence
 
 
 class Collection:
@@ -120,7 +122,10 @@ class Collection:
         manifest = self._manifest
         generated = round(manifest.sequence_length * manifest.generated_share)
         length = max(1, manifest.sequence_length - generated)
-        texts = documents(manifest.dataset, manifest.split)  # type: ignore[arg-type]
+        texts = windows(
+            lambda: documents(manifest.dataset, manifest.split),  # type: ignore[arg-type]
+            num_characters=CHARACTERS_PER_TOKEN * manifest.sequence_length,
+        )
         every = token_sequences(texts, self._tokenizer, length, self._num_sequences * length)
         left = itertools.islice(every, skip, None)
         first = list(itertools.islice(left, 1))

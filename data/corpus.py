@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -91,6 +93,28 @@ def documents(dataset: str, split: Split) -> Iterator[Document]:
         raise ValueError(
             f"Dataset {dataset} has no text in its {split} split ({num_seen} documents in all)."
         )
+
+
+def windows(read: Callable[[], Iterable[Document]], num_characters: int) -> Iterator[Document]:
+    """Documents in pieces, one piece of every document before a second piece of any.
+
+    So long documents do not crowd out the others, and any first part is a sample of many.
+
+    Args:
+        read: Gives the documents from the start; called once more for each round.
+        num_characters: Greatest length of a piece.
+    """
+    for round_idx in itertools.count():
+        is_exhausted = True
+        for name, text in read():
+            num_pieces = math.ceil(len(text) / num_characters)
+            if round_idx < num_pieces:
+                is_exhausted = False
+                first = int.from_bytes(hashlib.sha256(name.encode()).digest()[-4:])
+                start = (first + round_idx) % num_pieces * num_characters
+                yield Document(name, text[start : start + num_characters])
+        if is_exhausted:
+            return
 
 
 def token_sequences(

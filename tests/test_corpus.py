@@ -11,6 +11,7 @@ from foreroute.data.corpus import (
     split_of,
     stdlib_documents,
     token_sequences,
+    windows,
 )
 
 
@@ -161,3 +162,12 @@ def test_sequences_begin_as_the_tokenizer_begins_its_texts(tokenizer):
     packed = list(token_sequences([Document("a", "abcdefgh")], Beginning(), 4, 100))
     assert [len(row) for row in packed] == [4, 4, 4]
     assert all(row[0] == 7 for row in packed)
+
+
+def test_windows_give_every_document_once_before_any_twice_and_lose_nothing():
+    texts = [Document("a", "0123456789"), Document("b", "xyz"), Document("c", "abcdef")]
+    pieces = list(windows(lambda: texts, num_characters=4))
+    assert [name for name, _ in pieces] == ["a", "b", "c", "a", "c", "a"]
+    for name, text in texts:
+        assert sorted("".join(t for n, t in pieces if n == name)) == sorted(text)
+    assert max(len(text) for _, text in pieces) == 4
