@@ -68,10 +68,10 @@ def summarise(out: Path, seconds: dict[str, float]) -> dict[str, Any]:
         },
         "estimator": {
             "form": metrics["form"],
-            "recall_at_k": metrics["estimator"]["mean"]["recall_at_k"],
+            "recall_at_k": metrics["estimator"]["recall_at_k"],
         },
         "baselines": {
-            name: {"recall_at_k": values["mean"]["recall_at_k"]}
+            name: {"recall_at_k": values["recall_at_k"]}
             for name, values in metrics["baselines"].items()
         },
         "runtime": {
@@ -114,7 +114,8 @@ def print_summary(out: Path, summary: dict[str, Any]) -> None:
     }
     for name, place in places.items():
         console.print(f"{name:12} {out / place}", highlight=False, soft_wrap=True)
-    console.print(f"{summary['seconds']:.0f} s in all")
+    steps = ", ".join(f"{name} {s:.0f} s" for name, s in summary["seconds_by_step"].items())
+    console.print(f"{summary['seconds']:.0f} s in all: {steps}", soft_wrap=True)
 
 
 def main() -> None:

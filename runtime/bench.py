@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +46,7 @@ class Workload:
     new_tokens: int
     """Tokens generated per prompt (greedy, no early stop)."""
     repeats: int
-    """How often every prompt is run, after one run that is thrown away."""
+    """Rounds: how often every mode runs every prompt, after a warm-up that is thrown away."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +104,7 @@ def modes_for(
         modes += [
             Mode(name="speculative", config=speculative, uses_bundle=has_bundle),
             Mode(
-                name="speculative-pred-weights",
+                name="speculative-paper",
                 config=replace(speculative, weights="predicted"),
                 uses_bundle=has_bundle,
             ),
@@ -135,50 +137,76 @@ def measure_stock(model: Any, work: Workload, tick: Callable[[], None]) -> ModeR
         return output
 
     try:
-        tokens = _generate_all(generate, work, tick, reset=lambda: stats.__init__())  # type: ignore[misc]
+        generate(work.prompts[0])
+        tick()
+        stats.ttft_ms.clear()
+        stats.token_ms.clear()
+        for _ in range(work.repeats):
+            tokens = _generate_all(generate, work, tick)
     finally:
         model.set_experts_implementation(before)
     return _result(STOCK, stats, tokens, is_exact=True, hit_rate=None)
 
 
-def measure_mode(
-    mode: Mode,
+def measure_modes(
+    modes: list[Mode],
     offloaded: OffloadedModel,
     stack: EstimatorStack | None,
     work: Workload,
     tick: Callable[[], None],
-) -> ModeResult:
-    """Run one mode: timed generations, then perplexity where it can have changed.
+) -> list[ModeResult]:
+    """Time all modes in turn, round after round, so that a machine's drift meets them alike.
 
     Args:
-        mode: How to run.
+        modes: How to run.
         offloaded: The model.
         stack: Trained estimators, or None.
-        work: What to run.
+        work: What to run; each repeat is a round, with a warm-up of every mode.
         tick: Called after every generation and every continuation.
     """
-    with Engine.open(offloaded, mode.config, stack if mode.uses_bundle else None) as engine:
-        if mode.is_filled:
-            engine.fill_slots()
+    stats: dict[str, list[RuntimeStats]] = {mode.name: [] for mode in modes}
+    tokens: dict[str, list[list[int]]] = {}
+    for _ in range(work.repeats):
+        for mode in modes:
+            with _opened(mode, offloaded, stack) as engine:
+                generate = partial(_generate, engine, work)
+                generate(work.prompts[0])
+                tick()
+                engine.reset_stats()
+                tokens[mode.name] = _generate_all(generate, work, tick)
+                stats[mode.name].append(engine.stats())
+    results = []
+    for mode in modes:
+        merged = RuntimeStats.merged(stats[mode.name])
+        is_exact = mode.config.is_exact
+        result = _result(mode.name, merged, tokens[mode.name], is_exact, merged.hit_rate)
+        if needs_perplexity(mode):
+            with _opened(mode, offloaded, stack) as engine:
+                result = replace(result, perplexity=_perplexity(engine, work, tick))
+        results.append(result)
+    return results
 
-        def generate(prompt: Tensor) -> Tensor:
-            output: Tensor = engine.generate(prompt, **_greedy(prompt, work, engine.device))
-            return output
 
-        tokens = _generate_all(generate, work, tick, reset=engine.reset_stats)
-        stats = engine.stats()
-        result = _result(mode.name, stats, tokens, mode.config.is_exact, stats.hit_rate)
-        if mode.name == BASELINE or not mode.config.is_exact:
-            result = replace(result, perplexity=_perplexity(engine, work, tick))
-    return result
+def needs_perplexity(mode: Mode) -> bool:
+    """Whether a mode's perplexity is measured: the baseline's, and where it can differ."""
+    return mode.name == BASELINE or not mode.config.is_exact
 
 
 def num_ticks(modes: list[Mode], work: Workload) -> int:
     """How often `tick` will be called for the stock model and these modes."""
-    generations = (len(modes) + 1) * (1 + work.repeats * len(work.prompts))
-    return generations + len(work.prompts) * sum(
-        mode.name == BASELINE or not mode.config.is_exact for mode in modes
-    )
+    stock = 1 + work.repeats * len(work.prompts)
+    timed = len(modes) * work.repeats * (1 + len(work.prompts))
+    return stock + timed + len(work.prompts) * sum(map(needs_perplexity, modes))
+
+
+@contextlib.contextmanager
+def _opened(
+    mode: Mode, offloaded: OffloadedModel, stack: EstimatorStack | None
+) -> Iterator[Engine]:
+    with Engine.open(offloaded, mode.config, stack if mode.uses_bundle else None) as engine:
+        if mode.is_filled:
+            engine.fill_slots()
+        yield engine
 
 
 def with_perplexity_change(results: list[ModeResult]) -> list[ModeResult]:
@@ -212,23 +240,19 @@ def _greedy(prompt: Tensor, work: Workload, device: torch.device) -> dict[str, A
     }
 
 
+def _generate(engine: Engine, work: Workload, prompt: Tensor) -> Tensor:
+    output: Tensor = engine.generate(prompt, **_greedy(prompt, work, engine.device))
+    return output
+
+
 def _generate_all(
-    generate: Callable[[Tensor], Tensor],
-    work: Workload,
-    tick: Callable[[], None],
-    *,
-    reset: Callable[[], None],
+    generate: Callable[[Tensor], Tensor], work: Workload, tick: Callable[[], None]
 ) -> list[list[int]]:
-    """Warm up, then run all prompts; returns the last repeat's new tokens."""
-    generate(work.prompts[0])
-    tick()
-    reset()
-    tokens: list[list[int]] = []
-    for _ in range(work.repeats):
-        tokens = []
-        for prompt in work.prompts:
-            tokens.append(generate(prompt)[0, prompt.shape[1] :].tolist())
-            tick()
+    """Run all prompts once; returns their new tokens."""
+    tokens = []
+    for prompt in work.prompts:
+        tokens.append(generate(prompt)[0, prompt.shape[1] :].tolist())
+        tick()
     return tokens
 
 

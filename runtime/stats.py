@@ -49,6 +49,11 @@ class PhaseStats:
         return self.fetched_bytes + self.prefetched_bytes
 
 
+def _sum(parts: list[PhaseStats]) -> PhaseStats:
+    names = [f.name for f in dataclasses.fields(PhaseStats)]
+    return PhaseStats(**{name: sum(getattr(part, name) for part in parts) for name in names})
+
+
 @dataclass
 class RuntimeStats:
     """Everything one engine counted since its start or the last reset."""
@@ -65,6 +70,19 @@ class RuntimeStats:
     """Time to first token of each `generate` call."""
     token_ms: list[float] = field(default_factory=list)
     """Time of each later token, first excluded."""
+
+    @classmethod
+    def merged(cls, parts: list[RuntimeStats]) -> RuntimeStats:
+        """Counters added and times joined, of several runs of one configuration."""
+        return cls(
+            prefill=_sum([part.prefill for part in parts]),
+            decode=_sum([part.decode for part in parts]),
+            agreed_experts=sum(part.agreed_experts for part in parts),
+            speculated_experts=sum(part.speculated_experts for part in parts),
+            is_speculation_off=any(part.is_speculation_off for part in parts),
+            ttft_ms=[ms for part in parts for ms in part.ttft_ms],
+            token_ms=[ms for part in parts for ms in part.token_ms],
+        )
 
     @property
     def tpot_ms(self) -> float:
