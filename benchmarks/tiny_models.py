@@ -13,6 +13,58 @@ VOCAB_SIZE = 128
 NUM_EXPERTS = 8
 WEIGHT_SPREAD = 0.08
 
+SUPPORTED = [
+    "afmoe",
+    "axk1",
+    "axk2",
+    "cohere2_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "deepseek_v32",
+    "deepseek_v4",
+    "dots1",
+    "ernie4_5_moe",
+    "exaone_moe",
+    "flex_olmo",
+    "gemma4",
+    "gemma4_text",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "glm_moe_dsa",
+    "gpt_oss",
+    "granitemoe",
+    "granitemoe_swa",
+    "granitemoehybrid",
+    "granitemoeshared",
+    "hunyuan_v1_moe",
+    "hy_v3",
+    "hy_v4",
+    "inkling_text",
+    "jamba",
+    "kimi_linear",
+    "laguna",
+    "lfm2_moe",
+    "mellum",
+    "mimo_v2_flash",
+    "minimax",
+    "minimax_m2",
+    "minimax_m3_vl_text",
+    "mixtral",
+    "nemotron_h",
+    "olmoe",
+    "phimoe",
+    "qwen2_moe",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
+    "qwen3_moe",
+    "qwen3_next",
+    "qwen4_exp",
+    "qwen4_exp_text",
+    "solar_open",
+    "zaya",
+]
+"""Every type with a causal LM whose experts go through transformers' experts interface."""
+
 SMALL: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,
@@ -56,6 +108,7 @@ LINEAR_ATTENTION = {
     "linear_num_key_heads": 2,
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
+    "layer_types": ["full_attention", "linear_attention", "full_attention"],
 }
 GEMMA4_TEXT = {
     "enable_moe_block": True,
@@ -67,7 +120,7 @@ GEMMA4_TEXT = {
 }
 QWEN4_EXP_TEXT = LINEAR_ATTENTION | {
     "hc_lowrank": 8,
-    "layer_types": ["linear_attention", "qwen_sparse_attention", "linear_attention"],
+    "layer_types": ["qwen_sparse_attention", "linear_attention", "qwen_sparse_attention"],
     "indexer_n_heads": 2,
     "indexer_kv_heads": 1,
     "indexer_head_dim": 16,
@@ -119,7 +172,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "phimoe": {"lm_head_bias": True},
     "zaya": {"num_experts_per_tok": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
-    "kimi_linear": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    "kimi_linear": {"layer_types": ["full_attention", "linear_attention", "full_attention"]},
+    "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe", "moe"]},
     "dbrx": {
         "d_model": 64,
         "n_heads": 4,

@@ -10,7 +10,7 @@ WITHOUT_INTERFACE = {
     "aria_text": "its experts sort tokens and multiply in a function of their own",
     "aria": "its experts sort tokens and multiply in a function of their own",
     "dbrx": "its experts are slices of one flat matrix, in a loop of their own",
-    "doge": "its experts are rows of embedding tables, picked by product keys: no FFN to move",
+    "doge": "its experts are rows of embedding tables, picked by product keys",
     "jetmoe": "its attention is a mixture too, and its experts multiply in a loop of their own",
     "llama4": "its router gives a score to every expert and each expert computes every token",
     "llama4_text": "its router gives a score to every expert and each expert computes every token",

@@ -11,7 +11,8 @@ from torch.nn import functional
 from foreroute.data.adapters.probe import Observed
 from foreroute.estimators.types import GateFamily
 
-RELATIVE_TOLERANCE = 2e-2  # bfloat16 weights carry three digits
+RELATIVE_TOLERANCE = 1e-3  # and two roundings in the dtype of logits or weights
+SCALE_TOLERANCE = 3e-4
 SMALLEST_WEIGHT = 1e-20
 FAMILIES: tuple[GateFamily, ...] = (
     "softmax-topk",
@@ -67,7 +68,10 @@ def find_gate_rule(layers: Sequence[Observed]) -> tuple[GateFamily, float]:
         The family and its scale; `other` and 1 if none fits.
     """
     true = torch.cat([seen.gate_weights.float() for seen in layers])  # [L * T, K]
-    best: tuple[float, GateFamily, float] = (RELATIVE_TOLERANCE, "other", 1.0)
+    dtypes = {seen.gate_weights.dtype for seen in layers}
+    dtypes |= {seen.router_logits.dtype for seen in layers if seen.router_logits is not None}
+    tolerance = RELATIVE_TOLERANCE + 2 * max(torch.finfo(dtype).eps for dtype in dtypes)
+    best: tuple[float, GateFamily, float] = (tolerance, "other", 1.0)
     for family in FAMILIES:
         parts = [
             gate_weights(seen.router_logits, seen.expert_ids.long(), family)
@@ -86,8 +90,8 @@ def find_gate_rule(layers: Sequence[Observed]) -> tuple[GateFamily, float]:
 
 def _rounded(scale: float) -> float:
     """The scale without the rounding of the tensors it was measured on."""
-    for digits in (0, 1, 2, 3):
+    for digits in range(5):
         rounded = round(scale, digits)
-        if rounded and abs(scale / rounded - 1) < 4e-3:
+        if rounded and abs(scale / rounded - 1) < SCALE_TOLERANCE:
             return rounded
     return scale

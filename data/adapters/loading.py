@@ -67,8 +67,13 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
+def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The model's configuration.
+
+    Args:
+        name: `bundled`, a local folder, or a Hub id.
+        revision: Branch, tag or commit of a Hub id.
+        trust_remote_code: Run code that came with the checkpoint.
 
     Raises:
         ValueError: If it is missing, or its architecture is unknown to this transformers.
@@ -77,7 +82,9 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
 
     source = resolve_model(name)
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(
+            source, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(_unreadable(name, error)) from error
 

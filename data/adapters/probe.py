@@ -98,7 +98,8 @@ def probe(model: Any, all_experts: list[nn.Module]) -> tuple[dict[nn.Module, Obs
     was_training = model.training
     model.eval()
     with watched(model, [model], all_experts) as watcher, torch.no_grad():
-        model(input_ids=tokens, use_cache=False)
+        # With a cache, transformers makes its masks without looking at numbers: meta has none.
+        model(input_ids=tokens, use_cache=tokens.is_meta)
     model.train(was_training)
     return watcher.seen, watcher.calls
 

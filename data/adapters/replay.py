@@ -27,7 +27,9 @@ def replay(model: Any, block: nn.Module, seen: Observed, calls: list[Call]) -> O
     """
     numbers = _Numbers()
     call = next(call for call in calls if call.module is block)
-    stand_in = copy.deepcopy(block)
+    # The copy keeps the model's own config, through which its experts are redirected.
+    configs = [m.config for m in block.modules() if hasattr(m, "config")]
+    stand_in = copy.deepcopy(block, {id(config): config for config in configs})
     pairs = zip(block.modules(), stand_in.modules(), strict=True)
     experts = next(copied for own, copied in pairs if own is seen.experts)
     numbers.fill(stand_in, but_not=experts)

@@ -1,0 +1,230 @@
+"""Checks every MoE type transformers knows on a tiny random model, and writes docs/models.md.
+
+python benchmarks/models_matrix.py
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from tiny_models import SUPPORTED, tiny_model
+from torch import Tensor
+
+from foreroute.data.adapters import MoEModel, discover, gate_weights, stock_experts_function
+from foreroute.data.recorder import RoutingRecorder
+from foreroute.runtime import Engine, EngineConfig
+from foreroute.runtime.expert_form import find_expert_form
+from foreroute.runtime.offload import OffloadedModel, offload
+
+ROOT = Path(__file__).parents[1]
+UNSUPPORTED = ["aria_text", "dbrx", "doge", "jetmoe", "llama4", "llama4_text", "longcat_flash"]
+TYPES = [*sorted(SUPPORTED), *UNSUPPORTED]
+NUM_SLOTS = 4  # of 8 experts
+NEW_TOKENS = 16
+PROMPT_SHAPES = [(1, 1), (1, 9), (3, 6), (1, 24)]
+GENERATED_SHAPES = [(1, 9), (3, 6)]
+WEIGHT_TOLERANCE = 1e-3  # float32; models that gather in bfloat16 are not among the tiny ones
+LEGEND = """\
+* **recorded**: with the recorder on, logits are bit-equal; `norm(residual)` is the router input bit
+  for bit where there is such a norm; the recorded ids and gate weights reproduce the experts'
+  output bit for bit, and follow from the recorded logits where the gate rule is known.
+* **exact**: 4 slots of 8 experts, prompts of 1, 9, 24 and 3 x 6 tokens, then 16 generated tokens
+  for batch 1 and 3: logits and tokens bit-equal to stock `batched_mm` on the CPU.
+* **speculative**: `on_miss=predicted` runs, with gate weights from the true router's logits; where
+  it says `skip only`, that mode runs and `predicted` is refused in one line.
+* **graph**: a static cache gives the same 16 tokens and the experts' activation has a kernel, so
+  nothing known stands in the way of one CUDA graph per token. **Not run on a GPU here.**
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What works for one model type."""
+
+    model_type: str
+    recorded: str
+    """`yes` or `no`."""
+    exact: str
+    """`yes` or `no`."""
+    speculative: str
+    """`yes`, `skip only` or `no`."""
+    graph: str
+    """`yes` or `no`."""
+    note: str
+    """The reasons, one line."""
+
+
+def row_of(model_type: str) -> Row:
+    """Build a tiny model of that type and check everything the table states.
+
+    Raises:
+        AssertionError: If something that was found to be supported gives other results.
+    """
+    model = tiny_model(model_type)
+    try:
+        moe = discover(model, model_type)
+    except ValueError as error:
+        return Row(model_type, "no", "no", "no", "no", str(error).rpartition(": ")[2])
+    model.set_experts_implementation("batched_mm")
+    stock = copy.deepcopy(model)
+    check_recording(moe)
+    with torch.no_grad():
+        offloaded = offload(model, device=torch.device("cpu"), model_name=model_type)
+    check_exact(stock, offloaded)
+    predicted = why_not_predicted(offloaded)
+    graph = why_no_graph(stock, offloaded)
+    hashed = [layer.layer_idx for layer in moe.layers if layer.is_hash_routed]
+    notes = [f"layers {hashed} route by token, not by logits"] if hashed else []
+    notes += [f"predicted: {predicted}"] if predicted else []
+    notes += [f"graph: {graph}"] if graph else []
+    speculative = "skip only" if predicted else "yes"
+    return Row(model_type, "yes", "yes", speculative, "no" if graph else "yes", "; ".join(notes))
+
+
+def prompt(batch: int, length: int) -> Tensor:
+    """Random tokens, [batch, length]."""
+    generator = torch.Generator().manual_seed(batch * 100 + length)
+    return torch.randint(3, 100, (batch, length), generator=generator)
+
+
+def greedy(model: Any, tokens: Tensor, **settings: Any) -> Tensor:
+    """Prompt and 16 more tokens, [batch, length + 16]."""
+    output: Tensor = model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        min_new_tokens=NEW_TOKENS,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        **settings,
+    )
+    return output
+
+
+def check_recording(moe: MoEModel) -> None:
+    """The recorder changes nothing, and what it gives fits together."""
+    tokens = prompt(2, 7)
+    inputs: dict[int, Tensor] = {}
+    outputs: dict[int, Tensor] = {}
+    hooks = []
+    for layer in moe.layers:
+
+        def keep(_: Any, args: Any, output: Tensor, idx: int = layer.layer_idx) -> None:
+            inputs[idx], outputs[idx] = args[0], output
+
+        hooks.append(layer.experts.register_forward_hook(keep))
+    with torch.no_grad():
+        expected = moe.model(tokens, use_cache=False).logits
+        for hook in hooks:
+            hook.remove()
+        with RoutingRecorder(moe) as recorder:
+            logits = moe.model(tokens, use_cache=False).logits
+            records = recorder.take()
+            sums = recorder.take_expert_sums()
+        assert torch.equal(logits, expected), "recording changes the output"
+        for layer in moe.layers:
+            record = records[layer.layer_idx]
+            if layer.norm is not None:
+                normed = layer.norm(record.residual.view(*tokens.shape, -1))
+                assert torch.equal(normed.view_as(record.router_input), record.router_input)
+            function = stock_experts_function("batched_mm", layer.experts)
+            pair = record.expert_ids, record.gate_weights
+            again = function(layer.experts, inputs[layer.layer_idx], *pair)
+            assert torch.equal(again, outputs[layer.layer_idx]), "ids and weights differ"
+            if moe.geometry.gate_family != "other":
+                rule = moe.geometry.gate_family, moe.geometry.gate_scale
+                weights = gate_weights(record.router_logits, record.expert_ids.long(), *rule)
+                assert torch.allclose(weights, record.gate_weights.float(), rtol=WEIGHT_TOLERANCE)
+            assert sums[layer.layer_idx][0].shape == (layer.num_experts, moe.geometry.hidden_size)
+
+
+def check_exact(stock: Any, offloaded: OffloadedModel) -> None:
+    """Logits and tokens through 4 slots are the stock model's, bit for bit."""
+    reference = {shape: greedy(stock, prompt(*shape)) for shape in GENERATED_SHAPES}
+    policies = ["on-demand"] + ["prefetch"] * (offloaded.moe.found_anchors is not None)
+    for policy in policies:
+        config = EngineConfig(expert_slots=str(NUM_SLOTS), policy=policy)  # type: ignore[arg-type]
+        with Engine(offloaded, config) as engine, torch.no_grad():
+            for shape in PROMPT_SHAPES if policy == "on-demand" else []:
+                tokens = prompt(*shape)
+                expected = stock(tokens, use_cache=False).logits
+                assert torch.equal(engine(tokens, use_cache=False).logits, expected), shape
+            for shape in GENERATED_SHAPES:
+                assert torch.equal(greedy(engine, prompt(*shape)), reference[shape]), shape
+            engine.check_integrity()
+
+
+def why_not_predicted(offloaded: OffloadedModel) -> str:
+    """Why predicted experts cannot run in place of the true ones; empty if they do."""
+    reason = ""
+    for mode in ("skip", "predicted"):
+        policy = "prefetch" if mode == "predicted" else "on-demand"
+        config = EngineConfig(
+            expert_slots=str(NUM_SLOTS),
+            policy=policy,  # type: ignore[arg-type]
+            on_miss=mode,  # type: ignore[arg-type]
+            agreement_floor=0.0,
+        )
+        try:
+            with Engine(offloaded, config) as engine:
+                greedy(engine, prompt(1, 9))
+                assert 0 < engine.stats().agreement <= 1, mode
+        except ValueError:
+            assert mode == "predicted"
+            problem = offloaded.moe.anchors_problem
+            reason = problem or "the gate weights follow no rule known"
+    return reason
+
+
+def why_no_graph(stock: Any, offloaded: OffloadedModel) -> str:
+    """What is known to keep a decode step out of one CUDA graph; empty if nothing is."""
+    if find_expert_form(offloaded.moe.layers[0].experts) is None:
+        return "the experts' activation has no kernel"
+    if not stock._can_compile_fullgraph:
+        return "transformers says its forward pass cannot be captured whole"
+    tokens = prompt(1, 9)
+    settings = {"cache_implementation": "static", "disable_compile": True}
+    try:
+        with Engine(offloaded, EngineConfig(expert_slots=str(NUM_SLOTS))) as engine:
+            same = torch.equal(greedy(engine, tokens, **settings), greedy(stock, tokens))
+    except (ValueError, TypeError, AttributeError, RuntimeError, KeyError, NotImplementedError):
+        return "no static cache for this model in transformers"
+    return "" if same else "a static cache gives other tokens in transformers"
+
+
+def table_of(rows: list[Row]) -> str:
+    """The page docs/models.md."""
+    supported = sum(row.recorded == row.exact == "yes" for row in rows)
+    lines = [
+        "# Models",
+        "",
+        f"{supported} of {len(rows)} MoE types of transformers are recorded and run exactly, each "
+        "checked on a tiny random model. Written by `python benchmarks/models_matrix.py`; "
+        "`tests/test_models_matrix.py` fails when a row stops being true.",
+        "",
+        LEGEND,
+        "| model type | recorded | exact | speculative | graph | note |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += ["| " + " | ".join(asdict(row).values()) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Check all types and write the results."""
+    rows = [row_of(model_type) for model_type in track(TYPES, description="models")]
+    results = ROOT / "benchmarks" / "results" / "models.json"
+    results.parent.mkdir(exist_ok=True)
+    results.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    page = ROOT / "docs" / "models.md"
+    page.write_text(table_of(rows))
+    print(results, page, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

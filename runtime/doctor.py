@@ -1,0 +1,197 @@
+"""Says what foreroute can do with a model, from its config alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+from torch import nn
+
+from foreroute.data.adapters import MoEModel, discover, load_config, resolve_dtype
+from foreroute.data.adapters.seam import is_experts_module
+from foreroute.runtime.expert_form import find_expert_form
+
+YES = "yes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """What was found in a model without weights."""
+
+    name: str
+    """What the user calls it."""
+    model_type: str
+    num_layers: int
+    """Decoder layers."""
+    moe_layers: tuple[int, ...]
+    """Decoder layer index of each MoE layer."""
+    num_experts: int
+    top_k: int | None
+    """None where the routing could not be followed without weights."""
+    dtype: str
+    expert_bytes: int
+    """Of one expert, in that dtype."""
+    all_experts_bytes: int
+    """What the host holds."""
+    other_bytes: int
+    """Everything but the experts: what the device holds besides the slots."""
+    router: str
+    """Class of the router, and how gate weights follow from its logits."""
+    norm: str
+    """Class of the norm that feeds it."""
+    recording: str
+    """`yes`, or why not; so are the next three."""
+    exact: str
+    speculative: str
+    graph: str
+
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """Decoder layers without experts."""
+        return tuple(i for i in range(self.num_layers) if i not in self.moe_layers)
+
+
+def diagnose(
+    name: str, *, dtype: str = "auto", revision: str | None = None, trust_remote_code: bool = False
+) -> Diagnosis:
+    """Build a model without weights and find its MoE layers.
+
+    Args:
+        name: `bundled`, a folder with at least a config.json, or a Hub id.
+        dtype: In which sizes are given; `auto` is the config's.
+        revision: Branch, tag or commit of a Hub id.
+        trust_remote_code: Run code that came with the checkpoint.
+
+    Raises:
+        FileNotFoundError: If there is no such model.
+        ValueError: If its config cannot be read, or it is no MoE that is supported.
+    """
+    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    text = config.get_text_config()
+    from transformers import AutoModelForCausalLM  # lazily: it imports scikit-learn
+
+    known = resolve_dtype(dtype)
+    if not isinstance(known, torch.dtype):
+        known = getattr(text, "dtype", None) or getattr(config, "dtype", None) or torch.float32
+    if hasattr(config, "quantization_config"):  # sizes and modules of the model it quantises
+        del config.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=known, trust_remote_code=trust_remote_code
+        )
+    experts = {path: m for path, m in model.named_modules() if is_experts_module(m)}
+    try:
+        moe = discover(model.eval(), name)
+    except (RuntimeError, NotImplementedError) as error:  # its forward pass looks at numbers
+        return _from_structure(name, model, experts, known, f"{type(error).__name__} on meta")
+    return _from_discovery(name, model, moe, experts, known)
+
+
+def report(found: Diagnosis) -> Table:
+    """The diagnosis as a table."""
+    table = Table(title=found.name, box=box.SIMPLE_HEAD, title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    gib = 2**30
+    rows = {
+        "model type": found.model_type,
+        "layers": f"{found.num_layers}: {len(found.moe_layers)} MoE ({_ranges(found.moe_layers)}), "
+        f"{len(found.dense_layers)} without experts ({_ranges(found.dense_layers) or '-'})",
+        "experts": f"{found.num_experts} a layer, "
+        + (f"top-{found.top_k}" if found.top_k else "top-k shows when weights are loaded"),
+        "one expert": f"{found.expert_bytes / 1e6:.2f} MB in {found.dtype}",
+        "all experts": f"{found.all_experts_bytes / gib:.2f} GiB in host memory",
+        "everything else": f"{found.other_bytes / gib:.2f} GiB on the device",
+        "router": found.router,
+        "norm": found.norm,
+        "recording": found.recording,
+        "exact": found.exact,
+        "speculative": found.speculative,
+        "CUDA graph": found.graph,
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _ranges(numbers: tuple[int, ...]) -> str:
+    """`0-2, 5` for 0, 1, 2, 5."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    pairs = zip(starts, ends, strict=True)
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in pairs)
+
+
+def _sizes(model: Any, experts: dict[str, nn.Module], dtype: torch.dtype) -> dict[str, Any]:
+    of_experts = sum(p.nbytes for m in experts.values() for p in m.parameters())
+    first = next(iter(experts.values()))
+    num_experts = int(first.num_experts)  # type: ignore[arg-type]
+    return {
+        "model_type": str(model.config.get_text_config().model_type),
+        "num_layers": int(model.config.get_text_config().num_hidden_layers),
+        "moe_layers": tuple(
+            next(int(part) for part in path.split(".") if part.isdigit()) for path in experts
+        ),
+        "num_experts": num_experts,
+        "dtype": str(dtype).removeprefix("torch."),
+        "expert_bytes": sum(p.nbytes for p in first.parameters()) // num_experts,
+        "all_experts_bytes": of_experts,
+        "other_bytes": sum(p.nbytes for p in model.parameters()) - of_experts,
+    }
+
+
+def _from_discovery(
+    name: str, model: Any, moe: MoEModel, experts: dict[str, nn.Module], dtype: torch.dtype
+) -> Diagnosis:
+    geometry, first = moe.geometry, moe.layers[0]
+    rule: str = geometry.gate_family
+    if rule != "other" and not math.isclose(geometry.gate_scale, 1.0):
+        rule += f" x {geometry.gate_scale:g}"
+    hashed = [layer.layer_idx for layer in moe.layers if layer.is_hash_routed]
+    routers = f"{type(moe.layers[-1].router).__name__}, {rule}"
+    problem = moe.anchors_problem or (
+        "how gate weights follow from logits is not known"
+        if geometry.gate_family == "other"
+        else ""
+    )
+    return Diagnosis(
+        name=name,
+        top_k=geometry.top_k,
+        router=routers + (f"; layers {hashed} by token" if hashed else ""),
+        norm=type(first.norm).__name__ if first.norm else "none: the router reads the residual",
+        recording=YES,
+        exact=YES,
+        speculative=f"skip only: {problem}" if problem else YES,
+        graph=_graph(model, first.experts),
+        **_sizes(model, experts, dtype),
+    )
+
+
+def _from_structure(
+    name: str, model: Any, experts: dict[str, nn.Module], dtype: torch.dtype, why: str
+) -> Diagnosis:
+    """Without a forward pass only sizes are known; the rest shows when there are weights."""
+    later = f"found when weights are loaded ({why})"
+    return Diagnosis(
+        name=name,
+        top_k=None,
+        router=later,
+        norm=later,
+        recording=later,
+        exact=later,
+        speculative=later,
+        graph=_graph(model, next(iter(experts.values()))),
+        **_sizes(model, experts, dtype),
+    )
+
+
+def _graph(model: Any, experts: nn.Module) -> str:
+    if find_expert_form(experts) is None:
+        return "no: the experts' activation has no kernel"
+    if not model._can_compile_fullgraph:
+        return "no: transformers says its forward pass cannot be captured whole"
+    return YES

@@ -1,0 +1,74 @@
+"""`foreroute doctor` needs a config.json and nothing else."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from foreroute.runtime.doctor import diagnose, report
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from tiny_models import tiny_config
+
+
+def diagnose_tiny(folder, model_type, **overrides):
+    tiny_config(model_type, **overrides).save_pretrained(folder)
+    assert [file.name for file in folder.iterdir()] == ["config.json"]
+    return diagnose(str(folder))
+
+
+def test_a_config_alone_is_enough(tmp_path):
+    found = diagnose_tiny(tmp_path, "deepseek_v3", dtype="bfloat16")
+    assert found.moe_layers == (1, 2)
+    assert found.dense_layers == (0,)
+    assert (found.num_experts, found.top_k, found.dtype) == (8, 2, "bfloat16")
+    assert found.expert_bytes == 3 * 64 * 32 * 2  # gate, up and down, two bytes a number
+    assert found.all_experts_bytes == 2 * 8 * found.expert_bytes
+    assert "sigmoid-topk-renorm x 2.5" in found.router
+    assert found.norm == "DeepseekV3RMSNorm"
+    assert found.recording == found.exact == found.speculative == found.graph == "yes"
+
+
+def test_sizes_follow_the_dtype_asked_for(tmp_path):
+    tiny_config("qwen3_moe").save_pretrained(tmp_path)
+    whole = diagnose(str(tmp_path), dtype="float32")
+    half = diagnose(str(tmp_path), dtype="bfloat16")
+    assert whole.expert_bytes == 2 * half.expert_bytes
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [("phimoe", "how gate weights follow"), ("axk2", "AXK2GatedRMSNorm is neither")],
+)
+def test_what_cannot_be_speculated_says_why(tmp_path, model_type, reason):
+    found = diagnose_tiny(tmp_path, model_type)
+    assert found.speculative.startswith("skip only: ")
+    assert reason in found.speculative
+    assert found.exact == "yes"
+
+
+def test_hash_routed_layers_are_named(tmp_path):
+    assert "layers [0] by token" in diagnose_tiny(tmp_path, "deepseek_v4").router
+
+
+def test_a_model_that_cannot_be_followed_without_weights_still_gets_its_sizes(tmp_path):
+    found = diagnose_tiny(tmp_path, "gemma4_text")
+    assert found.top_k is None
+    assert found.num_experts == 8
+    assert "when weights are loaded" in found.exact
+
+
+@pytest.mark.parametrize("model_type", ["jetmoe", "llama4", "dbrx", "longcat_flash"])
+def test_unsupported_models_are_refused_with_the_reason(tmp_path, model_type):
+    with pytest.raises(ValueError, match="so it is not supported: "):
+        diagnose_tiny(tmp_path, model_type)
+
+
+def test_the_report_shows_everything(tmp_path):
+    console = Console(record=True, width=100)
+    console.print(report(diagnose_tiny(tmp_path, "nemotron_h")))
+    text = console.export_text()
+    assert "5: 3 MoE (0, 2, 4), 2 without experts (1, 3)" in text
+    assert "CUDA graph" in text

@@ -1,0 +1,33 @@
+"""Every row of docs/models.md is checked again on a tiny model of that type."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import models_matrix
+
+BENCHMARKS = Path(models_matrix.__file__).parent
+
+ROWS = {
+    row["model_type"]: row
+    for row in json.loads((BENCHMARKS / "results" / "models.json").read_text())
+}
+
+
+@pytest.mark.parametrize("model_type", models_matrix.TYPES)
+def test_a_row_of_the_table_is_still_true(model_type):
+    assert vars(models_matrix.row_of(model_type)) == ROWS[model_type]
+
+
+def test_the_page_shows_the_committed_rows():
+    rows = [models_matrix.Row(**row) for row in ROWS.values()]
+    page = BENCHMARKS.parent / "docs" / "models.md"
+    assert page.read_text() == models_matrix.table_of(rows)
+
+
+def test_at_least_43_types_are_recorded_and_exact():
+    assert sum(row["recorded"] == row["exact"] == "yes" for row in ROWS.values()) >= 43
