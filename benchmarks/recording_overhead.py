@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from json import dumps
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -31,6 +30,7 @@ from foreroute.data.collection import Collection
 from foreroute.data.manifest import TraceManifest
 from foreroute.data.recorder import RoutingRecorder
 from foreroute.data.trace_writer import TraceWriter
+from foreroute.estimators.console import run_command
 
 LIMIT = 1.25  # recorded and written / plain, the project's own ceiling
 
@@ -116,11 +116,11 @@ def measure(
     device: str = "cpu",
     batch_size: int = 4,
     sequence_length: int = 512,
-    num_batches: int = 8,
+    num_batches: int = 16,
     batches_per_shard: int = 8,
     states_dtype: str = "bfloat16",
     repeats: int = 7,
-    json_path: Path | None = None,
+    json: Path | None = None,
 ) -> None:
     """Measure and print one table.
 
@@ -133,7 +133,7 @@ def measure(
         batches_per_shard: Forward passes per written shard.
         states_dtype: Dtype in which states are recorded.
         repeats: Repeats of each mode; medians are shown.
-        json_path: Write the figures there too.
+        json: Write the figures there too.
     """
     loaded = load_model(model) if model else like_bundled()
     moe = discover(loaded.to(resolve_device(device)), model or "bundled shape, random weights")
@@ -177,10 +177,10 @@ def measure(
     Console().print(table)
     verdict = "within" if ratios["recorded and written"] <= LIMIT else "OVER"
     print(f"recorded and written: {verdict} the limit of {LIMIT}")
-    if json_path:
+    if json:
         figures = {"title": title, "ms_per_pass": times_ms, "ratio": ratios, "limit": LIMIT}
-        json_path.write_text(json.dumps(figures, indent=1) + "\n")
+        json.write_text(dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    auto_cli(measure, as_positional=False)
+    run_command("recording_overhead.py", measure)

@@ -1,9 +1,8 @@
-"""A batch of sequences through the recorded model, and how batches make a shard."""
+"""A batch of sequences through the recorded model: dataset text, then its own continuation."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 
 from foreroute.data.recorder import RoutingRecorder
-from foreroute.data.traces import DECODE, PREFILL, LayerShard, TokenShard
 from foreroute.estimators.types import RoutingRecord
 
 
@@ -24,7 +22,7 @@ class RecordedBatch:
     num_prompt_tokens: int
     """Tokens at the start of each sequence that came from the dataset."""
     records: dict[int, RoutingRecord]
-    """By decoder layer index, on the CPU; B x sequence length rows, sequence after sequence."""
+    """By decoder layer index; B x sequence length rows, sequence after sequence."""
 
 
 def record_batch(
@@ -78,35 +76,5 @@ def _in_sequence_order(records: list[RoutingRecord], num_sequences: int) -> Rout
         if len(parts) > 1:
             steps = [part.unflatten(0, (num_sequences, -1)) for part in parts]  # [B, steps, *]
             parts = [torch.cat(steps, dim=1).flatten(0, 1)]
-        joined[field.name] = parts[0].cpu()
+        joined[field.name] = parts[0]
     return RoutingRecord(**joined)
-
-
-def token_shard(batches: list[RecordedBatch]) -> TokenShard:
-    """The tokens of a shard."""
-    token_ids = torch.cat([batch.token_ids for batch in batches])  # [N, sequence length]
-    phases = torch.full_like(token_ids, PREFILL, dtype=torch.uint8)
-    phases[:, batches[0].num_prompt_tokens :] = DECODE
-    num_sequences, length = token_ids.shape
-    return TokenShard(
-        token_ids=token_ids.flatten(),
-        phases=phases.flatten(),
-        sequence_offsets=torch.arange(num_sequences + 1) * length,
-    )
-
-
-def layer_shards(
-    batches: list[RecordedBatch], expert_sums: dict[int, tuple[Tensor, Tensor]]
-) -> Iterator[tuple[int, LayerShard]]:
-    """A shard's layers one after the other; the batches give up each layer as it is taken.
-
-    Args:
-        batches: The shard's batches.
-        expert_sums: Of those batches, as the recorder took them.
-    """
-    for layer_idx, (output_sum, count) in expert_sums.items():
-        records = tuple(batch.records.pop(layer_idx) for batch in batches)
-        shard = LayerShard(
-            records=records, expert_output_sum=output_sum.cpu(), expert_count=count.cpu()
-        )
-        yield layer_idx, shard

@@ -17,8 +17,9 @@ def main() -> None:
     from rich.table import Table
 
     from foreroute.data.collect import collect_traces
+    from foreroute.data.layout import DECODE
     from foreroute.data.sizes import format_bytes
-    from foreroute.data.traces import DECODE, Traces
+    from foreroute.data.traces import Traces
 
     def show(traces: Traces) -> None:
         manifest = traces.manifest

@@ -20,7 +20,7 @@ from foreroute.data.adapters import (
 from foreroute.data.collection import Collection
 from foreroute.data.corpus import Split
 from foreroute.data.manifest import MANIFEST_FILE, TraceManifest
-from foreroute.data.sizes import default_shard_tokens, parse_bytes
+from foreroute.data.sizes import parse_bytes
 from foreroute.data.traces import Traces
 from foreroute.estimators.artifacts import package_versions, require_free
 
@@ -40,7 +40,7 @@ def collect_traces(
     states_dtype: str = "auto",
     device: str = "auto",
     batch_size: int = 8,
-    shard_tokens: int | None = None,
+    shard_tokens: int = 16384,
     max_bytes: str | None = None,
     seed: int = 0,
     overwrite: bool = False,
@@ -64,7 +64,7 @@ def collect_traces(
             bfloat16 where the model's is float32.
         device: auto, cpu or cuda.
         batch_size: Sequences per forward pass.
-        shard_tokens: Tokens per shard; by default 16384, or fewer where that would exceed 1 GiB.
+        shard_tokens: Tokens per shard, rounded down to whole sequences.
         max_bytes: Stop cleanly before the traces exceed this (500MB, 2GiB).
         seed: Seed of the sampled continuations.
         overwrite: Replace traces that lie at `out` already.
@@ -105,7 +105,6 @@ def collect_traces(
     logger.info("Model: %s", moe.geometry.describe())
     if not isinstance(stored_dtype, torch.dtype):
         stored_dtype = torch.bfloat16 if moe.model.dtype == torch.float32 else moe.model.dtype
-    shard_tokens = shard_tokens or default_shard_tokens(moe.geometry, stored_dtype)
     manifest = TraceManifest(
         geometry=moe.geometry,
         model=model,
@@ -129,9 +128,9 @@ def collect_traces(
     return Collection(moe, tokenizer, manifest, out).run(byte_limit, overwrite=overwrite)
 
 
-def _require_positive(**numbers: int | None) -> None:
+def _require_positive(**numbers: int) -> None:
     for name, number in numbers.items():
-        if number is not None and number < 1:
+        if number < 1:
             raise ValueError(f"{name} must be at least 1, not {number}.")
 
 

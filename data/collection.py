@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from torch import Tensor
 
 from foreroute.data.adapters import MoEModel
-from foreroute.data.batch import RecordedBatch, layer_shards, record_batch, token_shard
+from foreroute.data.batch import RecordedBatch, record_batch
 from foreroute.data.corpus import documents, token_sequences, windows
+from foreroute.data.layout import shard_bytes
 from foreroute.data.manifest import MANIFEST_FILE, StopReason, TraceManifest, read_manifest
 from foreroute.data.recorder import RoutingRecorder
-from foreroute.data.sizes import format_bytes, free_bytes, shard_bytes
+from foreroute.data.sizes import format_bytes, free_bytes
 from foreroute.data.trace_writer import TraceWriter
 from foreroute.data.traces import Traces
 
@@ -77,7 +79,9 @@ class Collection:
         sizes = [per_shard] * (num_sequences // per_shard)
         sizes += [num_sequences % per_shard] * (num_sequences % per_shard > 0)
         length = self._manifest.sequence_length
-        return sum(shard_bytes(self._moe.geometry, self._states_dtype, n, length) for n in sizes)
+        return sum(
+            shard_bytes(self._moe.geometry, self._states_dtype, n, n * length) for n in sizes
+        )
 
     def _num_shards_within(self, byte_limit: int | None) -> int:
         """How many of the shards stay within the limit.
@@ -143,44 +147,31 @@ class Collection:
         most = min(self._num_sequences, num_shards * manifest.shard_sequences)
         with (
             Progress(console=Console(stderr=True)) as progress,
-            ThreadPoolExecutor(1) as background,
+            _Background(threaded=self._moe.model.device.type != "cpu") as background,
             RoutingRecorder(self._moe, self._states_dtype) as recorder,
         ):
             bar = progress.add_task("recording tokens", total=most * manifest.sequence_length)
             progress.advance(bar, writer.manifest.num_tokens)
-            writing: Future[None] | None = None
             for shard_idx in range(len(writer.manifest.shards), num_shards):
-                batches = []
-                for batch in self._batches(recorder, sequences, shard_idx):
-                    batches.append(batch)
-                    progress.advance(bar, batch.token_ids.numel())
-                if writing:
-                    writing.result()
-                if not batches:
+                prompts = list(itertools.islice(sequences, manifest.shard_sequences))
+                if not prompts:
                     return
-                layers = layer_shards(batches, recorder.take_expert_sums())
-                writing = background.submit(writer.add_shard, token_shard(batches), layers)
-                if self._moe.model.device.type == "cpu":
-                    # Writing alongside would slow the forward pass by more than it takes.
-                    writing.result()
-            if writing:
-                writing.result()
+                background.wait()
+                shard = writer.begin_shard(len(prompts))
+                for start in range(0, len(prompts), manifest.batch_size):
+                    some = torch.tensor(prompts[start : start + manifest.batch_size])  # [B, P]
+                    first_idx = shard_idx * manifest.shard_sequences + start
+                    background.run(shard.add_batch, self._recorded(recorder, some, first_idx))
+                    progress.advance(bar, len(some) * manifest.sequence_length)
+                background.run(writer.finish_shard, shard, recorder.take_expert_sums())
 
-    def _batches(
-        self, recorder: RoutingRecorder, sequences: Iterator[list[int]], shard_idx: int
-    ) -> Iterator[RecordedBatch]:
-        """Record one shard; its content depends on nothing that came before it."""
-        manifest = self._manifest
-        prompts = list(itertools.islice(sequences, manifest.shard_sequences))
-        for start in range(0, len(prompts), manifest.batch_size):
-            first_idx = shard_idx * manifest.shard_sequences + start
-            yield record_batch(
-                self._moe.model,
-                recorder,
-                torch.tensor(prompts[start : start + manifest.batch_size]),
-                manifest.sequence_length,
-                _generator(manifest.seed, first_idx),
-            )
+    def _recorded(
+        self, recorder: RoutingRecorder, prompts: Tensor, first_idx: int
+    ) -> RecordedBatch:
+        """Record one batch; its content depends on nothing that came before it."""
+        generator = _generator(self._manifest.seed, first_idx)
+        length = self._manifest.sequence_length
+        return record_batch(self._moe.model, recorder, prompts, length, generator)
 
     def _stop_reason(self, recorded: TraceManifest, num_shards: int) -> StopReason:
         num_sequences = sum(shard.num_sequences for shard in recorded.shards)
@@ -189,6 +180,37 @@ class Collection:
         if num_sequences == num_shards * self._manifest.shard_sequences:
             return "max-bytes"
         return "dataset-exhausted"
+
+
+class _Background:
+    """Runs one call after the other beside the caller, or on the spot."""
+
+    def __init__(self, *, threaded: bool) -> None:
+        # On the CPU, writing beside the forward pass slows it by more than writing takes.
+        self._pool = ThreadPoolExecutor(1) if threaded else None
+        self._running: Future[None] | None = None
+
+    def __enter__(self) -> _Background:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool:
+            self._pool.shutdown()
+        self.wait()
+
+    def run(self, function: Callable[..., None], *arguments: object) -> None:
+        """Call a function once the last one is done; raises what that one raised."""
+        self.wait()
+        if self._pool:
+            self._running = self._pool.submit(function, *arguments)
+        else:
+            function(*arguments)
+
+    def wait(self) -> None:
+        """Wait for the last call; raises what it raised."""
+        if self._running:
+            running, self._running = self._running, None
+            running.result()
 
 
 def _generator(seed: int, sequence_idx: int) -> torch.Generator:

@@ -174,13 +174,3 @@ def read_manifest(folder: Path) -> TraceManifest:
         return TraceManifest.from_dict(values)
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}). {REMEDY}") from error
-
-
-def tokens_path(shard_idx: int) -> str:
-    """Where a shard's tokens lie below the trace folder."""
-    return f"tokens/shard_{shard_idx:05d}.safetensors"
-
-
-def layer_path(layer_idx: int, shard_idx: int) -> str:
-    """Where a shard of a decoder layer lies below the trace folder."""
-    return f"layer_{layer_idx:03d}/shard_{shard_idx:05d}.safetensors"

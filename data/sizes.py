@@ -1,4 +1,4 @@
-"""How many bytes traces take, before they are recorded, and whether there is room."""
+"""Sizes as people write and read them, and the room on the disk."""
 
 from __future__ import annotations
 
@@ -6,16 +6,8 @@ import re
 import shutil
 from pathlib import Path
 
-import torch
-
-from foreroute.estimators.types import MoEGeometry
-
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 BINARY_UNITS = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-DEFAULT_SHARD_TOKENS = 16384
-DEFAULT_SHARD_BYTES = 2**30
-FILE_BYTES = 1024
-"""What a safetensors file holds besides its tensors, at most."""
 
 
 def parse_bytes(text: str) -> int:
@@ -46,29 +38,6 @@ def format_bytes(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"
-
-
-def bytes_per_token(geometry: MoEGeometry, states_dtype: torch.dtype) -> int:
-    """Bytes that one token takes in the traces, all layers together."""
-    states = 2 * geometry.hidden_size * states_dtype.itemsize
-    routing = 4 * geometry.num_experts + (4 + 2) * geometry.top_k
-    return geometry.num_layers * (states + routing) + 8 + 1
-
-
-def shard_bytes(
-    geometry: MoEGeometry, states_dtype: torch.dtype, num_sequences: int, sequence_length: int
-) -> int:
-    """Bytes that a shard takes at most, headers and expert sums included."""
-    sums = geometry.num_experts * (4 * geometry.hidden_size + 8)
-    fixed = geometry.num_layers * (sums + FILE_BYTES) + FILE_BYTES + 8 * (num_sequences + 1)
-    num_tokens = num_sequences * sequence_length
-    return fixed + num_tokens * bytes_per_token(geometry, states_dtype)
-
-
-def default_shard_tokens(geometry: MoEGeometry, states_dtype: torch.dtype) -> int:
-    """Tokens per shard that keep a shard, which is held in memory, under 1 GiB."""
-    fitting = DEFAULT_SHARD_BYTES // bytes_per_token(geometry, states_dtype)
-    return min(DEFAULT_SHARD_TOKENS, fitting)
 
 
 def free_bytes(folder: Path) -> int:

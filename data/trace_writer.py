@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import itertools
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from foreroute.data.batch import RecordedBatch
+from foreroute.data.layout import (
+    ANCHOR_TENSORS,
+    DECODE,
+    PREFILL,
+    SUM_TENSORS,
+    layer_layout,
+    layer_path,
+    token_layout,
+    tokens_path,
+)
 from foreroute.data.manifest import (
     ANCHORS_FILE,
     MANIFEST_FILE,
     ShardEntry,
     StopReason,
     TraceManifest,
-    layer_path,
-    tokens_path,
 )
-from foreroute.data.traces import ANCHOR_TENSORS, SUM_TENSORS, LayerShard, TokenShard
+from foreroute.data.shard_file import ShardFile
 from foreroute.estimators.artifacts import (
     PARTIAL_SUFFIX,
     new_folder,
@@ -31,16 +35,10 @@ from foreroute.estimators.artifacts import (
     write_json,
     write_tensors,
 )
-from foreroute.estimators.types import LayerAnchors, RoutingRecord
+from foreroute.estimators.types import LayerAnchors
 
-DTYPE_CODES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int16: "I16",
-    torch.uint8: "U8",
-}
+ExpertSums = dict[int, tuple[Tensor, Tensor]]
+"""As `RoutingRecorder.take_expert_sums` gives them."""
 
 
 class TraceWriter:
@@ -78,26 +76,13 @@ class TraceWriter:
             write_command(partial)
         return cls(folder, manifest)
 
-    def add_shard(self, tokens: TokenShard, layers: Iterable[tuple[int, LayerShard]]) -> None:
-        """Write the next shard and list it.
+    def begin_shard(self, num_sequences: int) -> ShardWriter:
+        """Open the next shard for so many sequences."""
+        return ShardWriter(self.folder, self.manifest, num_sequences)
 
-        Args:
-            tokens: Its tokens.
-            layers: Decoder layer index and content of every MoE layer, taken one at a time.
-        """
-        shard_idx = len(self.manifest.shards)
-        path = tokens_path(shard_idx)
-        digests = {path: self._write(path, {name: [t] for name, t in vars(tokens).items()})}
-        for layer_idx, layer in layers:
-            path = layer_path(layer_idx, shard_idx)
-            digests[path] = self._write(path, _stored(layer))
-        entry = ShardEntry(
-            shard_idx=shard_idx,
-            num_sequences=len(tokens.sequence_offsets) - 1,
-            num_tokens=len(tokens.token_ids),
-            sha256=digests,
-            file_bytes={path: (self.folder / path).stat().st_size for path in digests},
-        )
+    def finish_shard(self, shard: ShardWriter, expert_sums: ExpertSums) -> None:
+        """Complete a shard whose batches are all there, and list it."""
+        entry = shard.finish(expert_sums)
         self.manifest = dataclasses.replace(self.manifest, shards=(*self.manifest.shards, entry))
         self._write_manifest()
 
@@ -108,62 +93,49 @@ class TraceWriter:
         )
         self._write_manifest()
 
-    def _write(self, path: str, parts: Mapping[str, Sequence[Tensor]]) -> str:
-        (self.folder / path).parent.mkdir(exist_ok=True)
-        return write_tensor_parts(self.folder / path, parts)
-
     def _write_manifest(self) -> None:
         write_json(self.folder / MANIFEST_FILE, self.manifest.to_dict())
 
 
-def _stored(layer: LayerShard) -> dict[str, list[Tensor]]:
-    """A layer's tensors as they lie on disk; `sizes` counts on these types."""
-    types = {
-        "router_logits": torch.float32,
-        "gate_weights": torch.float32,
-        "expert_ids": torch.int16,
-    }
-    parts = {
-        field.name: [
-            getattr(record, field.name).to(types.get(field.name)) for record in layer.records
-        ]
-        for field in dataclasses.fields(RoutingRecord)
-    }
-    return parts | {name: [getattr(layer, name)] for name in SUM_TENSORS}
+class ShardWriter:
+    """Takes one shard's batches as they are recorded."""
 
+    def __init__(self, folder: Path, manifest: TraceManifest, num_sequences: int) -> None:
+        self._idx = len(manifest.shards)
+        self._folder = folder
+        self._num_sequences = num_sequences
+        self._sequence_length = manifest.sequence_length
+        num_tokens = num_sequences * manifest.sequence_length
+        geometry, states_dtype = manifest.geometry, getattr(torch, manifest.states_dtype)
+        layer = layer_layout(geometry, states_dtype, num_tokens)
+        layouts = {tokens_path(self._idx): token_layout(num_sequences, num_tokens)}
+        layouts |= {layer_path(i, self._idx): layer for i in geometry.layer_indices}
+        self._files = {path: ShardFile(folder / path, layout) for path, layout in layouts.items()}
 
-def write_tensor_parts(path: Path, parts: Mapping[str, Sequence[Tensor]]) -> str:
-    """Write a safetensors file of tensors that lie in parts, neither joining nor reading again.
+    def add_batch(self, batch: RecordedBatch) -> None:
+        """Write the next sequences."""
+        phases = torch.full(batch.token_ids.shape, PREFILL)
+        phases[:, batch.num_prompt_tokens :] = DECODE
+        tokens = {"token_ids": batch.token_ids.flatten(), "phases": phases.flatten()}
+        self._files[tokens_path(self._idx)].append(tokens)
+        for layer_idx, record in batch.records.items():
+            self._files[layer_path(layer_idx, self._idx)].append(vars(record))
 
-    Args:
-        path: The file; a reader never sees half of it.
-        parts: By tensor name, its parts along the first dimension, on the CPU.
-
-    Returns:
-        Hex sha256 of the file.
-    """
-    header: dict[str, Any] = {}
-    end = 0
-    for name, pieces in parts.items():
-        shape = [sum(len(piece) for piece in pieces), *pieces[0].shape[1:]]
-        start, end = end, end + sum(piece.nbytes for piece in pieces)
-        header[name] = {
-            "dtype": DTYPE_CODES[pieces[0].dtype],
-            "shape": shape,
-            "data_offsets": [start, end],
-        }
-    described = json.dumps(header).encode()
-    described += b" " * (-len(described) % 8)
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    digest = hashlib.sha256()
-    pieces = [piece for several in parts.values() for piece in several]
-    raw: Iterator[Any] = (p.contiguous().view(-1).view(torch.uint8).numpy() for p in pieces)
-    with partial.open("wb") as file:
-        for chunk in itertools.chain([len(described).to_bytes(8, "little"), described], raw):
-            digest.update(chunk)
-            file.write(chunk)
-    partial.replace(path)
-    return digest.hexdigest()
+    def finish(self, expert_sums: ExpertSums) -> ShardEntry:
+        """Write what belongs to the whole shard, and give its files their final names."""
+        offsets = torch.arange(self._num_sequences + 1) * self._sequence_length
+        self._files[tokens_path(self._idx)].append({"sequence_offsets": offsets})
+        for layer_idx, sums in expert_sums.items():
+            tensors = dict(zip(SUM_TENSORS, sums, strict=True))
+            self._files[layer_path(layer_idx, self._idx)].append(tensors)
+        digests = {path: file.close() for path, file in self._files.items()}
+        return ShardEntry(
+            shard_idx=self._idx,
+            num_sequences=self._num_sequences,
+            num_tokens=self._num_sequences * self._sequence_length,
+            sha256=digests,
+            file_bytes={path: (self._folder / path).stat().st_size for path in digests},
+        )
 
 
 def _remove_unlisted(folder: Path, manifest: TraceManifest) -> None:

@@ -10,20 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from foreroute.data.manifest import (
-    ANCHORS_FILE,
-    REMEDY,
-    TraceManifest,
+from foreroute.data.layout import (
+    SUM_TENSORS,
+    anchor_shapes,
+    layer_layout,
     layer_path,
-    read_manifest,
+    token_layout,
     tokens_path,
 )
+from foreroute.data.manifest import ANCHORS_FILE, REMEDY, TraceManifest, read_manifest
 from foreroute.estimators.artifacts import read_tensors, sha256_of
 from foreroute.estimators.types import LayerAnchors, MoEGeometry, RoutingRecord
-
-PREFILL, DECODE = 0, 1
-ANCHOR_TENSORS = ("router_weight", "router_bias", "norm_weight", "norm_bias")
-SUM_TENSORS = ("expert_output_sum", "expert_count")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,18 +33,6 @@ class TokenShard:
     """[T], uint8: 0 the token came from the dataset (prefill), 1 the model made it (decode)."""
     sequence_offsets: Tensor
     """[N + 1], int64: sequence i is rows offsets[i] to offsets[i + 1]."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerShard:
-    """What one shard stores of one MoE layer."""
-
-    records: tuple[RoutingRecord, ...]
-    """Its routing, batch after batch, on the CPU; T tokens all together."""
-    expert_output_sum: Tensor
-    """Sum of each expert's unweighted outputs over the tokens that chose it, [E, D], float32."""
-    expert_count: Tensor
-    """How many tokens chose each expert, [E], int64."""
 
 
 class Traces:
@@ -74,7 +59,7 @@ class Traces:
                 "Run the same collect-traces command again; it goes on where it stopped."
             )
         manifest.require_whole(folder)
-        tensors = _read_checked(folder / ANCHORS_FILE, _anchor_shapes(manifest.geometry))
+        tensors = _read_checked(folder / ANCHORS_FILE, anchor_shapes(manifest.geometry))
         anchors = LayerAnchors(**tensors, norm_kind=manifest.norm_kind, norm_eps=manifest.norm_eps)
         return cls(folder, manifest, anchors)
 
@@ -100,11 +85,8 @@ class Traces:
             ValueError: If its file is damaged; names it.
         """
         shard = self.manifest.shards[shard_idx]
-        shapes = {
-            "token_ids": (shard.num_tokens,),
-            "phases": (shard.num_tokens,),
-            "sequence_offsets": (shard.num_sequences + 1,),
-        }
+        layout = token_layout(shard.num_sequences, shard.num_tokens)
+        shapes = {name: stored.shape for name, stored in layout.items()}
         return TokenShard(**_read_checked(self.folder / tokens_path(shard_idx), shapes))
 
     def read(self, layer_idx: int, shard_idx: int, names: tuple[str, ...]) -> dict[str, Tensor]:
@@ -123,8 +105,10 @@ class Traces:
         """
         self.geometry.position(layer_idx)
         path = self.folder / layer_path(layer_idx, shard_idx)
-        known = _layer_shapes(self.geometry, self.manifest.shards[shard_idx].num_tokens)
-        tensors = _read_checked(path, {name: known[name] for name in names})
+        states_dtype = getattr(torch, self.manifest.states_dtype)
+        num_tokens = self.manifest.shards[shard_idx].num_tokens
+        layout = layer_layout(self.geometry, states_dtype, num_tokens)
+        tensors = _read_checked(path, {name: layout[name].shape for name in names})
         if "expert_ids" in tensors:
             tensors["expert_ids"] = tensors["expert_ids"].long()
         return tensors
@@ -171,28 +155,6 @@ class Traces:
                     f"{self.folder / name} is damaged (its sha256 is not the recorded one). "
                     f"{REMEDY}"
                 )
-
-
-def _anchor_shapes(geometry: MoEGeometry) -> dict[str, tuple[int, ...]]:
-    layers, experts, hidden = geometry.num_layers, geometry.num_experts, geometry.hidden_size
-    return {
-        "router_weight": (layers, experts, hidden),
-        "router_bias": (layers, experts),
-        "norm_weight": (layers, hidden),
-        "norm_bias": (layers, hidden),
-    }
-
-
-def _layer_shapes(geometry: MoEGeometry, num_tokens: int) -> dict[str, tuple[int, ...]]:
-    return {
-        "residual": (num_tokens, geometry.hidden_size),
-        "router_input": (num_tokens, geometry.hidden_size),
-        "router_logits": (num_tokens, geometry.num_experts),
-        "expert_ids": (num_tokens, geometry.top_k),
-        "gate_weights": (num_tokens, geometry.top_k),
-        "expert_output_sum": (geometry.num_experts, geometry.hidden_size),
-        "expert_count": (geometry.num_experts,),
-    }
 
 
 def _read_checked(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

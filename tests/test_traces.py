@@ -5,14 +5,15 @@ import shutil
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from foreroute.data.layout import Stored, layer_layout, shard_bytes
 from foreroute.data.manifest import TraceManifest
 from foreroute.data.recorder import RoutingRecorder
-from foreroute.data.sizes import bytes_per_token, format_bytes, parse_bytes, shard_bytes
-from foreroute.data.trace_writer import write_tensor_parts
+from foreroute.data.shard_file import ShardFile
+from foreroute.data.sizes import format_bytes, parse_bytes
 from foreroute.data.traces import Traces
+from foreroute.estimators.artifacts import sha256_of
 
 
 @pytest.fixture
@@ -154,25 +155,40 @@ def test_a_manifest_survives_json(tiny_traces):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int16, torch.uint8])
-def test_tensors_written_in_parts_are_one_tensor_to_safetensors(tmp_path, dtype):
-    whole = torch.arange(7 * 3).view(7, 3).to(dtype)
-    path = tmp_path / "t.safetensors"
-    write_tensor_parts(path, {"a": [whole[:2], whole[2:]], "b": [whole.T]})
-    with safe_open(path, "pt") as file:
-        assert torch.equal(file.get_tensor("a"), whole)
-        assert torch.equal(file.get_tensor("b"), whole.T)
+def test_rows_appended_in_any_interleaving_are_whole_tensors(tmp_path, dtype):
+    rows = torch.arange(7 * 3).view(7, 3)
+    layout = {"a": Stored(dtype, (7, 3)), "b": Stored(torch.int64, (3, 7))}
+    file = ShardFile(tmp_path / "sub" / "t.safetensors", layout)
+    file.append({"a": rows[:2], "b": rows.T[:1]})
+    file.append({"b": rows.T[1:]})
+    file.append({"a": rows[2:]})
+    assert not (tmp_path / "sub" / "t.safetensors").exists()
+    assert file.close() == sha256_of(tmp_path / "sub" / "t.safetensors")
+
+    tensors = load_file(tmp_path / "sub" / "t.safetensors")
+    assert torch.equal(tensors["a"], rows.to(dtype))
+    assert torch.equal(tensors["b"], rows.T)
+
+
+def test_a_shard_file_with_rows_missing_is_not_finished(tmp_path):
+    file = ShardFile(tmp_path / "t.safetensors", {"a": Stored(torch.float32, (4,))})
+    file.append({"a": torch.zeros(3)})
+    with pytest.raises(RuntimeError, match="lacks bytes"):
+        file.close()
+    assert not (tmp_path / "t.safetensors").exists()
 
 
 def test_sizes_are_estimated_from_above_and_closely(tiny_traces):
     traces = Traces.open(tiny_traces)
-    estimate = shard_bytes(traces.geometry, torch.float32, 16, 64)
+    estimate = shard_bytes(traces.geometry, torch.float32, 16, 16 * 64)
     actual = traces.manifest.shards[0].num_bytes
     assert actual <= estimate <= 1.02 * actual
 
 
-def test_bytes_of_a_token_are_those_of_a_hand_count(tiny_moe):
-    # 4 layers: 2 states x 32 x 2 bytes, 8 logits x 4, top-2 x (4 + 2); id 8, phase 1.
-    assert bytes_per_token(tiny_moe.moe.geometry, torch.bfloat16) == 4 * (128 + 32 + 12) + 9
+def test_bytes_of_a_layer_are_those_of_a_hand_count(tiny_moe):
+    layout = layer_layout(tiny_moe.moe.geometry, torch.bfloat16, 10)
+    # A token: 2 states x 32 x 2 bytes, 8 logits x 4, top-2 x (4 + 2); 8 experts x (32 x 4 + 8).
+    assert sum(stored.num_bytes for stored in layout.values()) == 10 * (128 + 32 + 12) + 8 * 136
 
 
 def test_sizes_are_read_and_written_as_people_do():
