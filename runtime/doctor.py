@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import nn
 
 from foreroute.data.adapters import MoEModel, discover, load_config, resolve_dtype
-from foreroute.data.adapters.seam import is_experts_module
+from foreroute.data.adapters.weightless import experts_by_path, outline
 from foreroute.runtime.expert_form import find_expert_form
 
 YES = "yes"
@@ -72,20 +72,13 @@ def diagnose(
     """
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     text = config.get_text_config()
-    from transformers import AutoModelForCausalLM  # lazily: it imports scikit-learn
-
     known = resolve_dtype(dtype)
     if not isinstance(known, torch.dtype):
         known = getattr(text, "dtype", None) or getattr(config, "dtype", None) or torch.float32
-    if hasattr(config, "quantization_config"):  # sizes and modules of the model it quantises
-        del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=known, trust_remote_code=trust_remote_code
-        )
-    experts = {path: m for path, m in model.named_modules() if is_experts_module(m)}
+    model = outline(config, known, trust_remote_code=trust_remote_code)
+    experts = experts_by_path(model)
     try:
-        moe = discover(model.eval(), name)
+        moe = discover(model, name)
     except (RuntimeError, NotImplementedError) as error:  # its forward pass looks at numbers
         return _from_structure(name, model, experts, known, f"{type(error).__name__} on meta")
     return _from_discovery(name, model, moe, experts, known)

@@ -86,6 +86,7 @@ class Engine:
         on_miss: str = "fetch",
         device: str = "auto",
         dtype: str = "auto",
+        revision: str | None = None,
         trust_remote_code: bool = False,
         **settings: Any,
     ) -> Engine:
@@ -99,6 +100,7 @@ class Engine:
             on_miss: `fetch` (exact), `skip` or `predicted`.
             device: `auto`, `cpu` or `cuda`.
             dtype: `auto`, `float32`, `bfloat16` or `float16`.
+            revision: Branch, tag or commit of a Hub id.
             trust_remote_code: Run code that came with the checkpoint.
             **settings: Other fields of `EngineConfig`.
 
@@ -114,7 +116,11 @@ class Engine:
         )
         loaded = load_bundle(Path(bundle)) if bundle else None
         offloaded = load_offloaded(
-            model, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+            model,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
         )
         if loaded is not None:
             loaded.require_fits(offloaded.moe.geometry)

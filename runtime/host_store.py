@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from foreroute.data.adapters.weightless import parameter_shapes
+
 ALIGNMENT_BYTES = 64  # every parameter starts on a boundary that any dtype and any kernel can use
 
 
@@ -40,11 +42,11 @@ class RowLayout:
 
     @classmethod
     def of(cls, experts: nn.Module) -> RowLayout:
-        """Layout for an experts module whose parameters are [E, ...]."""
+        """Layout for an experts module whose parameters are, or would be, [E, ...]."""
         parameters: dict[str, ParameterSpec] = {}
         offset = 0
-        for name, parameter in experts.named_parameters(recurse=False):
-            spec = ParameterSpec(tuple(parameter.shape[1:]), parameter.dtype, offset)
+        for name, (shape, dtype) in parameter_shapes(experts).items():
+            spec = ParameterSpec(shape[1:], dtype, offset)
             parameters[name] = spec
             offset += math.ceil(spec.num_bytes / ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         return cls(parameters, offset)
@@ -92,10 +94,11 @@ class HostExpertStore:
     """The experts of all MoE layers, in host memory, out of the model's reach."""
 
     def __init__(self, all_experts: list[nn.Module], *, is_pinned: bool) -> None:
-        """Move the weights out of the experts modules, one layer at a time.
+        """Allocate the rows, and move the weights there from modules that have any.
 
         Args:
-            all_experts: The experts modules of a model, on the CPU; their parameters are removed.
+            all_experts: The experts modules of a model, on the CPU; their parameters are removed,
+                one layer at a time. Of modules built without weights the rows stay to be filled.
             is_pinned: Page-lock the memory, so that a CUDA device can copy from it unattended.
         """
         self.is_pinned = is_pinned
@@ -104,11 +107,11 @@ class HostExpertStore:
         """Per MoE layer, [E, row_bytes] uint8."""
         for experts in all_experts:
             layout = RowLayout.of(experts)
-            parameters = dict(experts.named_parameters(recurse=False))
-            num_experts = next(iter(parameters.values())).shape[0]
+            num_experts = next(iter(parameter_shapes(experts).values())).shape[0]
             rows = allocate_host(num_experts, layout.row_bytes, is_pinned=is_pinned)
-            for name, view in layout.views(rows).items():
-                view.copy_(parameters[name].detach())
+            views = layout.views(rows)
+            for name in list(experts._parameters):
+                views[name].copy_(experts.get_parameter(name).detach())
                 del experts._parameters[name]
             self.layouts.append(layout)
             self.rows.append(rows)

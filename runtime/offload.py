@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from foreroute.data.adapters import MoEModel, discover, load_model, resolve_device
+from foreroute.data.adapters import MoEModel, discover, resolve_device
 from foreroute.runtime.host_store import HostExpertStore
+from foreroute.runtime.loading import Source, load_with_host_experts
 
 
 @dataclass(frozen=True)
@@ -45,20 +46,28 @@ def offload(model: Any, *, device: torch.device, model_name: str = "") -> Offloa
 
 
 def load_offloaded(
-    name: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+    name: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> OffloadedModel:
-    """Load `bundled`, a folder or a Hub id with its experts in host memory.
+    """Load `bundled`, a folder or a Hub id with its experts in host memory, and only there.
 
     Args:
         name: The model.
         device: `auto`, `cpu` or `cuda`.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        revision: Branch, tag or commit of a Hub id.
         trust_remote_code: Run code that came with the checkpoint.
 
     Raises:
         FileNotFoundError: If there is no such model.
-        ValueError: If it cannot be read, or is no MoE that is supported.
+        ValueError: If it cannot be read, is no MoE that is supported, or does not fit in memory.
     """
     target = resolve_device(device)
-    model = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
-    return offload(model, device=target, model_name=name)
+    source = Source(name=name, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    moe, store = load_with_host_experts(source, is_pinned=target.type == "cuda")
+    moe.model.to(target)
+    return OffloadedModel(moe, store, target)

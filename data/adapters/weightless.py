@@ -1,0 +1,90 @@
+"""Builds models whose experts have shapes but no weights, so that loading never touches them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from foreroute.data.adapters.seam import is_experts_module
+
+SHAPES_ATTRIBUTE = "_foreroute_shapes"
+
+
+class ParameterShape(NamedTuple):
+    """What a parameter of an experts module is, or would be."""
+
+    shape: tuple[int, ...]
+    """[E, ...]."""
+    dtype: torch.dtype
+
+
+def parameter_shapes(experts: nn.Module) -> dict[str, ParameterShape]:
+    """The parameters of an experts module by name, also when it was built without them."""
+    remembered: dict[str, ParameterShape] = experts.__dict__.get(SHAPES_ATTRIBUTE, {})
+    return remembered or {
+        name: ParameterShape(tuple(parameter.shape), parameter.dtype)
+        for name, parameter in experts.named_parameters(recurse=False)
+    }
+
+
+def experts_by_path(model: nn.Module) -> dict[str, nn.Module]:
+    """The experts modules of a model, in order, by dotted path."""
+    return {path: m for path, m in model.named_modules() if is_experts_module(m)}
+
+
+def outline(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+    """A model on the meta device: every shape, no number, no memory.
+
+    Args:
+        config: As transformers loads it; how its checkpoint is quantised plays no role.
+        dtype: Of its parameters.
+        trust_remote_code: Run code that came with the checkpoint.
+    """
+    from transformers import AutoModelForCausalLM  # lazily: it imports scikit-learn
+
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        del config.quantization_config
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+    finally:
+        if quantization is not None:
+            config.quantization_config = quantization
+    return model.eval()
+
+
+@contextlib.contextmanager
+def experts_without_weights(classes: Iterable[type[nn.Module]]) -> Iterator[None]:
+    """While open, modules of these classes are built without parameters, remembering their shapes.
+
+    Transformers reads a tensor of a checkpoint only if the model has a parameter for it; so
+    `from_pretrained` loads everything but the experts.
+    """
+    originals = {kind: kind.__init__ for kind in classes}
+
+    def make(original: Any) -> Any:
+        def build(self: nn.Module, *args: Any, **settings: Any) -> None:
+            with torch.device("meta"):
+                original(self, *args, **settings)
+            self.__dict__[SHAPES_ATTRIBUTE] = parameter_shapes(self)
+            self._parameters.clear()
+            self.__dict__["_is_hf_initialized"] = (
+                True  # or transformers would initialise what is not there
+            )
+
+        return build
+
+    try:
+        for kind, original in originals.items():
+            kind.__init__ = make(original)  # type: ignore[method-assign]
+        yield
+    finally:
+        for kind, original in originals.items():
+            kind.__init__ = original  # type: ignore[method-assign]

@@ -1,0 +1,150 @@
+"""Loads a model so that its experts go from the checkpoint's files straight to their host rows."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from torch import Tensor
+
+from foreroute.data.adapters import MoEModel, discover, load_config, resolve_dtype, resolve_model
+from foreroute.data.adapters.checkpoint import ExpertReader, checkpoint_files, float_dtypes
+from foreroute.data.adapters.weightless import (
+    ParameterShape,
+    experts_by_path,
+    experts_without_weights,
+    outline,
+    parameter_shapes,
+)
+from foreroute.runtime.host_memory import require_host_memory
+from foreroute.runtime.host_store import HostExpertStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Which checkpoint to load, and how."""
+
+    name: str
+    """`bundled`, a local folder or a Hub id."""
+    dtype: str = "auto"
+    """`auto`, `float32`, `bfloat16` or `float16`."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id."""
+    trust_remote_code: bool = False
+    """Run code that came with the checkpoint."""
+
+
+def load_with_host_experts(source: Source, *, is_pinned: bool) -> tuple[MoEModel, HostExpertStore]:
+    """Load a model on the CPU; its experts exist once, in the store.
+
+    Args:
+        source: What to load.
+        is_pinned: Page-lock the store's memory.
+
+    Raises:
+        FileNotFoundError: If there is no such model.
+        ValueError: If it cannot be read, is no MoE that is supported, or does not fit in memory.
+    """
+    config = load_config(
+        source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
+    )
+    files = checkpoint_files(resolve_model(source.name), source.revision)
+    dtype = _dtype(source, config, files)
+    shapes = outline(config, dtype, trust_remote_code=source.trust_remote_code)
+    experts = experts_by_path(shapes)
+    if not experts:
+        discover(shapes, source.name)  # says why there are none
+    expert_bytes = sum(p.nbytes for module in experts.values() for p in module.parameters())
+    all_bytes = sum(p.nbytes for p in shapes.parameters())
+    require_host_memory(expert_bytes, all_bytes - expert_bytes, model_name=source.name)
+    with experts_without_weights({type(module) for module in experts.values()}):
+        model = _load_the_rest(source, config, dtype)
+    moe = discover(model, source.name)
+    store = HostExpertStore([layer.experts for layer in moe.layers], is_pinned=is_pinned)
+    fill_store(store, moe, files)
+    return moe, store
+
+
+def _dtype(source: Source, config: Any, files: Mapping[str, Path]) -> torch.dtype:
+    """As transformers decides for `auto`: the config's, else the checkpoint's first."""
+    known = resolve_dtype(source.dtype)
+    if isinstance(known, torch.dtype):
+        return known
+    named = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return named or next(float_dtypes(files), torch.float32)
+
+
+def _load_the_rest(source: Source, config: Any, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would list every expert's tensor as unexpected
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            resolve_model(source.name),
+            config=config,
+            dtype=dtype,
+            revision=source.revision or "main",
+            trust_remote_code=source.trust_remote_code,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"Model {source.name} cannot be read: {first_line}") from error
+    finally:
+        logging.set_verbosity(before)
+    return model.eval().requires_grad_(False)
+
+
+def fill_store(store: HostExpertStore, moe: MoEModel, files: Mapping[str, Path]) -> None:
+    """Read all experts into the store's rows, with a progress bar in bytes on a terminal.
+
+    Args:
+        store: Allocated, not filled.
+        moe: The model; its experts have no weights.
+        files: As `checkpoint_files` returns them.
+
+    Raises:
+        ValueError: If the checkpoint lacks part of an expert.
+    """
+    views: dict[str, Tensor] = {}
+    targets: dict[str, ParameterShape] = {}
+    for layer, layout, rows in zip(moe.layers, store.layouts, store.rows, strict=True):
+        views |= {f"{layer.name}.{name}": view for name, view in layout.views(rows).items()}
+        shapes = parameter_shapes(layer.experts)
+        targets |= {f"{layer.name}.{name}": shape for name, shape in shapes.items()}
+    expected = sum(math.prod(target.shape) for target in targets.values())
+    done = 0
+    with _byte_progress("experts", store.num_bytes) as progress:
+
+        def put(target: str, expert_id: int, row: int, part: Tensor) -> None:
+            nonlocal done
+            place = views[target][expert_id]
+            place[row : row + len(part)].copy_(part)
+            done += part.numel()
+            progress.advance(progress.task_ids[0], part.numel() * place.element_size())
+
+        ExpertReader(moe.model, files, targets).read(put)
+    if done != expected:
+        raise ValueError(
+            f"The checkpoint holds {done} numbers of experts, the model has {expected}; some are "
+            "missing or have another shape."
+        )
+
+
+@contextlib.contextmanager
+def _byte_progress(what: str, num_bytes: int) -> Iterator[Progress]:
+    console = Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        bar.add_task(what, total=num_bytes)
+        yield bar

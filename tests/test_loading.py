@@ -1,0 +1,181 @@
+"""Experts go from the checkpoint to their host rows, bit for bit, and exist only there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from foreroute.data.adapters.checkpoint import ExpertReader, checkpoint_files
+from foreroute.data.adapters.weightless import parameter_shapes
+from foreroute.runtime import Engine, host_memory
+from foreroute.runtime.offload import load_offloaded
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from tiny_models import SUPPORTED, tiny_model
+
+SHARD_BYTES = "200KB"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def save(folder, model_type="qwen3_moe", dtype=torch.float32, **overrides):
+    model = tiny_model(model_type, dtype=dtype, **overrides)
+    model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
+    return model
+
+
+def assert_same_weights(offloaded, stock):
+    expected = dict(stock.named_parameters())
+    model = offloaded.moe.model
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, expected.pop(name)), name
+    store = offloaded.store
+    for layer, layout, rows in zip(offloaded.moe.layers, store.layouts, store.rows, strict=True):
+        for name, view in layout.views(rows).items():
+            weight = expected.pop(f"{layer.name}.{name}")
+            assert view.dtype == weight.dtype
+            assert torch.equal(view, weight), f"{layer.name}.{name}"
+    assert not set(expected) - {"lm_head.weight"}  # tied to the embeddings
+
+
+@pytest.mark.parametrize("model_type", SUPPORTED)
+def test_sharded_checkpoints_of_every_type_load_bit_for_bit(tmp_path, model_type):
+    save(tmp_path, model_type)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_same_weights(load_offloaded(str(tmp_path), device="cpu"), stock)
+
+
+@pytest.mark.parametrize("saved", DTYPES)
+@pytest.mark.parametrize("asked", ["auto", *DTYPES])
+def test_dtypes_are_converted_as_transformers_does(tmp_path, saved, asked):
+    save(tmp_path, dtype=getattr(torch, saved))
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=asked)
+    offloaded = load_offloaded(str(tmp_path), device="cpu", dtype=asked)
+    assert offloaded.moe.model.dtype == stock.dtype
+    assert_same_weights(offloaded, stock)
+
+
+def test_auto_dtype_reads_the_checkpoint_where_the_config_is_silent(tmp_path):
+    save(tmp_path, dtype=torch.bfloat16)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["dtype"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert stock.dtype == torch.bfloat16
+    assert_same_weights(load_offloaded(str(tmp_path), device="cpu"), stock)
+
+
+def test_tied_embeddings_stay_tied(tmp_path):
+    save(tmp_path, tie_word_embeddings=True)
+    model = load_offloaded(str(tmp_path), device="cpu").moe.model
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_the_engine_runs_what_was_loaded_exactly(tmp_path):
+    save(tmp_path, "mixtral")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    stock.set_experts_implementation("batched_mm")
+    tokens = torch.arange(3, 12).unsqueeze(0)
+    with (
+        Engine.from_pretrained(str(tmp_path), expert_slots="4", device="cpu") as engine,
+        torch.no_grad(),
+    ):
+        assert torch.equal(engine(tokens).logits, stock(tokens).logits)
+
+
+def test_experts_have_no_parameters_and_the_classes_are_put_back(tmp_path):
+    save(tmp_path)
+    offloaded = load_offloaded(str(tmp_path), device="cpu")
+    experts = offloaded.moe.layers[0].experts
+    assert not list(experts.parameters())
+    assert list(parameter_shapes(experts)) == ["gate_up_proj", "down_proj"]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.model.layers[0].mlp.experts.gate_up_proj.device.type == "cpu"
+
+
+def test_per_expert_tensors_are_read_one_at_a_time(tmp_path):
+    save(tmp_path, "qwen3_moe")
+    offloaded = load_offloaded(str(tmp_path), device="cpu")
+    layer = offloaded.moe.layers[0]
+    targets = {f"{layer.name}.{n}": s for n, s in parameter_shapes(layer.experts).items()}
+    parts = []
+    reader = ExpertReader(offloaded.moe.model, checkpoint_files(str(tmp_path)), targets)
+    reader.read(lambda *part: parts.append(part))
+    assert len(parts) == 8 * 3  # gate, up and down of every expert
+    assert max(part.numel() for *_, part in parts) == 64 * 32
+
+
+def test_a_missing_tensor_is_named(tmp_path):
+    save(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    merged = {}
+    for shard in sorted(tmp_path.glob("model-*.safetensors")):
+        merged |= load_file(shard)
+        shard.unlink()
+    lost = {k: v for k, v in merged.items() if "layers.1.mlp.experts" not in k}
+    save_file(lost, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"no tensors for model\.layers\.1\.mlp\.experts"):
+        load_offloaded(str(tmp_path), device="cpu")
+    lost = {k: v for k, v in merged.items() if "experts.3.gate_proj" not in k}
+    save_file(lost, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="some are missing"):
+        load_offloaded(str(tmp_path), device="cpu")
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    save(tmp_path)
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(ValueError, match=f"lacks {shard.name}"):
+        load_offloaded(str(tmp_path), device="cpu")
+
+
+def test_pickled_checkpoints_are_refused_without_opening_them(tmp_path):
+    model = tiny_model("qwen3_moe")
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="convert the checkpoint to safetensors"):
+        load_offloaded(str(tmp_path), device="cpu")
+
+
+def test_a_host_without_enough_memory_is_told_the_numbers(tmp_path, monkeypatch):
+    save(tmp_path)
+    monkeypatch.setattr(host_memory, "available_host_bytes", lambda: 2**20 // 2)
+    with pytest.raises(
+        ValueError, match=r"needs 0\.0 GiB of host memory .* 0\.0 GiB are available"
+    ):
+        load_offloaded(str(tmp_path), device="cpu")
+
+
+def test_available_memory_obeys_the_container(tmp_path, monkeypatch):
+    monkeypatch.setattr(host_memory, "CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 300\n")
+    assert host_memory.available_host_bytes() == 400
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host_memory.available_host_bytes() != 400
+
+
+def test_a_revision_of_a_cached_hub_model_is_loaded(tmp_path):
+    hub = tmp_path / "hub" / "models--org--tiny"
+    for revision, seed in (("main", 0), ("v2", 1)):
+        snapshot = hub / "snapshots" / f"{revision}0"
+        tiny_model("qwen3_moe", seed=seed).save_pretrained(snapshot)
+        (hub / "refs").mkdir(exist_ok=True)
+        (hub / "refs" / revision).write_text(f"{revision}0")
+    code = (
+        "import torch\n"
+        "from foreroute.runtime.offload import load_offloaded\n"
+        "sums = [load_offloaded('org/tiny', device='cpu', revision=r).store.rows[0]"
+        ".double().sum() for r in (None, 'main', 'v2')]\n"
+        "assert sums[0] == sums[1] != sums[2], sums\n"
+    )
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
