@@ -12,6 +12,7 @@ from foreroute.runtime.decode_graph import DecodeGraph
 from foreroute.runtime.device_layer import DeviceLayer, DeviceRun
 from foreroute.runtime.engine import Engine
 from foreroute.runtime.expert_form import find_expert_form
+from foreroute.runtime.fused_norms import fuse_norms
 from foreroute.runtime.graph_sampling import decode_loop
 from foreroute.runtime.kernels.plan import HITS, MISSES, PREFETCHES, WASTED, lrfu
 from foreroute.runtime.offload import OffloadedModel
@@ -69,6 +70,10 @@ class GraphEngine(Engine):
                 offloaded.moe.layers, store.rows, store.layouts, strict=True
             )
         ]
+
+    def _attach(self) -> None:
+        super()._attach()
+        fuse_norms(self.model, self._attachments)
 
     def _begin_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super()._begin_forward(module, args, kwargs)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 Activation = Literal["silu", "gelu-tanh", "relu-squared", "clamped-swish"]
 _ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu-tanh", "relu-squared", "clamped-swish")
-MAX_TOKENS = 16
-BLOCK_ROWS = 16
-MAX_BLOCK_COLUMNS = 256
+# Fastest of those tried on an H100 at Qwen3-30B-A3B's shape: few rows, each read all at once.
+UP_ROWS, UP_COLUMNS, UP_WARPS = 1, 2048, 2
+DOWN_ROWS, DOWN_COLUMNS, DOWN_WARPS = 2, 1024, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ def _down_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = rows < depth
     total = tl.zeros([ROWS], dtype=tl.float32)
-    for k in range(TOP_K):
+    for k in tl.static_range(TOP_K):
         pair = token * TOP_K + k
         slot = tl.load(slot_of + tl.load(expert_ids + pair)).to(tl.int64)
         base = weight + slot * slot_stride + rows[:, None] * row_stride
@@ -180,7 +180,7 @@ def expert_products(
     step = 2 if form.is_interleaved else 1
     row_stride = first.stride(row)
     apart = (1 if form.is_interleaved else width) if form.has_gate else 0
-    _up_kernel[(triton.cdiv(width, BLOCK_ROWS), num_tokens * top_k)](
+    _up_kernel[(triton.cdiv(width, UP_ROWS), num_tokens * top_k)](
         hidden,
         first,
         first if first_bias is None else first_bias,
@@ -202,12 +202,12 @@ def expert_products(
         ACTIVATION=_ACTIVATIONS.index(form.activation),
         HAS_GATE=form.has_gate,
         HAS_BIAS=first_bias is not None,
-        ROWS=BLOCK_ROWS,
-        COLUMNS=min(MAX_BLOCK_COLUMNS, triton.next_power_of_2(depth)),
-        num_warps=4,
+        ROWS=UP_ROWS,
+        COLUMNS=min(UP_COLUMNS, triton.next_power_of_2(depth)),
+        num_warps=UP_WARPS,
     )
     second, second_bias = weights["down_proj"], weights.get("down_proj_bias")
-    _down_kernel[(triton.cdiv(depth, BLOCK_ROWS), num_tokens)](
+    _down_kernel[(triton.cdiv(depth, DOWN_ROWS), num_tokens)](
         inner,
         gate_weights,
         second,
@@ -223,9 +223,9 @@ def expert_products(
         0 if second_bias is None else second_bias.stride(0),
         TOP_K=top_k,
         HAS_BIAS=second_bias is not None,
-        ROWS=BLOCK_ROWS,
-        COLUMNS=min(MAX_BLOCK_COLUMNS, triton.next_power_of_2(width)),
-        num_warps=4,
+        ROWS=DOWN_ROWS,
+        COLUMNS=min(DOWN_COLUMNS, triton.next_power_of_2(width)),
+        num_warps=DOWN_WARPS,
     )
 
 

@@ -1,0 +1,28 @@
+"""Fused norms give what the model's own give, and go away again."""
+
+import copy
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from foreroute.runtime.fused_norms import fuse_norms
+
+
+def test_fused_norms_change_the_logits_by_rounding_only_and_are_put_back(tiny_moe: Any) -> None:
+    model = copy.deepcopy(tiny_moe.model)
+    tokens = torch.arange(3, 20).unsqueeze(0)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        with ExitStack() as undo:
+            # 4 layers: two norms and one each for queries and keys; one at the end
+            assert fuse_norms(model, undo) == 4 * 4 + 1
+            fused = model(tokens).logits
+        again = model(tokens).logits
+    torch.testing.assert_close(fused, expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(again, expected)
+
+
+def test_a_layer_norm_is_left_alone() -> None:
+    with ExitStack() as undo:
+        assert fuse_norms(torch.nn.LayerNorm(8), undo) == 0
