@@ -1,0 +1,24 @@
+"""Rules of the expert cache: what to evict, what to fetch early, how many slots a layer gets."""
+
+from foreroute.runtime.policies.eviction import (
+    DEFAULT_POLICY,
+    EvictionPolicy,
+    find_policy,
+    known_policies,
+)
+from foreroute.runtime.policies.layer_state import LayerState
+from foreroute.runtime.policies.prefetching import PrefetchRule, find_prefetch_rule
+from foreroute.runtime.policies.slot_budget import equal_slots, miss_curve, share_slots
+
+__all__ = [
+    "DEFAULT_POLICY",
+    "EvictionPolicy",
+    "LayerState",
+    "PrefetchRule",
+    "equal_slots",
+    "find_policy",
+    "find_prefetch_rule",
+    "known_policies",
+    "miss_curve",
+    "share_slots",
+]
