@@ -202,8 +202,14 @@ def tiny_config(model_type: str, **overrides: Any) -> Any:
     fields = set(inspect.signature(config_class.__init__).parameters)
     if dataclasses.is_dataclass(config_class):
         fields |= {f.name for f in dataclasses.fields(config_class)}
-    fields |= set(getattr(config_class, "attribute_map", {}))
-    settings = {name: value for name, value in SMALL.items() if name in fields}
+    aliases = getattr(config_class, "attribute_map", {})
+    fields |= set(aliases)
+    overridden = {aliases.get(name, name) for name in overrides}
+    settings = {
+        name: value
+        for name, value in SMALL.items()
+        if name in fields and aliases.get(name, name) not in overridden
+    }
     if "kv_lora_rank" in settings:  # latent attention has one key-value head per head
         settings["num_key_value_heads"] = settings["num_attention_heads"]
     return config_class(**(settings | SPECIAL.get(model_type, {}) | overrides))

@@ -87,6 +87,7 @@ class Engine:
         device: str = "auto",
         dtype: str = "auto",
         revision: str | None = None,
+        expert_dtype: str = "auto",
         trust_remote_code: bool = False,
         **settings: Any,
     ) -> Engine:
@@ -101,6 +102,8 @@ class Engine:
             device: `auto`, `cpu` or `cuda`.
             dtype: `auto`, `float32`, `bfloat16` or `float16`.
             revision: Branch, tag or commit of a Hub id.
+            expert_dtype: How experts are stored and copied: `auto` (as the checkpoint has them),
+                `bf16`, `fp8`, `int8` or `int4`; fewer bits than the checkpoint change the output.
             trust_remote_code: Run code that came with the checkpoint.
             **settings: Other fields of `EngineConfig`.
 
@@ -120,6 +123,7 @@ class Engine:
             device=device,
             dtype=dtype,
             revision=revision,
+            expert_dtype=expert_dtype,
             trust_remote_code=trust_remote_code,
         )
         if loaded is not None:

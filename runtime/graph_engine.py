@@ -38,6 +38,8 @@ def why_not_on_device(offloaded: OffloadedModel, config: EngineConfig) -> str | 
         return "speculative execution and running without a cache are decided on the host"
     if len(set(map(_shape_of, offloaded.store.layouts))) > 1:
         return "its layers have experts of different shapes"
+    if any(layout.encoded for layout in offloaded.store.layouts):
+        return "its experts are stored in fewer bits, which the kernels do not decode"
     if find_expert_form(offloaded.moe.layers[0].experts) is None:
         return "its experts' activation has no kernel"
     return None

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from foreroute.data.adapters.weightless import parameter_shapes
+from foreroute.runtime.encodings import EncodedParameter, EncodedWeights, Encoder, Part
 
 ALIGNMENT_BYTES = 64  # every parameter starts on a boundary that any dtype and any kernel can use
 
@@ -38,18 +40,58 @@ class RowLayout:
     """How the parameters of one expert lie in a row of bytes."""
 
     parameters: Mapping[str, ParameterSpec]
+    """What lies in the row, by name."""
     row_bytes: int
+    encoded: Mapping[str, EncodedParameter] = field(default_factory=dict)
+    """Parameters of the module whose parts these are, where they are stored in fewer bits."""
 
     @classmethod
-    def of(cls, experts: nn.Module) -> RowLayout:
-        """Layout for an experts module whose parameters are, or would be, [E, ...]."""
+    def of(cls, experts: nn.Module, encoder: Encoder | None = None) -> RowLayout:
+        """Layout for an experts module whose parameters are, or would be, [E, ...].
+
+        Args:
+            experts: The module.
+            encoder: How to store its matrices; as they are if None.
+        """
+        parts: dict[str, Part] = {}
+        encoded: dict[str, EncodedParameter] = {}
+        for name, (shape, dtype) in parameter_shapes(experts).items():
+            if encoder is None or len(shape) < 3:
+                parts[name] = (shape[1:], dtype)
+                continue
+            is_transposed = bool(experts.is_transposed)
+            rows, columns = shape[:0:-1] if is_transposed else shape[1:]
+            encoding = encoder(name, rows, columns)
+            encoded[name] = EncodedParameter(encoding, shape[1:], dtype, is_transposed)
+            parts |= {name + suffix: part for suffix, part in encoding.parts().items()}
         parameters: dict[str, ParameterSpec] = {}
         offset = 0
-        for name, (shape, dtype) in parameter_shapes(experts).items():
-            spec = ParameterSpec(shape[1:], dtype, offset)
+        for name, (part_shape, dtype) in parts.items():
+            spec = ParameterSpec(tuple(part_shape), dtype, offset)
             parameters[name] = spec
             offset += math.ceil(spec.num_bytes / ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        return cls(parameters, offset)
+        return cls(parameters, offset, encoded)
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the row holds the checkpoint's own low-bit tensors."""
+        return any(parameter.encoding.is_native for parameter in self.encoded.values())
+
+    def weights(self, rows: Tensor) -> dict[str, Any]:
+        """The module's parameters inside a buffer of rows.
+
+        Args:
+            rows: [n, row_bytes] uint8, contiguous.
+
+        Returns:
+            By name, [n, ...]; what is stored in fewer bits decodes when it is indexed.
+        """
+        weights: dict[str, Any] = self.views(rows)
+        for name, parameter in self.encoded.items():
+            suffixes = parameter.encoding.parts()
+            parts = {suffix: weights.pop(name + suffix) for suffix in suffixes}
+            weights[name] = EncodedWeights(parameter, parts)
+        return weights
 
     def views(self, rows: Tensor) -> dict[str, Tensor]:
         """The parameters inside a buffer of rows, without a copy.
@@ -90,28 +132,69 @@ def allocate_host(num_rows: int, row_bytes: int, *, is_pinned: bool) -> Tensor:
     return rows
 
 
+class RowWriter:
+    """Writes weights into rows, encoding those that are stored in fewer bits."""
+
+    def __init__(self, layout: RowLayout, rows: Tensor) -> None:
+        """Write into these rows.
+
+        Args:
+            layout: How an expert lies in a row.
+            rows: [E, row_bytes] uint8.
+        """
+        self._layout = layout
+        self._views = layout.views(rows)
+        self._staged: dict[tuple[str, int], tuple[Tensor, int]] = {}
+
+    def put(self, name: str, expert_id: int, row: int, part: Tensor) -> None:
+        """Write part of one expert's parameter.
+
+        Args:
+            name: Of the parameter, or of a part of it that a low-bit checkpoint holds.
+            expert_id: Which expert.
+            row: First row that the part covers.
+            part: Some rows of the parameter, any float dtype.
+        """
+        parameter = self._layout.encoded.get(name)
+        if parameter is None or parameter.encoding.is_native:
+            self._views[name][expert_id][row : row + len(part)].copy_(part)
+            return
+        empty = (torch.empty(parameter.shape, dtype=parameter.dtype), 0)
+        whole, num_rows = self._staged.pop((name, expert_id), empty)
+        whole[row : row + len(part)].copy_(part)
+        if num_rows + len(part) < len(whole):  # the rest of the matrix comes in another tensor
+            self._staged[name, expert_id] = (whole, num_rows + len(part))
+            return
+        for suffix, stored in parameter.encode(whole).items():
+            self._views[name + suffix][expert_id].copy_(stored)
+
+
 class HostExpertStore:
     """The experts of all MoE layers, in host memory, out of the model's reach."""
 
-    def __init__(self, all_experts: list[nn.Module], *, is_pinned: bool) -> None:
+    def __init__(
+        self, all_experts: list[nn.Module], *, is_pinned: bool, encoder: Encoder | None = None
+    ) -> None:
         """Allocate the rows, and move the weights there from modules that have any.
 
         Args:
             all_experts: The experts modules of a model, on the CPU; their parameters are removed,
                 one layer at a time. Of modules built without weights the rows stay to be filled.
             is_pinned: Page-lock the memory, so that a CUDA device can copy from it unattended.
+            encoder: How to store matrices; as they are if None.
         """
         self.is_pinned = is_pinned
         self.layouts: list[RowLayout] = []
         self.rows: list[Tensor] = []
         """Per MoE layer, [E, row_bytes] uint8."""
         for experts in all_experts:
-            layout = RowLayout.of(experts)
+            layout = RowLayout.of(experts, encoder)
             num_experts = next(iter(parameter_shapes(experts).values())).shape[0]
             rows = allocate_host(num_experts, layout.row_bytes, is_pinned=is_pinned)
-            views = layout.views(rows)
+            writer = RowWriter(layout, rows)
             for name in list(experts._parameters):
-                views[name].copy_(experts.get_parameter(name).detach())
+                for expert_id, weight in enumerate(experts.get_parameter(name).detach()):
+                    writer.put(name, expert_id, 0, weight)
                 del experts._parameters[name]
             self.layouts.append(layout)
             self.rows.append(rows)

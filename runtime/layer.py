@@ -179,7 +179,8 @@ class OffloadedLayer:
         if is_alone:  # a product of one row may round differently from the same row among several
             pairs = pairs.repeat(2)
         hidden, slots = router_input[pairs // top_k], slot_of_pair[pairs]
-        outputs = unweighted_outputs(function, self._view, hidden, slots)
+        view = self._view if function is self._per_token else self._view.decoded()
+        outputs = unweighted_outputs(function, view, hidden, slots)
         return outputs[:1] if is_alone else outputs
 
     def _prefetch_onward(self, onward: Prediction | None) -> None:

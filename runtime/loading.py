@@ -23,8 +23,9 @@ from foreroute.data.adapters.weightless import (
     outline,
     parameter_shapes,
 )
+from foreroute.runtime.encodings import Encoder, encoder_named, native_encoder
 from foreroute.runtime.host_memory import require_host_memory
-from foreroute.runtime.host_store import HostExpertStore
+from foreroute.runtime.host_store import HostExpertStore, RowLayout, RowWriter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,8 @@ class Source:
     """Branch, tag or commit of a Hub id."""
     trust_remote_code: bool = False
     """Run code that came with the checkpoint."""
+    expert_dtype: str = "auto"
+    """How experts are stored: `auto` (as the checkpoint has them), bf16, fp8, int8 or int4."""
 
 
 def load_with_host_experts(source: Source, *, is_pinned: bool) -> tuple[MoEModel, HostExpertStore]:
@@ -57,17 +60,23 @@ def load_with_host_experts(source: Source, *, is_pinned: bool) -> tuple[MoEModel
     )
     files = checkpoint_files(resolve_model(source.name), source.revision)
     dtype = _dtype(source, config, files)
+    encoder = _encoder(source, config)
     shapes = outline(config, dtype, trust_remote_code=source.trust_remote_code)
     experts = experts_by_path(shapes)
     if not experts:
         discover(shapes, source.name)  # says why there are none
-    expert_bytes = sum(p.nbytes for module in experts.values() for p in module.parameters())
-    all_bytes = sum(p.nbytes for p in shapes.parameters())
-    require_host_memory(expert_bytes, all_bytes - expert_bytes, model_name=source.name)
+    whole_bytes = sum(p.nbytes for module in experts.values() for p in module.parameters())
+    other_bytes = sum(p.nbytes for p in shapes.parameters()) - whole_bytes
+    stored_bytes = sum(
+        RowLayout.of(module, encoder).row_bytes * len(next(module.parameters()))
+        for module in experts.values()
+    )
+    require_host_memory(stored_bytes, other_bytes, model_name=source.name)
     with experts_without_weights({type(module) for module in experts.values()}):
         model = _load_the_rest(source, config, dtype)
     moe = discover(model, source.name)
-    store = HostExpertStore([layer.experts for layer in moe.layers], is_pinned=is_pinned)
+    all_experts = [layer.experts for layer in moe.layers]
+    store = HostExpertStore(all_experts, is_pinned=is_pinned, encoder=encoder)
     fill_store(store, moe, files)
     return moe, store
 
@@ -79,6 +88,25 @@ def _dtype(source: Source, config: Any, files: Mapping[str, Path]) -> torch.dtyp
         return known
     named = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     return named or next(float_dtypes(files), torch.float32)
+
+
+def _encoder(source: Source, config: Any) -> Encoder | None:
+    """How the experts will be stored; a checkpoint in fewer bits keeps its own way."""
+    chosen = encoder_named(source.expert_dtype)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return chosen
+    if not isinstance(quantization, dict):
+        quantization = quantization.to_dict()
+    native = native_encoder(quantization)
+    if chosen is not None:
+        raise ValueError(
+            f"{source.name} comes in {quantization['quant_method']} already, which is kept; "
+            f"expert_dtype={source.expert_dtype} needs a checkpoint in full precision."
+        )
+    # Everything but the experts is dequantised by transformers while it loads.
+    config.quantization_config = quantization | {"dequantize": True}
+    return native
 
 
 def _load_the_rest(source: Source, config: Any, dtype: torch.dtype) -> Any:
@@ -114,28 +142,36 @@ def fill_store(store: HostExpertStore, moe: MoEModel, files: Mapping[str, Path])
     Raises:
         ValueError: If the checkpoint lacks part of an expert.
     """
-    views: dict[str, Tensor] = {}
+    writers: dict[str, tuple[RowWriter, str]] = {}
     targets: dict[str, ParameterShape] = {}
     for layer, layout, rows in zip(moe.layers, store.layouts, store.rows, strict=True):
-        views |= {f"{layer.name}.{name}": view for name, view in layout.views(rows).items()}
+        writer = RowWriter(layout, rows)
         shapes = parameter_shapes(layer.experts)
-        targets |= {f"{layer.name}.{name}": shape for name, shape in shapes.items()}
-    expected = sum(math.prod(target.shape) for target in targets.values())
+        if layout.is_native:  # the checkpoint has the stored parts themselves
+            shapes = {
+                name: ParameterShape((len(rows), *spec.shape), spec.dtype)
+                for name, spec in layout.parameters.items()
+            }
+        for name, shape in shapes.items():
+            writers[f"{layer.name}.{name}"] = (writer, name)
+            targets[f"{layer.name}.{name}"] = shape
+    sizes = {name: math.prod(target.shape) for name, target in targets.items()}
+    item_bytes = {name: target.dtype.itemsize for name, target in targets.items()}
     done = 0
-    with _byte_progress("experts", store.num_bytes) as progress:
+    with _byte_progress("experts", sum(sizes[n] * item_bytes[n] for n in sizes)) as progress:
 
         def put(target: str, expert_id: int, row: int, part: Tensor) -> None:
             nonlocal done
-            place = views[target][expert_id]
-            place[row : row + len(part)].copy_(part)
+            writer, name = writers[target]
+            writer.put(name, expert_id, row, part)
             done += part.numel()
-            progress.advance(progress.task_ids[0], part.numel() * place.element_size())
+            progress.advance(progress.task_ids[0], part.numel() * item_bytes[target])
 
         ExpertReader(moe.model, files, targets).read(put)
-    if done != expected:
+    if done != sum(sizes.values()):
         raise ValueError(
-            f"The checkpoint holds {done} numbers of experts, the model has {expected}; some are "
-            "missing or have another shape."
+            f"The checkpoint holds {done} numbers of experts, the model has {sum(sizes.values())}; "
+            "some are missing or have another shape."
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from foreroute.data.adapters import MoEModel, discover, resolve_device
+from foreroute.runtime.encodings import encoder_named
 from foreroute.runtime.host_store import HostExpertStore
 from foreroute.runtime.loading import Source, load_with_host_experts
 
@@ -27,20 +28,24 @@ class OffloadedModel:
         return self.store.layouts[0].row_bytes
 
 
-def offload(model: Any, *, device: torch.device, model_name: str = "") -> OffloadedModel:
+def offload(
+    model: Any, *, device: torch.device, model_name: str = "", expert_dtype: str = "auto"
+) -> OffloadedModel:
     """Take the experts out of a model that was loaded on the CPU, then move the rest.
 
     Args:
         model: Transformers causal LM; it can only be used through an engine afterwards.
         device: Where to run it.
         model_name: What the user calls it, for messages.
+        expert_dtype: How experts are stored: `auto` (as they are), bf16, fp8, int8 or int4.
 
     Raises:
         ValueError: If it is no MoE that is supported; says what is missing.
     """
+    encoder = encoder_named(expert_dtype)
     moe = discover(model, model_name)
     experts = [layer.experts for layer in moe.layers]
-    store = HostExpertStore(experts, is_pinned=device.type == "cuda")
+    store = HostExpertStore(experts, is_pinned=device.type == "cuda", encoder=encoder)
     model.to(device)
     return OffloadedModel(moe, store, device)
 
@@ -52,6 +57,7 @@ def load_offloaded(
     dtype: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    expert_dtype: str = "auto",
 ) -> OffloadedModel:
     """Load `bundled`, a folder or a Hub id with its experts in host memory, and only there.
 
@@ -61,13 +67,21 @@ def load_offloaded(
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
         revision: Branch, tag or commit of a Hub id.
         trust_remote_code: Run code that came with the checkpoint.
+        expert_dtype: How experts are stored: `auto` (as the checkpoint has them), bf16, fp8, int8
+            or int4.
 
     Raises:
         FileNotFoundError: If there is no such model.
         ValueError: If it cannot be read, is no MoE that is supported, or does not fit in memory.
     """
     target = resolve_device(device)
-    source = Source(name=name, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    source = Source(
+        name=name,
+        dtype=dtype,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        expert_dtype=expert_dtype,
+    )
     moe, store = load_with_host_experts(source, is_pinned=target.type == "cuda")
     moe.model.to(target)
     return OffloadedModel(moe, store, target)

@@ -31,7 +31,7 @@ class SlotCache:
         self.num_slots = num_slots
         self.slots = torch.zeros(num_slots, layout.row_bytes, dtype=torch.uint8, device=device)
         """[S, row_bytes]."""
-        self.weights = layout.views(self.slots)
+        self.weights = layout.weights(self.slots)
         """Parameters by name, [S, ...], sharing memory with the slots."""
         self.arriving: dict[int, Ticket] = {}
         """Copies on their way, by expert."""

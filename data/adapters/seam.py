@@ -71,10 +71,21 @@ class ExpertsView:
 
     __slots__ = ("_experts", "_weights", "num_experts")
 
-    def __init__(self, experts: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, experts: nn.Module, weights: Mapping[str, Any]) -> None:
+        """Look like the module.
+
+        Args:
+            experts: The module.
+            weights: By name, [n, ...]: tensors, or what gives tensors when indexed by experts.
+        """
         self._experts = experts
         self._weights = weights
         self.num_experts = next(iter(weights.values())).shape[0]
+
+    def decoded(self) -> ExpertsView:
+        """The same with every weight a tensor, for functions that do more than index them."""
+        weights = {n: w if isinstance(w, Tensor) else w[:] for n, w in self._weights.items()}
+        return ExpertsView(self._experts, weights)
 
     def __getattr__(self, name: str) -> Any:
         weights = object.__getattribute__(self, "_weights")

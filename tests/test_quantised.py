@@ -1,0 +1,222 @@
+"""Experts stored in fewer bits: what is lost is small, and native formats lose nothing."""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
+
+from foreroute.runtime import Engine, EngineConfig
+from foreroute.runtime.encodings import EXPERT_DTYPES, Fp8Blocks, Int4, Mxfp4
+from foreroute.runtime.offload import load_offloaded, offload
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from tiny_models import tiny_model
+
+# Half a step: of 8 bits over twice the largest number of a row, of e4m3's three mantissa bits, of
+# 4 bits over the span of a group (whose float16 step and offset round once more).
+WORST_ERROR = {"bf16": 2**-8, "int8": 0.5 / 127, "fp8": 2**-4, "int4": 1.05 / 15}
+TOKENS = torch.arange(3, 14).unsqueeze(0)
+
+
+def run(offloaded, tokens=TOKENS):
+    with Engine(offloaded, EngineConfig(expert_slots="4")) as engine, torch.no_grad():
+        return engine(tokens).logits
+
+
+@pytest.mark.parametrize("name", EXPERT_DTYPES)
+def test_a_matrix_comes_back_within_half_a_step(name):
+    matrix = torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
+    encoding = EXPERT_DTYPES[name](48, 64)
+    parts = {suffix: part.unsqueeze(0) for suffix, part in encoding.encode(matrix).items()}
+    for suffix, (shape, dtype) in encoding.parts().items():
+        assert parts[suffix].shape == (1, *shape)
+        assert parts[suffix].dtype == dtype
+    largest = matrix.abs().amax(-1, keepdim=True)
+    error = (encoding.decode(parts)[0] - matrix).abs() / largest
+    assert error.max() <= WORST_ERROR[name]
+
+
+@pytest.mark.parametrize("name", EXPERT_DTYPES)
+def test_rows_of_zeros_stay_zero(name):
+    encoding = EXPERT_DTYPES[name](4, 32)
+    parts = {k: v.unsqueeze(0) for k, v in encoding.encode(torch.zeros(4, 32)).items()}
+    assert torch.equal(encoding.decode(parts), torch.zeros(1, 4, 32))
+
+
+def test_int4_by_hand():
+    row = torch.arange(32.0).div(31).mul(15).round().unsqueeze(0)  # 0..15: a step of one
+    parts = Int4(1, 32).encode(row)
+    assert parts["_steps"].item() == 1.0
+    assert parts["_offsets"].item() == 0.0
+    assert parts[""][0, 0].item() == int(row[0, 0]) | int(row[0, 1]) << 4
+    assert torch.equal(Int4(1, 32).decode({k: v.unsqueeze(0) for k, v in parts.items()})[0], row)
+
+
+def test_int4_refuses_inputs_it_cannot_group():
+    with pytest.raises(ValueError, match="32 divides, not 40; use int8"):
+        Int4(8, 40).parts()
+
+
+@pytest.mark.parametrize("name", EXPERT_DTYPES)
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+def test_the_engine_runs_exactly_what_the_store_decodes_to(name, model_type):
+    model = tiny_model(model_type, intermediate_size=96)
+    stock = copy.deepcopy(model)
+    offloaded = offload(model, device=torch.device("cpu"), expert_dtype=name)
+    store = offloaded.store
+    for layer, layout, rows in zip(offloaded.moe.layers, store.layouts, store.rows, strict=True):
+        for parameter, weight in layout.weights(rows).items():
+            stock.get_parameter(f"{layer.name}.{parameter}").data.copy_(weight[:])
+    stock.set_experts_implementation("batched_mm")
+    with torch.no_grad():
+        assert torch.equal(run(offloaded), stock(TOKENS).logits)
+
+
+def test_slots_and_rows_hold_the_quantised_bytes():
+    full = offload(tiny_model("qwen3_moe"), device=torch.device("cpu"))
+    few = offload(tiny_model("qwen3_moe"), device=torch.device("cpu"), expert_dtype="int8")
+    scales = 4 * (2 * 32 + 64)  # float32, one per output channel
+    assert few.expert_bytes == full.expert_bytes // 4 + scales
+    with Engine(few, EngineConfig(expert_slots="2")) as engine, torch.no_grad():
+        engine(TOKENS)
+        engine.check_integrity()
+        assert engine.layers[0].residency.cache.slots.shape == (2, few.expert_bytes)
+
+
+@pytest.mark.parametrize("name", EXPERT_DTYPES)
+def test_loading_quantises_as_it_reads(tmp_path, name):
+    model = tiny_model("qwen3_moe")
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    loaded = load_offloaded(str(tmp_path), device="cpu", expert_dtype=name)
+    moved = offload(model, device=torch.device("cpu"), expert_dtype=name)
+    for got, expected in zip(loaded.store.rows, moved.store.rows, strict=True):
+        for view, other in zip(
+            loaded.store.layouts[0].views(got).values(),
+            moved.store.layouts[0].views(expected).values(),
+            strict=True,
+        ):
+            assert torch.equal(view.view(torch.uint8), other.view(torch.uint8))
+
+
+def test_unknown_expert_dtypes_are_refused(tmp_path):
+    tiny_model("qwen3_moe").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="known: auto, bf16, fp8, int8, int4"):
+        load_offloaded(str(tmp_path), device="cpu", expert_dtype="int2")
+
+
+def save_fp8(folder, model_type, block=32):
+    """A checkpoint as DeepSeek and Qwen publish them: e4m3 matrices and factors of blocks."""
+    model = tiny_model(model_type, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    tensors = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        is_quantised = "experts." in name and "shared" not in name
+        if not is_quantised:
+            tensors[name] = tensor
+            continue
+        blocks = tensor.float().unflatten(0, (-1, block)).unflatten(2, (-1, block))
+        scales = blocks.abs().amax((1, 3), keepdim=True) / 448
+        values = (blocks / scales).flatten(2, 3).flatten(0, 1)
+        tensors[name] = values.to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scales[:, 0, :, 0]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    add_quantization(
+        folder,
+        {
+            "quant_method": "fp8",
+            "weight_block_size": [block, block],
+            "modules_to_not_convert": [
+                "self_attn",
+                "gate",
+                "lm_head",
+                "shared_experts",
+                "mlp.gate",
+            ],
+        },
+    )
+
+
+def add_quantization(folder, settings):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = settings
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3"])
+def test_fp8_checkpoints_keep_their_bytes_and_give_transformers_logits(tmp_path, model_type):
+    save_fp8(tmp_path, model_type)
+    settings = FineGrainedFP8Config(
+        weight_block_size=(32, 32), dequantize=True, modules_to_not_convert=["gate", "lm_head"]
+    )
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings).eval()
+    stock.set_experts_implementation("batched_mm")
+    offloaded = load_offloaded(str(tmp_path), device="cpu")
+    layout = offloaded.store.layouts[0]
+    assert layout.parameters["gate_up_proj"].dtype == torch.float8_e4m3fn
+    assert offloaded.expert_bytes < 3 * 64 * 32 * 1.1  # a byte a number, and the factors
+    with torch.no_grad():
+        assert torch.equal(run(offloaded), stock(TOKENS).logits)
+
+
+def test_fp8_blocks_that_do_not_divide_the_matrix():
+    """Gate and up have blocks of their own; the last of each is not full."""
+    encoding = Fp8Blocks(rows=2 * 3, columns=5, stacked=2, block=2)
+    assert encoding.parts()["_scale_inv"][0] == (4, 3)
+    scales = torch.arange(1.0, 13.0).view(1, 4, 3)
+    decoded = encoding.decode({"": torch.ones(1, 6, 5), "_scale_inv": scales})[0]
+    assert decoded[:, 0].tolist() == [1, 1, 4, 7, 7, 10]
+    assert decoded[0].tolist() == [1, 1, 2, 2, 3]
+
+
+def test_mxfp4_by_hand():
+    """Codes 2 and 10 are 1 and -1; the exponent 128 doubles them."""
+    blocks = torch.full((1, 1, 1, 16), 2 | 10 << 4, dtype=torch.uint8)
+    scales = torch.full((1, 1, 1), 128, dtype=torch.uint8)
+    decoded = Mxfp4(1, 32).decode({"_blocks": blocks, "_scales": scales})
+    assert decoded.flatten().tolist() == [2.0, -2.0] * 16
+
+
+def test_mxfp4_checkpoints_keep_their_bytes_and_give_transformers_logits(tmp_path):
+    model = tiny_model("gpt_oss", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            num_experts, inputs, outputs = tensor.shape
+            shape = (num_experts, outputs, inputs // 32, 16)
+            tensors[f"{name}_blocks"] = torch.randint(0, 256, shape, generator=generator).byte()
+            exponents = torch.randint(119, 124, shape[:-1], generator=generator)
+            tensors[f"{name}_scales"] = exponents.byte()
+        else:
+            tensors[name] = tensor
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    add_quantization(tmp_path, {"quant_method": "mxfp4", "modules_to_not_convert": []})
+    settings = Mxfp4Config(dequantize=True)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings).eval()
+    stock.set_experts_implementation("batched_mm")
+    offloaded = load_offloaded(str(tmp_path), device="cpu")
+    assert "gate_up_proj_blocks" in offloaded.store.layouts[0].parameters
+    assert offloaded.expert_bytes < full_bytes(stock) / 3
+    with torch.no_grad():
+        assert torch.equal(run(offloaded), stock(TOKENS).logits)
+
+
+def full_bytes(stock):
+    experts = stock.model.layers[0].mlp.experts
+    return sum(p.nbytes for p in experts.parameters()) // 8
+
+
+def test_other_quantisations_and_requantising_are_refused(tmp_path):
+    save_fp8(tmp_path, "qwen3_moe")
+    with pytest.raises(ValueError, match="comes in fp8 already"):
+        load_offloaded(str(tmp_path), device="cpu", expert_dtype="int8")
+    add_quantization(tmp_path, {"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ValueError, match="quantised as 'gptq'"):
+        load_offloaded(str(tmp_path), device="cpu")
