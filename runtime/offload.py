@@ -21,6 +21,8 @@ class OffloadedModel:
     store: HostExpertStore
     device: torch.device
     """Where everything but the experts is."""
+    expert_dtype: str = "auto"
+    """How experts are stored; `auto` is as the checkpoint has them."""
 
     @property
     def expert_bytes(self) -> int:
@@ -47,7 +49,7 @@ def offload(
     experts = [layer.experts for layer in moe.layers]
     store = HostExpertStore(experts, is_pinned=device.type == "cuda", encoder=encoder)
     model.to(device)
-    return OffloadedModel(moe, store, device)
+    return OffloadedModel(moe, store, device, expert_dtype)
 
 
 def load_offloaded(
@@ -84,4 +86,4 @@ def load_offloaded(
     )
     moe, store = load_with_host_experts(source, is_pinned=target.type == "cuda")
     moe.model.to(target)
-    return OffloadedModel(moe, store, target)
+    return OffloadedModel(moe, store, target, expert_dtype)
