@@ -1,4 +1,4 @@
-"""The umbrella command: `foreroute generate` and `foreroute bench`."""
+"""The umbrella command: `foreroute generate`, `doctor` and `bench`."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ def generate(
     chat: bool = False,
     device: str = "auto",
     dtype: str = "auto",
+    revision: str | None = None,
+    expert_dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> None:
     """Generate text, streamed, and say what it cost.
@@ -55,6 +57,9 @@ def generate(
         chat: Put the prompt through the model's chat template.
         device: auto, cpu or cuda.
         dtype: auto, float32, bfloat16 or float16.
+        revision: Branch, tag or commit of a Hub id.
+        expert_dtype: How experts are stored: auto (as the checkpoint has them, exact), bf16, fp8,
+            int8 or int4.
         trust_remote_code: Run code that came with the checkpoint.
     """
     from transformers import TextStreamer, set_seed
@@ -73,6 +78,8 @@ def generate(
         budget=budget,
         device=device,
         dtype=dtype,
+        revision=revision,
+        expert_dtype=expert_dtype,
         trust_remote_code=trust_remote_code,
     ) as engine:
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
@@ -104,6 +111,7 @@ def bench(
     json: Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    expert_dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> None:
     """Run every mode on the same prompts and print what each cost.
@@ -121,6 +129,8 @@ def bench(
         json: Write the results here too.
         device: auto, cpu or cuda.
         dtype: auto, float32, bfloat16 or float16.
+        expert_dtype: How experts are stored: auto (as the checkpoint has them, exact), bf16, fp8,
+            int8 or int4.
         trust_remote_code: Run code that came with the checkpoint.
     """
     from rich.console import Console
@@ -164,7 +174,9 @@ def bench(
             progress.advance(task)
 
         results = [measure.measure_stock(whole.to(target), work, tick)]
-        offloaded = offload(whole.to("cpu"), device=target, model_name=model)
+        offloaded = offload(
+            whole.to("cpu"), device=target, model_name=model, expert_dtype=expert_dtype
+        )
         for mode in modes:
             progress.update(task, description=mode.name)
             stack = loaded.stack if loaded else None
@@ -185,6 +197,28 @@ def bench(
         }
         write_json(json, settings | measure.to_json(results))
         console.print(str(json), soft_wrap=True)
+
+
+def doctor(
+    model: str = "bundled",
+    revision: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> None:
+    """Say what was found in a model and what can be done with it, from its config alone.
+
+    Args:
+        model: `bundled`, a local folder with at least a config.json, or a Hub id.
+        revision: Branch, tag or commit of a Hub id.
+        dtype: In which sizes are given: auto, float32, bfloat16 or float16.
+        trust_remote_code: Run code that came with the checkpoint.
+    """
+    from rich.console import Console
+
+    from foreroute.runtime.doctor import diagnose, report
+
+    found = diagnose(model, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    Console().print(report(found))
 
 
 def _sequences(tokenizer: Any, dataset: str, count: int, length: int) -> list[Tensor]:
@@ -265,7 +299,7 @@ def _cost_line(engine: Engine) -> str:
 
 def main() -> None:
     """Entry point of `foreroute`."""
-    run_command("foreroute", {"generate": generate, "bench": bench})
+    run_command("foreroute", {"generate": generate, "doctor": doctor, "bench": bench})
 
 
 if __name__ == "__main__":
