@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from foreroute.runtime.bench import ModeResult
     from foreroute.runtime.engine import Engine
 
+SPECULATIVE_NOTE = (
+    "speculative runs the predicted experts with the true router's gate weights, speculative-paper "
+    "with predicted weights too (as the paper's engine does), skip leaves missing experts out: "
+    "these three change the output."
+)
 CPU_NOTE = (
     "On this CPU a fetch is a copy from memory to memory, done at once: nothing overlaps, and no "
     "figure here stands for PCIe or a GPU."
@@ -174,17 +179,17 @@ def bench(
             progress.advance(task)
 
         results = [measure.measure_stock(whole.to(target), work, tick)]
+        progress.update(task, description="modes in turn")
         offloaded = offload(
             whole.to("cpu"), device=target, model_name=model, expert_dtype=expert_dtype
         )
-        for mode in modes:
-            progress.update(task, description=mode.name)
-            stack = loaded.stack if loaded else None
-            results.append(measure.measure_mode(mode, offloaded, stack, work, tick))
+        stack = loaded.stack if loaded else None
+        results += measure.measure_modes(modes, offloaded, stack, work, tick)
     results = measure.with_perplexity_change(results)
     title = f"{model} on {target}, {slots} slots for the {geometry.num_experts} experts of a layer"
     console.print(_time_table(results, title))
     console.print(_traffic_table(results))
+    console.print(SPECULATIVE_NOTE)
     if target.type == "cpu":
         console.print(CPU_NOTE)
     if json is not None:
@@ -240,16 +245,16 @@ def _sequences(tokenizer: Any, dataset: str, count: int, length: int) -> list[Te
 
 def _time_table(results: list[ModeResult], title: str) -> Table:
     """What each mode took."""
-    table = _table(title, "TPOT ms", "p25-p75", "x on-demand", "TTFT ms", "same tokens")
+    table = _table(title, "TPOT ms", "p25-p75", "x on-demand", "TTFT ms", "tokens")
     baseline = next(r.tpot_ms for r in results if r.name == "on-demand")
     for r in results:
         table.add_row(
             r.name,
             f"{r.tpot_ms:.2f}",
-            f"{r.tpot_ms_p25:.2f}-{r.tpot_ms_p75:.2f}",
+            f"{r.tpot_ms_p25:.1f}-{r.tpot_ms_p75:.1f}",
             f"{r.tpot_ms / baseline:.2f}",
             f"{r.ttft_ms:.0f}",
-            "yes" if r.tokens == results[0].tokens else "no",
+            "stock's" if r.tokens == results[0].tokens else "other",
         )
     return table
 
@@ -258,10 +263,10 @@ def _traffic_table(results: list[ModeResult]) -> Table:
     """What each mode copied, and what it did to the output."""
     table = _table(
         "Copies per token, and the output against the exact model",
-        *("hit rate", "MB", "wasted MB", "late", "agreement", "perplexity"),
+        *("hit rate", "MB", "wasted", "late", "agreement", "perplexity"),
     )
     for r in results:
-        perplexity = f"{r.perplexity:.2f} ({r.perplexity_change:+.1%})" if r.perplexity else "exact"
+        change = "exact" if r.is_exact else f"{r.perplexity:.2f} {r.perplexity_change:+.1%}"
         table.add_row(
             r.name,
             "-" if r.hit_rate is None else f"{r.hit_rate:.3f}",
@@ -269,7 +274,7 @@ def _traffic_table(results: list[ModeResult]) -> Table:
             f"{r.wasted_bytes_per_token / 1e6:.2f}",
             f"{r.late_per_token:.2f}",
             "exact" if r.is_exact else f"{r.agreement:.3f}" + " (off)" * r.is_speculation_off,
-            perplexity,
+            f"{r.perplexity:.2f}" if r.is_exact and r.perplexity else change,
         )
     return table
 
@@ -278,10 +283,10 @@ def _table(title: str, *columns: str) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1))
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     table.add_column("mode", no_wrap=True)
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
@@ -297,9 +302,95 @@ def _cost_line(engine: Engine) -> str:
     )
 
 
+def simulate(
+    routes: Path,
+    profile: str = "h100-pcie5",
+    slots: str = "10%,25%,40%",
+    policy: str = "lru,default",
+    prefetch: str = "none",
+    horizon: int = 1,
+    bundle: Path | None = None,
+    recall: float = 0.89,
+    errors: str = "near-miss",
+    concentration: float = 2.0,
+    warm: str = "prompt",
+    layer_slots: str = "equal",
+    expert_bytes: str | None = None,
+    layer_ms: float | None = None,
+    num_experts: int | None = None,
+    prompt_tokens: int = 0,
+    seed: int = 0,
+    json: Path | None = None,
+) -> None:
+    """Replay recorded routing on a machine's timeline: what each policy would cost.
+
+    Args:
+        routes: Traces, or another recording: route CSV, llama.cpp CSV, routed_experts, Megatron.
+        profile: A machine: a built-in name such as h100-pcie5, or a file of foreroute profile.
+        slots: Slots per MoE layer, each a number or a share; a comma list.
+        policy: lru, lfu, lrfu, default, predicted, static, belady; a comma list.
+        prefetch: none, all, budgeted; a comma list.
+        horizon: Layers ahead to predict; 1, 2, 4, ... up to it are tried.
+        bundle: Real predictions of this bundle on traces, in place of a simulated predictor.
+        recall: Of the simulated predictor, one layer ahead.
+        errors: Its wrong guesses: near-miss or uniform.
+        concentration: How little it knows which guesses are wrong; calibrated for any value.
+        warm: What fills the slots before: prompt, none, or another recording.
+        layer_slots: equal, or by-misses: layers that missed more before get more.
+        expert_bytes: Size of an expert as copied (9.44MB, 3MiB); the profile's model unless said.
+        layer_ms: Compute of a layer; the profile's model unless said.
+        num_experts: Experts of a layer, where the recording does not say.
+        prompt_tokens: Tokens of the prompt at the start, where the recording does not say.
+        seed: Of the simulated predictor.
+        json: Write the rows here too.
+    """
+    from foreroute.runtime.simulator.cli import run_simulate
+
+    run_simulate(**locals())
+
+
+def plan(
+    model: str,
+    gpu_memory: str,
+    host_memory: str,
+    profile: str = "h100-pcie5",
+    context: int = 4096,
+    json: Path | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Say what fits and what to expect, from the model's configuration alone.
+
+    Args:
+        model: `bundled`, a folder, a config.json or a Hub id.
+        gpu_memory: Device memory to use, such as 24GiB.
+        host_memory: Host memory to use, such as 64GiB.
+        profile: A machine: a built-in name such as rtx4090-pcie4, or a file of foreroute profile.
+        context: Tokens of context, prompt and answer.
+        json: Write the plan here too.
+        trust_remote_code: Run code that came with the checkpoint.
+    """
+    from foreroute.runtime.plan_report import run_plan
+
+    run_plan(model, gpu_memory, host_memory, profile, context, json, trust_remote_code)
+
+
+def profile(out: Path, device: str = "auto", name: str = "", overwrite: bool = False) -> None:
+    """Measure this machine for simulate and plan, in under a minute.
+
+    Args:
+        out: The file to write, JSON.
+        device: auto, cpu or cuda; on a CPU, copies are from memory to memory.
+        name: What to call it; the device's name unless said.
+        overwrite: Replace a file that is there already.
+    """
+    from foreroute.runtime.profile_report import run_profile
+
+    run_profile(out, device, name, overwrite)
+
+
 def main() -> None:
     """Entry point of `foreroute`."""
-    run_command("foreroute", {"generate": generate, "doctor": doctor, "bench": bench})
+    run_command("foreroute", {"generate": generate, "doctor": doctor, "bench": bench, "simulate": simulate, "plan": plan, "profile": profile})
 
 
 if __name__ == "__main__":
