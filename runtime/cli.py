@@ -293,6 +293,8 @@ def _table(title: str, *columns: str) -> Table:
 def _cost_line(engine: Engine) -> str:
     stats = engine.stats()
     kind = "exact" if engine.config.is_exact else f"SPECULATIVE, agreement {stats.agreement:.3f}"
+    if engine.offloaded.expert_dtype != "auto":
+        kind += f" with experts in {engine.offloaded.expert_dtype}"
     return (
         f"[{engine.geometry.describe()}; {engine.config.policy}, {kind}; "
         f"{engine.num_slots} slots a layer; TTFT {stats.ttft_ms[-1]:.0f} ms, "
