@@ -85,7 +85,7 @@ class Engine:
         policy: str | None = None,
         on_miss: str = "fetch",
         device: str = "auto",
-        dtype: str = "auto",
+        dtype: str | torch.dtype = "auto",
         revision: str | None = None,
         expert_dtype: str = "auto",
         trust_remote_code: bool = False,
@@ -100,7 +100,8 @@ class Engine:
             policy: `on-demand` or `prefetch`; prefetch if there is a bundle, unless said.
             on_miss: `fetch` (exact), `skip` or `predicted`.
             device: `auto`, `cpu` or `cuda`.
-            dtype: `auto`, `float32`, `bfloat16` or `float16`.
+            dtype: `auto`, `float32`, `bfloat16`, `float16`, or one of torch's; `torch_dtype` is
+                taken as another name for it.
             revision: Branch, tag or commit of a Hub id.
             expert_dtype: How experts are stored and copied: `auto` (as the checkpoint has them),
                 `bf16`, `fp8`, `int8` or `int4`; fewer bits than the checkpoint change the output.
@@ -111,6 +112,7 @@ class Engine:
             ValueError: If the model, the bundle and the settings do not fit together.
             FileNotFoundError: If the model or the bundle is missing.
         """
+        dtype = settings.pop("torch_dtype", dtype)
         config = EngineConfig(
             expert_slots=str(expert_slots),
             policy=policy or ("prefetch" if bundle else "on-demand"),  # type: ignore[arg-type]

@@ -34,8 +34,8 @@ class Source:
 
     name: str
     """`bundled`, a local folder or a Hub id."""
-    dtype: str = "auto"
-    """`auto`, `float32`, `bfloat16` or `float16`."""
+    dtype: str | torch.dtype = "auto"
+    """`auto`, `float32`, `bfloat16`, `float16`, or one of torch's."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
     trust_remote_code: bool = False
@@ -113,8 +113,9 @@ def _load_the_rest(source: Source, config: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    before, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # it would list every expert's tensor as unexpected
+    logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             resolve_model(source.name),
@@ -128,6 +129,8 @@ def _load_the_rest(source: Source, config: Any, dtype: torch.dtype) -> Any:
         raise ValueError(f"Model {source.name} cannot be read: {first_line}") from error
     finally:
         logging.set_verbosity(before)
+        if had_bar:
+            logging.enable_progress_bar()
     return model.eval().requires_grad_(False)
 
 

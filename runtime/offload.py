@@ -56,7 +56,7 @@ def load_offloaded(
     name: str,
     *,
     device: str = "auto",
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
     expert_dtype: str = "auto",

@@ -37,15 +37,15 @@ def resolve_model(name: str) -> str:
     return name
 
 
-def resolve_dtype(name: str) -> torch.dtype | str:
-    """`auto` (what the checkpoint asks for), `float32`, `bfloat16` or `float16`.
+def resolve_dtype(name: str | torch.dtype) -> torch.dtype | str:
+    """`auto` (what the checkpoint asks for), `float32`, `bfloat16` or `float16`, or a torch dtype.
 
     Raises:
         ValueError: If the name is another; the message lists the known ones.
     """
-    if name == "auto":
+    if name == "auto" or name in DTYPES.values():
         return name
-    if name not in DTYPES:
+    if not isinstance(name, str) or name not in DTYPES:
         raise ValueError(f"Unknown dtype {name!r}; known: auto, {', '.join(DTYPES)}.")
     return DTYPES[name]
 
