@@ -1,0 +1,55 @@
+"""The command `foreroute profile`, but for its flags."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from foreroute.runtime.machine import MachineProfile, known_profiles, save_profile
+from foreroute.runtime.sizes import show_bytes
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def run_profile(out: Path, device: str, name: str, overwrite: bool) -> None:
+    """Measure, print and save; takes the command's flags.
+
+    Raises:
+        ValueError: If the file is there already, or there is no such device.
+    """
+    from rich.console import Console
+
+    from foreroute.runtime.machine_probe import measure_machine
+
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists already. Choose another --out, or pass --overwrite.")
+    if name in known_profiles():
+        raise ValueError(f"{name} is a built-in profile; choose another --name.")
+    started = time.perf_counter()
+    profile = measure_machine(device, name)
+    save_profile(out, profile)
+    console = Console()
+    console.print(_table(profile))
+    console.print(f"Measured in {time.perf_counter() - started:.0f} s.")
+    console.print(str(out), soft_wrap=True)
+
+
+def _table(profile: MachineProfile) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=profile.device, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1))
+    table.add_column("what", no_wrap=True)
+    table.add_column("", justify="right", no_wrap=True)
+    for kind, rates in (("copy", profile.link), ("gather", profile.gather)):
+        for size, rate in rates:
+            table.add_row(f"{kind} of {show_bytes(size)}", f"{rate:.1f} GB/s")
+    table.add_row(f"compute, {profile.reference}", f"{profile.layer_ms:.3f} ms")
+    table.add_row("launch", f"{profile.launch_ms * 1e3:.1f} us")
+    table.add_row("wait for the device", f"{profile.sync_ms * 1e3:.1f} us")
+    table.add_row("host memory", f"{profile.host_gbps:.1f} GB/s")
+    table.add_row("device memory", f"{profile.device_gbps:.1f} GB/s")
+    table.add_row("source", profile.source)
+    return table
