@@ -75,7 +75,7 @@ def share_slots(
 
 
 def _falling_gains(curve: Sequence[float]) -> list[float]:
-    """Misses saved by each further slot, spread so that no later slot saves more than an earlier."""
+    """Misses saved by each further slot, spread so that no later one saves more."""
     gains: list[float] = []
     at = 0
     while at < len(curve) - 1:

@@ -1,0 +1,86 @@
+"""What a replay counted, and the ratios people read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class ReplayCounts:
+    """Sums over the decode steps of one replay."""
+
+    tokens: int = 0
+    lookups: int = 0
+    """Experts asked for."""
+    hits: int = 0
+    """Of them, there in full when the router asked."""
+    late: int = 0
+    """Of them, prefetched in part."""
+    time_ms: float = 0.0
+    stall_ms: float = 0.0
+    """Of the time, waiting for the link."""
+    fetched: float = 0.0
+    """Experts (and parts of one) copied on demand."""
+    prefetched: float = 0.0
+    """Experts (and parts of one) copied early."""
+    wasted: float = 0.0
+    """Of those, evicted or dropped before use."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulationRow:
+    """One way to run, and what it would cost."""
+
+    policy: str
+    prefetch: str
+    horizon: int
+    """Layers ahead; 0 without prefetch."""
+    slots: float
+    """Mean slots per layer."""
+    slots_share: float
+    """Of the experts, 0..1."""
+    hit_rate: float
+    tpot_ms: float
+    bytes_per_token: float
+    wasted_bytes_per_token: float
+    stall_ms: float
+    """Per token."""
+    late_per_token: float
+    is_bound: bool = False
+    """Whether no engine can reach it."""
+
+    @classmethod
+    def of(
+        cls,
+        counts: ReplayCounts,
+        *,
+        policy: str,
+        prefetch: str,
+        horizon: int,
+        slots: float,
+        num_experts: int,
+        expert_bytes: int,
+        is_bound: bool = False,
+    ) -> SimulationRow:
+        """Turn sums into ratios."""
+        tokens = max(1, counts.tokens)
+        copied = counts.fetched + counts.prefetched
+        return cls(
+            policy=policy,
+            prefetch=prefetch,
+            horizon=horizon,
+            slots=slots,
+            slots_share=slots / num_experts,
+            hit_rate=counts.hits / max(1, counts.lookups),
+            tpot_ms=counts.time_ms / tokens,
+            bytes_per_token=copied * expert_bytes / tokens,
+            wasted_bytes_per_token=counts.wasted * expert_bytes / tokens,
+            stall_ms=counts.stall_ms / tokens,
+            late_per_token=counts.late / tokens,
+            is_bound=is_bound,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return dict(vars(self))

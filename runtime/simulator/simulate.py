@@ -1,0 +1,148 @@
+"""One scenario in, one row out; and the bounds that no scenario passes."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from foreroute.runtime.config import parse_slots
+from foreroute.runtime.policies import (
+    EvictionPolicy,
+    PrefetchRule,
+    equal_slots,
+    find_policy,
+    find_prefetch_rule,
+    miss_curve,
+    share_slots,
+)
+from foreroute.runtime.simulator.budgeted import BudgetedReplay
+from foreroute.runtime.simulator.link import LinkTimes
+from foreroute.runtime.simulator.predictions import Predictions
+from foreroute.runtime.simulator.replay import EagerReplay, Replay
+from foreroute.runtime.simulator.result import SimulationRow
+from foreroute.runtime.simulator.route import Route
+
+LayerSlots = Literal["equal", "by-misses"]
+BOLDNESS = 0.5
+"""How far slots follow the misses of a recording: half-way was best on the recorded route."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """What is run how on which machine."""
+
+    route: Route
+    times: LinkTimes
+    expert_bytes: int
+    predictions: Predictions | None = None
+    """Needed by every prefetch but `none`."""
+    warms_up: bool = True
+    """Whether prompts fill the slots."""
+    warm_route: Route | None = None
+    """Counted before, to fill the slots."""
+    layer_slots: LayerSlots = "equal"
+    """`by-misses`: layers that missed more in the warm route, or in the prompt, get more."""
+
+    def slots_of(self, slots: str, policy: EvictionPolicy) -> list[int]:
+        """Slots per layer.
+
+        Args:
+            slots: A number per layer, or a share such as 25%.
+            policy: What misses are counted under.
+
+        Raises:
+            ValueError: If they do not fit the route.
+        """
+        route = self.route
+        each = parse_slots(slots, num_experts=route.num_experts, top_k=route.top_k)
+        if self.layer_slots == "equal":
+            return equal_slots(route.num_layers, each)
+        seen = self.warm_route
+        past = seen.rows() if seen else _prompt_rows(route)
+        curves = [
+            miss_curve(
+                [token[layer] for token in past],
+                policy,
+                num_experts=route.num_experts,
+                top_k=route.top_k,
+            )
+            for layer in range(route.num_layers)
+        ]
+        total = each * route.num_layers
+        return share_slots(curves, total, fewest=route.top_k, boldness=BOLDNESS)
+
+
+def simulate(
+    scenario: Scenario, *, policy: str, prefetch: str = "none", horizon: int = 1, slots: str = "25%"
+) -> SimulationRow:
+    """Replay a scenario.
+
+    Args:
+        scenario: What runs where.
+        policy: As `find_policy` takes it.
+        prefetch: `none`, `all` or `budgeted`.
+        horizon: Layers ahead.
+        slots: Per layer, a number or a share.
+
+    Raises:
+        ValueError: If a name is unknown, or predictions are missing.
+    """
+    rule = find_policy(policy)
+    ahead = find_prefetch_rule(prefetch, horizon)
+    per_layer = scenario.slots_of(slots, rule)
+    replay = _replay(scenario, rule, ahead, per_layer)
+    if scenario.warm_route is not None:
+        replay.warm_from(scenario.warm_route)
+    counts = replay.run(warms_up=scenario.warms_up)
+    return SimulationRow.of(
+        counts,
+        policy=rule.name,
+        prefetch=ahead.kind,
+        horizon=0 if ahead.kind == "none" else horizon,
+        slots=sum(per_layer) / len(per_layer),
+        num_experts=scenario.route.num_experts,
+        expert_bytes=scenario.expert_bytes,
+        is_bound=rule.needs_future,
+    )
+
+
+def bounds(scenario: Scenario, slots: str) -> list[SimulationRow]:
+    """What no engine passes: Belady's evictions on demand, and a link that takes no time."""
+    belady = simulate(scenario, policy="belady", slots=slots)
+    free = dataclasses.replace(
+        scenario.times, demand_ms=tuple(0.0 for _ in scenario.times.demand_ms), piece_ms=0.0
+    )
+    infinite = simulate(dataclasses.replace(scenario, times=free), policy="default", slots=slots)
+    return [belady, dataclasses.replace(infinite, policy="infinite-bandwidth", is_bound=True)]
+
+
+def _replay(
+    scenario: Scenario, policy: EvictionPolicy, rule: PrefetchRule, slots: list[int]
+) -> Replay:
+    common = (scenario.route, scenario.times, policy, slots)
+    if rule.kind == "none":
+        return Replay(*common)
+    if policy.needs_future:
+        raise ValueError(f"Policy {policy.name} is a bound on demand; use --prefetch none with it.")
+    predictions = scenario.predictions
+    if predictions is None or predictions.horizon < rule.horizon:
+        have = predictions.horizon if predictions else 0
+        raise ValueError(
+            f"prefetch {rule.kind} at horizon {rule.horizon} needs predictions so far ahead; "
+            f"there are {have} layers of them."
+        )
+    if rule.kind == "all":
+        return EagerReplay(*common, predictions, rule.horizon)
+    return BudgetedReplay(*common, predictions, rule)
+
+
+def _prompt_rows(route: Route) -> list[list[tuple[int, ...]]]:
+    rows = [
+        row for row, is_decode in zip(route.rows(), route.is_decode, strict=True) if not is_decode
+    ]
+    if not rows:
+        raise ValueError(
+            "Sharing slots by misses needs a prompt in the route, or another route to warm from."
+        )
+    return rows

@@ -1,0 +1,320 @@
+"""Replays: hand-worked times, bounds, readers, and that budgeted prefetch does not lose."""
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from foreroute.runtime.simulator import (
+    LinkTimes,
+    ReadOptions,
+    Route,
+    Scenario,
+    SimulatedPredictor,
+    bounds,
+    read_route,
+    simulate,
+)
+from foreroute.runtime.simulator.calibration import Calibration
+from foreroute.runtime.simulator.cli import run_simulate
+
+TIMES = LinkTimes(
+    layer_ms=1.0,
+    token_ms=0.5,
+    predict_ms=0.0,
+    demand_ms=(0.0, 2.0, 4.0),
+    pieces=4,
+    piece_ms=0.5,
+)
+
+
+def route_of(ids: list[list[list[int]]], num_experts: int = 6, prompt: int = 0) -> Route:
+    array = np.array(ids, dtype=np.int16)
+    return Route(
+        name="hand-made",
+        expert_ids=array,
+        is_decode=np.arange(len(array)) >= prompt,
+        num_experts=num_experts,
+    )
+
+
+def random_route(
+    seed: int, steps: int = 80, layers: int = 8, experts: int = 32, top_k: int = 4
+) -> Route:
+    """Liked experts by layer, half of a token's taken over from the one before."""
+    rng = np.random.default_rng(seed)
+    liking = rng.gumbel(size=(layers, experts)) * rng.uniform(0.5, 2.0)
+    ids = np.zeros((steps, layers, top_k), dtype=np.int16)
+    for step in range(steps):
+        keys = liking + rng.gumbel(size=(layers, experts))
+        if step:
+            np.put_along_axis(keys, ids[step - 1, :, : top_k // 2].astype(int), 99.0, axis=1)
+        ids[step] = np.argsort(-keys, axis=1)[:, :top_k]
+    is_decode = np.arange(steps) >= steps // 5
+    return Route(name=f"seed {seed}", expert_ids=ids, is_decode=is_decode, num_experts=experts)
+
+
+def scenario_of(route: Route, times: LinkTimes = TIMES, **more: object) -> Scenario:
+    return Scenario(route=route, times=times, expert_bytes=100, **more)  # type: ignore[arg-type]
+
+
+def test_on_demand_time_is_compute_plus_copies() -> None:
+    # token 0 misses 0, 1 | 2, 3; token 1 finds 0, 1 and misses 4 beside 2 with 2 slots
+    route = route_of([[[0, 1], [2, 3]], [[0, 1], [2, 4]]])
+    row = simulate(scenario_of(route), policy="lru", slots="2")
+    # (1 + 4 + 1 + 4 + 0.5) + (1 + 1 + 2 + 0.5) over 2 tokens
+    assert row.tpot_ms == pytest.approx((10.5 + 4.5) / 2)
+    assert row.hit_rate == pytest.approx(3 / 8)
+    assert row.bytes_per_token == pytest.approx(5 * 100 / 2)
+    assert row.stall_ms == pytest.approx(10 / 2)
+
+
+def test_prefetching_all_waits_for_everything_predicted() -> None:
+    route = route_of([[[0, 1], [2, 3]]])
+    right = SimulatedPredictor(recall=1.0).predict(route, 1)
+    row = simulate(scenario_of(route, predictions=right), policy="lru", prefetch="all", slots="2")
+    # layer 0: 4 ms on demand, then 4 ms of copies beside 1 ms of compute; layer 1: 1 ms
+    assert row.tpot_ms == pytest.approx(4 + 4 + 1 + 0.5)
+    assert row.hit_rate == pytest.approx(0.5)
+
+
+def test_budgeted_prefetch_uses_only_the_time_the_link_would_idle() -> None:
+    route = route_of([[[0, 1], [2, 3]]])
+    right = SimulatedPredictor(recall=1.0).predict(route, 1)
+    scenario = scenario_of(route, predictions=right)
+    row = simulate(scenario, policy="lru", prefetch="budgeted", slots="2")
+    # 1 ms of compute hides 2 of the first expert's 4 pieces: 1.5 experts are left, 3 ms
+    assert row.tpot_ms == pytest.approx(4 + 1 + 3 + 1 + 0.5)
+    assert row.late_per_token == 1
+    assert row.bytes_per_token == pytest.approx(400)
+
+
+def test_bounds_are_not_passed() -> None:
+    route = random_route(0)
+    scenario = scenario_of(route, dataclasses.replace(TIMES, demand_ms=(0, 2, 4, 6, 8)))
+    belady, infinite = bounds(scenario, "30%")
+    for policy in ("lru", "lfu", "lrfu", "default", "static"):
+        row = simulate(scenario, policy=policy, slots="30%")
+        assert infinite.tpot_ms < belady.tpot_ms <= row.tpot_ms
+        assert belady.hit_rate >= row.hit_rate
+    assert infinite.tpot_ms == pytest.approx(8.5)
+
+
+def test_bytes_are_fetched_prefetched_and_wasted_consistently() -> None:
+    route = random_route(1)
+    wrong = SimulatedPredictor(recall=0.5, errors="uniform").predict(route, 2)
+    scenario = scenario_of(route, _times(0), predictions=wrong)
+    for prefetch in ("all", "budgeted"):
+        row = simulate(scenario, policy="default", prefetch=prefetch, horizon=2, slots="25%")
+        assert (row.wasted_bytes_per_token > 0) == (prefetch == "all")
+        assert row.wasted_bytes_per_token < row.bytes_per_token
+        assert 0 < row.hit_rate < 1
+
+
+def _times(seed: int) -> LinkTimes:
+    dice = random.Random(seed)
+    copy, latency = 10 ** dice.uniform(-1.5, 0.5), dice.uniform(0, 0.1)
+    pieces = dice.choice((1, 2, 4, 9, 32))
+    return LinkTimes(
+        layer_ms=10 ** dice.uniform(-1.5, 0),
+        token_ms=0.0,
+        predict_ms=dice.choice((0.0, 0.01)),
+        demand_ms=(0.0, *(latency + n * copy for n in range(1, 5))),
+        pieces=pieces,
+        piece_ms=copy * dice.uniform(1.0, 1.2) / pieces,
+    )
+
+
+def test_budgeted_prefetch_with_calibrated_confidence_does_not_lose() -> None:
+    ratios = []
+    for seed in range(60):
+        dice = random.Random(seed)
+        route = random_route(seed)
+        horizon = dice.randint(1, 4)
+        predictor = SimulatedPredictor(
+            recall=dice.uniform(0.2, 1.0),
+            errors=dice.choice(("near-miss", "uniform")),
+            concentration=10 ** dice.uniform(-0.5, 1.5),
+            seed=seed,
+        )
+        scenario = scenario_of(route, _times(seed), predictions=predictor.predict(route, horizon))
+        slots = dice.choice(("13%", "20%", "30%", "50%", "80%"))
+        policy = dice.choice(("lru", "default"))
+        demand = simulate(scenario, policy=policy, slots=slots)
+        early = simulate(scenario, policy=policy, prefetch="budgeted", horizon=horizon, slots=slots)
+        ratios.append(early.tpot_ms / demand.tpot_ms)
+    assert float(np.mean(ratios)) <= 1.01
+    assert max(ratios) <= 1.03
+
+
+def test_a_simulated_predictor_has_the_recall_and_calibration_it_says() -> None:
+    route = random_route(3, steps=400)
+    said = SimulatedPredictor(recall=0.8).predict(route, 3)
+    assert said.recall(route) == pytest.approx([0.8, 0.752, 0.707], abs=0.02)
+    for step in range(3):
+        is_right = (said.expert_ids[step][..., None] == route.expert_ids[:, :, None]).any(-1)
+        for low in (0.2, 0.5, 0.8):
+            chosen = (said.confidence[step] > low) & (said.confidence[step] < low + 0.2)
+            assert is_right[chosen].mean() == pytest.approx(
+                said.confidence[step][chosen].mean(), abs=0.05
+            )
+
+
+def test_calibration_rises_and_meets_the_share_that_was_used() -> None:
+    rng = np.random.default_rng(0)
+    margins = rng.normal(size=20000).astype(np.float32)
+    is_used = rng.random(20000) < 1 / (1 + np.exp(-2 * margins))
+    calibration = Calibration.fit(margins, is_used)
+    assert (np.diff(calibration.probability) >= 0).all()
+    assert calibration(np.array([1.0], dtype=np.float32))[0] == pytest.approx(0.88, abs=0.05)
+
+
+def test_slots_shared_by_misses_keep_their_total() -> None:
+    route = random_route(4)
+    scenario = scenario_of(route, _times(1), layer_slots="by-misses")
+    row = simulate(scenario, policy="default", slots="25%")
+    assert row.slots == 8
+
+
+def test_belady_with_prefetch_and_missing_predictions_are_refused() -> None:
+    scenario = scenario_of(random_route(5), _times(1))
+    with pytest.raises(ValueError, match="needs predictions"):
+        simulate(scenario, policy="lru", prefetch="all")
+    with pytest.raises(ValueError, match="bound"):
+        simulate(scenario, policy="belady", prefetch="all")
+
+
+# readers
+
+IDS = [[[0, 1], [2, 3]], [[1, 2], [0, 3]], [[0, 3], [1, 2]]]
+
+
+def write_table(path: Path) -> None:
+    lines = ["# n_expert=6", "turn,phase,step,layer,slot,expert,weight"]
+    for step, token in enumerate(IDS):
+        for layer, experts in enumerate(token):
+            lines += [
+                f"0,{int(step > 0)},{step},{layer},{i},{e},0.5" for i, e in enumerate(experts)
+            ]
+    path.write_text("\n".join(lines))
+
+
+def write_activations(path: Path) -> None:
+    lines = ["layer,expert"]
+    for token in IDS:
+        for layer, experts in enumerate(token):
+            lines += [f"{layer},{expert}" for expert in experts]
+    path.write_text("\n".join(lines))
+
+
+def write_megatron(path: Path) -> None:
+    records = [
+        {"step": step, "block": "decoder", "layer": layer, "rank": 0, "top_indices": [experts]}
+        for step, token in enumerate(IDS)
+        for layer, experts in enumerate(token)
+    ]
+    path.write_text("\n".join(map(json.dumps, records)))
+
+
+WRITERS = {
+    "route.csv": write_table,
+    "moe_trace.csv": write_activations,
+    "router_trace_rank0.jsonl": write_megatron,
+    "ids.npy": lambda path: np.save(path, np.array(IDS)),
+    "ids.npz": lambda path: np.savez(path, routed_experts=np.array(IDS), other=np.zeros(3)),
+    "ids.safetensors": lambda path: save_file({"routed_experts": torch.tensor(IDS)}, path),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_kind_of_recording_is_read(name: str, tmp_path: Path) -> None:
+    WRITERS[name](tmp_path / name)
+    route = read_route(tmp_path / name, ReadOptions(num_experts=6))
+    assert route.expert_ids.tolist() == IDS
+    assert route.num_experts == 6
+    assert route.is_decode.tolist() == [name != "route.csv", True, True]
+
+
+def test_llama_cpp_passes_of_many_tokens_are_a_prompt(tmp_path: Path) -> None:
+    lines = ["0,1", "0,2", "0,3", "0,4", "1,0", "1,5"]  # two tokens; the last layer's second only
+    lines += ["0,1", "0,2", "1,3", "1,4"]
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    route = read_route(tmp_path / "t.csv")
+    assert route.expert_ids.tolist() == [[[1, 2], [-1, -1]], [[3, 4], [0, 5]], [[1, 2], [3, 4]]]
+    assert route.is_decode.tolist() == [False, False, True]
+
+
+def test_unknown_recordings_are_refused_with_the_kinds_that_are_known(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("hello")
+    with pytest.raises(ValueError, match=r"arrays .*megatron .*table .*llama\.cpp"):
+        read_route(tmp_path / "x.txt")
+    with pytest.raises(FileNotFoundError):
+        read_route(tmp_path / "absent.csv")
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((2, 3)), "expected integers"),
+        (np.zeros((2, 2, 2), dtype=int), "one expert twice"),
+        (np.full((2, 2, 1), 40000), "outside"),
+        (np.zeros((0, 2, 1), dtype=int), "no expert ids"),
+    ],
+)
+def test_arrays_that_are_no_routing_are_refused(
+    array: np.ndarray, message: str, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "ids.npy", array)
+    with pytest.raises(ValueError, match=message):
+        read_route(tmp_path / "ids.npy")
+
+
+def test_the_command_prints_and_writes_its_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    route = random_route(6)
+    np.save(tmp_path / "ids.npy", route.expert_ids)
+    run_simulate(**_flags(tmp_path, policy="lru,default", prefetch="none,budgeted", horizon=2))
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    wanted = {
+        "policy",
+        "prefetch",
+        "horizon",
+        "slots",
+        "hit_rate",
+        "tpot_ms",
+        "bytes_per_token",
+        "wasted_bytes_per_token",
+        "stall_ms",
+    }
+    assert wanted <= set(rows[0])
+    assert len(rows) == 2 * 3 + 2
+    assert capsys.readouterr().out.strip().endswith("rows.json")
+
+
+def _flags(folder: Path, **changed: object) -> dict[str, object]:
+    return {
+        "routes": folder / "ids.npy",
+        "profile": "h100-pcie5",
+        "slots": "25%",
+        "policy": "lru",
+        "prefetch": "none",
+        "horizon": 1,
+        "bundle": None,
+        "recall": 0.89,
+        "errors": "near-miss",
+        "concentration": 2.0,
+        "warm": "prompt",
+        "layer_slots": "equal",
+        "expert_bytes": None,
+        "layer_ms": None,
+        "num_experts": 32,
+        "prompt_tokens": 10,
+        "seed": 0,
+        "json": folder / "rows.json",
+    } | changed
