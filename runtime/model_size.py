@@ -1,0 +1,125 @@
+"""How large a model's parts are, from its configuration alone: no weights, no memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foreroute.data.adapters import load_config
+from foreroute.data.adapters.seam import is_experts_module
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSize:
+    """Counts of parameters and of the MoE shape."""
+
+    name: str
+    """What the user called the model."""
+    num_layers: int
+    """L, MoE layers."""
+    num_experts: int
+    """E, experts per MoE layer."""
+    top_k: int
+    """K, experts per token."""
+    expert_params: int
+    """Of one expert."""
+    other_params: int
+    """Of everything but the experts; they stay on the device."""
+    layer_params: int
+    """Of those, what a token reads in one decoder layer."""
+    head_params: int
+    """Of those, what a token reads once: the output head."""
+    cache_values: int
+    """Keys and values kept per token of context, all layers, if every layer attends to all."""
+    dtype_bytes: int
+    """Per value, as the checkpoint has it."""
+
+    @property
+    def all_expert_params(self) -> int:
+        """Of all experts of all layers."""
+        return self.num_layers * self.num_experts * self.expert_params
+
+
+def measure_model(name: str, *, trust_remote_code: bool = False) -> ModelSize:
+    """Build a model without memory and count.
+
+    Args:
+        name: `bundled`, a folder, a config.json, or a Hub id.
+        trust_remote_code: Run code that came with the checkpoint.
+
+    Raises:
+        FileNotFoundError: If there is no such model.
+        ValueError: If it cannot be read, or has no experts.
+    """
+    from transformers import AutoModelForCausalLM
+
+    path = Path(name).expanduser()
+    folder = str(path.parent) if path.is_file() and path.name == "config.json" else name
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        first_line = str(error).splitlines()[0]
+        raise ValueError(f"{name} cannot be planned for: {first_line}") from error
+    text = config.get_text_config()
+    experts = [module for module in model.modules() if is_experts_module(module)]
+    stacked = [m for m in experts if any(p.ndim >= 2 for p in m.parameters(recurse=False))]
+    if not stacked:
+        raise ValueError(f"{name} ({config.model_type}) has no experts that can be offloaded.")
+    rows = [list(module.parameters(recurse=False)) for module in stacked]
+    num_experts = max(p.shape[0] for p in rows[0])
+    expert_params = max(sum(p.numel() for p in row) // num_experts for row in rows)
+    in_experts = sum(p.numel() for row in rows for p in row)
+    other = sum(p.numel() for p in model.parameters()) - in_experts
+    embedding = _params(model.get_input_embeddings())
+    head = model.get_output_embeddings()
+    is_tied = bool(getattr(config, "tie_word_embeddings", False))
+    head_params = _params(head) or embedding
+    outside = embedding + (0 if is_tied else _params(head))
+    layers = int(getattr(text, "num_hidden_layers", len(stacked)))
+    return ModelSize(
+        name=name,
+        num_layers=len(stacked),
+        num_experts=num_experts,
+        top_k=_top_k(text),
+        expert_params=expert_params,
+        other_params=other,
+        layer_params=max(0, other - outside) // layers,
+        head_params=head_params,
+        cache_values=_cache_values(text, layers),
+        dtype_bytes=_dtype_bytes(config),
+    )
+
+
+def _params(module: Any) -> int:
+    return sum(p.numel() for p in module.parameters()) if module is not None else 0
+
+
+def _top_k(text: Any) -> int:
+    for name in ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k"):
+        value = getattr(text, name, None)
+        if isinstance(value, int):
+            return value
+    raise ValueError(
+        f"The configuration of {text.model_type} does not say how many experts a token uses."
+    )
+
+
+def _cache_values(text: Any, layers: int) -> int:
+    """Values per token of context: keys and values of every layer, or MLA's compressed ones."""
+    rank = getattr(text, "kv_lora_rank", None)
+    if rank:
+        return layers * int(rank + getattr(text, "qk_rope_head_dim", 0))
+    heads = int(getattr(text, "num_attention_heads", 1))
+    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+    return 2 * layers * kv_heads * width
+
+
+def _dtype_bytes(config: Any) -> int:
+    dtype = getattr(config, "dtype", None)
+    return dtype.itemsize if isinstance(dtype, torch.dtype) else 2

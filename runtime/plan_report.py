@@ -1,0 +1,104 @@
+"""The command `foreroute plan`, but for its flags."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from foreroute.runtime.machine import find_profile
+from foreroute.runtime.model_size import ModelSize, measure_model
+from foreroute.runtime.planner import PlanChoice, assumptions, command_line, plan_choices
+from foreroute.runtime.sizes import parse_bytes
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+GIB = 2**30
+
+
+def run_plan(
+    model: str,
+    gpu_memory: str,
+    host_memory: str,
+    profile: str,
+    context: int,
+    json: Path | None,
+    trust_remote_code: bool,
+) -> None:
+    """Plan a run and print it; takes the command's flags.
+
+    Raises:
+        FileNotFoundError: If there is no such model.
+        ValueError: If something cannot be read.
+    """
+    from rich.console import Console
+
+    if context < 1:
+        raise ValueError(f"context must be at least 1 token, not {context}.")
+    machine = find_profile(profile)
+    size = measure_model(model, trust_remote_code=trust_remote_code)
+    memory = {"gpu_bytes": parse_bytes(gpu_memory), "host_bytes": parse_bytes(host_memory)}
+    choices = plan_choices(size, machine, **memory, context=context)
+    notes = assumptions(size, machine, context)
+    console = Console()
+    console.print(_table(size, choices))
+    for note in notes:
+        console.print(f"- {note}", soft_wrap=True)
+    console.print(_verdict(size, choices, gpu_memory, host_memory), soft_wrap=True)
+    if json is not None:
+        _write(json, size, choices, notes)
+        console.print(str(json), soft_wrap=True)
+
+
+def _table(model: ModelSize, choices: list[PlanChoice]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    title = (
+        f"{model.name}: {model.num_layers} MoE layers, {model.num_experts} experts, "
+        f"top-{model.top_k}"
+    )
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1))
+    table.add_column("experts", no_wrap=True)
+    for column in ("host GiB", "GPU GiB", "slots", "hits", "TPOT ms", "prefetch"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for choice in choices:
+        share = choice.slots / model.num_experts
+        does_fit = choice.slots > 0
+        table.add_row(
+            choice.expert_dtype,
+            f"{choice.host_bytes / GIB:.1f}" + ("" if choice.fits_host else " (!)"),
+            f"{choice.device_bytes / GIB:.1f}" if does_fit else "too much",
+            f"{choice.slots} ({share:.0%})" if does_fit else "-",
+            f"{choice.hit_rate:.3f}" if does_fit else "-",
+            f"{choice.tpot_ms:.1f}" if does_fit else "-",
+            f"{choice.prefetch_tpot_ms:.1f}" if does_fit else "-",
+        )
+    return table
+
+
+def _verdict(model: ModelSize, choices: list[PlanChoice], gpu_memory: str, host_memory: str) -> str:
+    best = next((choice for choice in choices if choice.fits), None)
+    if best is not None:
+        return command_line(model, best)
+    stored = choices[-1]
+    missing = []
+    if not stored.fits_host:
+        missing.append(
+            f"{host_memory} of host memory cannot hold {stored.host_bytes / GIB:.1f} GiB"
+        )
+    if not stored.slots:
+        missing.append(f"{gpu_memory} on the device cannot hold one token's experts and the rest")
+    return f"It does not fit: {'; '.join(missing)}."
+
+
+def _write(path: Path, model: ModelSize, choices: list[PlanChoice], notes: list[str]) -> None:
+    from foreroute.estimators.artifacts import write_json
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [
+        dataclasses.asdict(c) | {"fits": c.fits, "command": command_line(model, c)} for c in choices
+    ]
+    content = {"model": dataclasses.asdict(model), "choices": rows, "assumptions": notes}
+    write_json(path, content)

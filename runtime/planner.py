@@ -1,0 +1,196 @@
+"""Plans a run from a model's configuration: what fits, how many slots, what to expect."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+
+from foreroute.runtime.machine import MachineProfile
+from foreroute.runtime.model_size import ModelSize
+
+RESERVE_BYTES = int(1.5 * 2**30)
+"""Device memory left for CUDA itself, activations and fragmentation."""
+HOST_RESERVE_BYTES = 4 * 2**30
+"""Host memory left for the system and the Python process."""
+PREFILL_EXPERTS = 32
+"""Experts that prefill's two buffers hold."""
+HIT_RATES = (
+    (0.05, 0.379),
+    (0.10, 0.598),
+    (0.15, 0.700),
+    (0.20, 0.785),
+    (0.25, 0.839),
+    (0.40, 0.935),
+    (0.60, 0.968),
+    (1.00, 1.0),
+)
+"""(share of experts resident, hit rate) of the default policy on the recorded route."""
+PREFETCH_USE = 0.5
+"""Share of the compute time that budgeted prefetch turned into copies that were used (0.6 to 0.75
+on the recorded route where there was enough to fetch), and at most this share of the stall."""
+EXPERT_DTYPES = (("auto", 0.0), ("int8", 1.0), ("int4", 0.5625))
+"""What `--expert-dtype` takes, and bytes per parameter, scales included (0: the checkpoint's)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanChoice:
+    """One way to hold the experts."""
+
+    expert_dtype: str
+    expert_bytes: int
+    host_bytes: int
+    """All experts, in host memory."""
+    device_bytes: int
+    """Everything on the device, slots included."""
+    slots: int
+    """Per layer; 0 if not even one token's experts fit."""
+    fits_host: bool
+    hit_rate: float
+    tpot_ms: float
+    """On demand."""
+    prefetch_tpot_ms: float
+    """With budgeted prefetch and a good bundle."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether both memories suffice."""
+        return self.fits_host and self.slots > 0
+
+
+def auto_slots(
+    free_bytes: int,
+    *,
+    expert_bytes: int,
+    num_layers: int,
+    num_experts: int,
+    top_k: int,
+    reserve_bytes: int = RESERVE_BYTES,
+) -> int:
+    """Slots per layer that fit: what `--expert-slots auto` means.
+
+    Args:
+        free_bytes: Device memory that is free once everything but the experts is loaded.
+        expert_bytes: One expert as copied.
+        num_layers: L, MoE layers.
+        num_experts: E.
+        top_k: K, the fewest slots.
+        reserve_bytes: To leave free; prefill's buffers come on top.
+
+    Raises:
+        ValueError: If not even `top_k` slots fit; says how much is missing.
+    """
+    buffers = min(PREFILL_EXPERTS, num_experts) * expert_bytes
+    room = free_bytes - reserve_bytes - buffers
+    slots = min(num_experts, room // (num_layers * expert_bytes)) if room > 0 else 0
+    if slots < top_k:
+        needed = top_k * num_layers * expert_bytes + buffers + reserve_bytes
+        raise ValueError(
+            f"{free_bytes / 2**30:.1f} GiB are free on the device; {top_k} slots in each of "
+            f"{num_layers} layers need {needed / 2**30:.1f} GiB, working space included."
+        )
+    return int(slots)
+
+
+def plan_choices(
+    model: ModelSize,
+    profile: MachineProfile,
+    *,
+    gpu_bytes: int,
+    host_bytes: int,
+    context: int,
+) -> list[PlanChoice]:
+    """What fits for each way to hold the experts.
+
+    Args:
+        model: Its size.
+        profile: The machine.
+        gpu_bytes: Device memory to use.
+        host_bytes: Host memory to use.
+        context: Tokens of context, prompt and answer, batch 1.
+    """
+    choices = []
+    fixed = (model.other_params + context * model.cache_values) * model.dtype_bytes
+    for dtype, width in EXPERT_DTYPES:
+        if width >= model.dtype_bytes:
+            continue
+        size = int(model.expert_params * (width or model.dtype_bytes))
+        total = size * model.num_layers * model.num_experts
+        shape = {
+            "expert_bytes": size,
+            "num_layers": model.num_layers,
+            "num_experts": model.num_experts,
+            "top_k": model.top_k,
+        }
+        try:
+            slots = auto_slots(gpu_bytes - fixed, **shape)
+        except ValueError:
+            slots = 0
+        choices.append(
+            PlanChoice(
+                expert_dtype=dtype,
+                expert_bytes=size,
+                host_bytes=total,
+                device_bytes=fixed + slots * model.num_layers * size,
+                slots=slots,
+                fits_host=total + HOST_RESERVE_BYTES <= host_bytes,
+                **_expected(model, profile, size, slots),
+            )
+        )
+    return choices
+
+
+def _expected(
+    model: ModelSize, profile: MachineProfile, expert_bytes: int, slots: int
+) -> dict[str, float]:
+    """Hit rate and TPOT on demand and with budgeted prefetch."""
+    hit_rate = hit_rate_at(slots / model.num_experts)
+    layer_bytes = model.layer_params * model.dtype_bytes + model.top_k * expert_bytes
+    head_ms = model.head_params * model.dtype_bytes / profile.device_gbps / 1e6
+    compute = model.num_layers * profile.layer_ms_for(layer_bytes) + head_ms
+    missed = model.top_k * (1 - hit_rate)
+    stall = model.num_layers * missed * profile.copy_ms(2 * expert_bytes) / 2
+    saved = min(PREFETCH_USE * stall, PREFETCH_USE * compute)
+    return {
+        "hit_rate": hit_rate,
+        "tpot_ms": compute + stall,
+        "prefetch_tpot_ms": compute + stall - saved,
+    }
+
+
+def hit_rate_at(share: float) -> float:
+    """Hit rate of the default policy with a share of the experts resident, as recorded."""
+    shares = [known for known, _ in HIT_RATES]
+    if share <= shares[0]:
+        return HIT_RATES[0][1] * share / shares[0]
+    if share >= shares[-1]:
+        return HIT_RATES[-1][1]
+    at = bisect_right(shares, share)
+    (low, below), (high, above) = HIT_RATES[at - 1], HIT_RATES[at]
+    return below + (share - low) / (high - low) * (above - below)
+
+
+def assumptions(model: ModelSize, profile: MachineProfile, context: int) -> list[str]:
+    """What the expected times rest on, one sentence each."""
+    return [
+        f"Machine: {profile.describe()}.",
+        "Hit rates are those of the default policy on the recorded route of Qwen3-30B-A3B at the "
+        "same share of experts resident; other models and texts differ.",
+        f"A layer computes {profile.layer_fixed_ms:.3f} ms plus its weights at "
+        f"{profile.device_gbps:g} GB/s: attention over a long context is not counted.",
+        f"Batch 1, {context} tokens of context, every layer keeping all keys and values in "
+        f"{model.dtype_bytes} bytes each.",
+        f"Reserved: {RESERVE_BYTES / 2**30:g} GiB on the device and buffers for {PREFILL_EXPERTS} "
+        f"experts, {HOST_RESERVE_BYTES / 2**30:g} GiB on the host.",
+        f"Prefetch hides {PREFETCH_USE:.0%} of stall or compute, whichever is less: with a bundle "
+        "of recall .89 and the simulator's budgeted rule, which the engine does not run yet.",
+        "int8 and int4 experts change the output; their unpacking takes no time here.",
+    ]
+
+
+def command_line(model: ModelSize, choice: PlanChoice) -> str:
+    """What to type."""
+    dtype = "" if choice.expert_dtype == "auto" else f"--expert-dtype {choice.expert_dtype} "
+    return (
+        f"foreroute generate --model {model.name} --expert-slots {choice.slots} {dtype}"
+        '--prompt "Hello" --max-new-tokens 64'
+    )

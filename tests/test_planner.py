@@ -1,0 +1,109 @@
+"""The planner: sizes from a configuration, slots that fit, what to type."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import Qwen3MoeConfig
+
+from foreroute.runtime.machine import find_profile
+from foreroute.runtime.model_size import ModelSize, measure_model
+from foreroute.runtime.plan_report import run_plan
+from foreroute.runtime.planner import auto_slots, hit_rate_at, plan_choices
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen3-30B-A3B's configuration, no weights."""
+    folder = tmp_path_factory.mktemp("big")
+    Qwen3MoeConfig(
+        vocab_size=151936,
+        hidden_size=2048,
+        num_hidden_layers=48,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        dtype="bfloat16",
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_a_configuration_alone_gives_the_sizes(big: Path) -> None:
+    size = measure_model(str(big))
+    assert (size.num_layers, size.num_experts, size.top_k) == (48, 128, 8)
+    assert size.expert_params * 2 == 9437184
+    assert size.cache_values == 48 * 2 * 4 * 128
+    # 30.5 billion parameters, 29.0 of them in experts
+    assert size.all_expert_params == pytest.approx(28.99e9, rel=0.01)
+    assert size.other_params == pytest.approx(1.54e9, rel=0.01)
+    assert measure_model(str(big / "config.json")).expert_params == size.expert_params
+
+
+def test_auto_slots_fills_what_is_free() -> None:
+    shape = {"expert_bytes": 2**20, "num_layers": 10, "num_experts": 64, "top_k": 4}
+    # 32 MiB of buffers and 10 MiB a slot: 300 MiB hold 26
+    assert auto_slots(300 * 2**20, **shape, reserve_bytes=0) == 26
+    assert auto_slots(10 * GIB, **shape, reserve_bytes=0) == 64
+
+
+def test_auto_slots_says_what_is_missing() -> None:
+    with pytest.raises(ValueError, match=r"4 slots in each of 10 layers need 1\.6 GiB"):
+        auto_slots(GIB, expert_bytes=2**20, num_layers=10, num_experts=64, top_k=4)
+
+
+def test_more_memory_gives_more_slots_and_less_time(big: Path) -> None:
+    size, machine = measure_model(str(big)), find_profile("rtx4090-pcie4")
+    plans = [
+        plan_choices(size, machine, gpu_bytes=gib * GIB, host_bytes=64 * GIB, context=4096)[0]
+        for gib in (12, 16, 24, 32)
+    ]
+    assert [p.slots for p in plans] == sorted(p.slots for p in plans)
+    assert [p.tpot_ms for p in plans] == sorted((p.tpot_ms for p in plans), reverse=True)
+    assert all(p.fits and p.device_bytes < 32 * GIB for p in plans)
+    assert all(p.prefetch_tpot_ms <= p.tpot_ms for p in plans)
+
+
+def test_the_h100_at_a_quarter_is_expected_as_measured(big: Path) -> None:
+    size: ModelSize = measure_model(str(big))
+    machine = find_profile("h100-pcie5")
+    plan = plan_choices(size, machine, gpu_bytes=20 * GIB, host_bytes=64 * GIB, context=512)[0]
+    assert 0.2 < plan.slots / 128 < 0.35
+    assert 10 < plan.tpot_ms < 20  # 14.8 ms were measured at 25 %, top-6
+
+
+def test_hit_rates_rise_with_the_share_resident() -> None:
+    rates = [hit_rate_at(share / 100) for share in range(0, 101, 2)]
+    assert rates == sorted(rates)
+    assert (rates[0], rates[-1]) == (0, 1)
+
+
+def test_the_command_says_what_to_type(
+    big: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "plan.json"
+    run_plan(str(big), "24GiB", "64GiB", "rtx4090-pcie4", 4096, out, False)
+    printed = capsys.readouterr().out
+    assert "from data sheets" in printed
+    assert f"foreroute generate --model {big} --expert-slots 44" in printed
+    assert json.loads(out.read_text())["choices"][0]["fits"]
+
+
+def test_what_does_not_fit_is_said(big: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_plan(str(big), "2GiB", "12GiB", "h100-pcie5", 4096, None, False)
+    printed = capsys.readouterr().out
+    assert "does not fit: 12GiB of host memory cannot hold 15.2 GiB; 2GiB on the device" in printed
+
+
+def test_models_without_experts_are_refused(tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    LlamaConfig(num_hidden_layers=1, hidden_size=64, num_attention_heads=2).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(ValueError, match="no experts"):
+        measure_model(str(tmp_path))
