@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch import nn
 from foreroute.data.adapters import MoEModel, discover, load_config, resolve_dtype
 from foreroute.data.adapters.weightless import experts_by_path, outline
 from foreroute.runtime.expert_form import find_expert_form
+from foreroute.runtime.host_store import RowLayout
+from foreroute.runtime.loading import store_encoder
 
 YES = "yes"
 
@@ -32,7 +34,8 @@ class Diagnosis:
     num_experts: int
     top_k: int | None
     """None where the routing could not be followed without weights."""
-    dtype: str
+    dtype: str = ""
+    """Of the parameters, or how a low-bit checkpoint stores its experts."""
     expert_bytes: int
     """Of one expert, in that dtype."""
     all_experts_bytes: int
@@ -75,13 +78,26 @@ def diagnose(
     known = resolve_dtype(dtype)
     if not isinstance(known, torch.dtype):
         known = getattr(text, "dtype", None) or getattr(config, "dtype", None) or torch.float32
+    encoder = store_encoder(config)
+    method = getattr(config, "quantization_config", {}).get("quant_method")
     model = outline(config, known, trust_remote_code=trust_remote_code)
     experts = experts_by_path(model)
     try:
         moe = discover(model, name)
     except (RuntimeError, NotImplementedError) as error:  # its forward pass looks at numbers
-        return _from_structure(name, model, experts, known, f"{type(error).__name__} on meta")
-    return _from_discovery(name, model, moe, experts, known)
+        found = _from_structure(name, model, experts, f"{type(error).__name__} on meta")
+    else:
+        found = _from_discovery(name, model, moe, experts)
+    if encoder is None:
+        return replace(found, dtype=str(known).removeprefix("torch."))
+    rows = [RowLayout.of(m, encoder).row_bytes for m in experts.values()]
+    return replace(
+        found,
+        dtype=str(method),
+        expert_bytes=rows[0],
+        all_experts_bytes=sum(rows) * found.num_experts,
+        graph="no: experts stored in fewer bits are decoded by the host-driven runtime only",
+    )
 
 
 def report(found: Diagnosis) -> Table:
@@ -119,7 +135,7 @@ def _ranges(numbers: tuple[int, ...]) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in pairs)
 
 
-def _sizes(model: Any, experts: dict[str, nn.Module], dtype: torch.dtype) -> dict[str, Any]:
+def _sizes(model: Any, experts: dict[str, nn.Module]) -> dict[str, Any]:
     of_experts = sum(p.nbytes for m in experts.values() for p in m.parameters())
     first = next(iter(experts.values()))
     num_experts = int(first.num_experts)  # type: ignore[arg-type]
@@ -130,7 +146,6 @@ def _sizes(model: Any, experts: dict[str, nn.Module], dtype: torch.dtype) -> dic
             next(int(part) for part in path.split(".") if part.isdigit()) for path in experts
         ),
         "num_experts": num_experts,
-        "dtype": str(dtype).removeprefix("torch."),
         "expert_bytes": sum(p.nbytes for p in first.parameters()) // num_experts,
         "all_experts_bytes": of_experts,
         "other_bytes": sum(p.nbytes for p in model.parameters()) - of_experts,
@@ -138,7 +153,7 @@ def _sizes(model: Any, experts: dict[str, nn.Module], dtype: torch.dtype) -> dic
 
 
 def _from_discovery(
-    name: str, model: Any, moe: MoEModel, experts: dict[str, nn.Module], dtype: torch.dtype
+    name: str, model: Any, moe: MoEModel, experts: dict[str, nn.Module]
 ) -> Diagnosis:
     geometry, first = moe.geometry, moe.layers[0]
     rule: str = geometry.gate_family
@@ -160,13 +175,11 @@ def _from_discovery(
         exact=YES,
         speculative=f"skip only: {problem}" if problem else YES,
         graph=_graph(model, first.experts),
-        **_sizes(model, experts, dtype),
+        **_sizes(model, experts),
     )
 
 
-def _from_structure(
-    name: str, model: Any, experts: dict[str, nn.Module], dtype: torch.dtype, why: str
-) -> Diagnosis:
+def _from_structure(name: str, model: Any, experts: dict[str, nn.Module], why: str) -> Diagnosis:
     """Without a forward pass only sizes are known; the rest shows when there are weights."""
     later = f"found when weights are loaded ({why})"
     return Diagnosis(
@@ -178,7 +191,7 @@ def _from_structure(
         exact=later,
         speculative=later,
         graph=_graph(model, next(iter(experts.values()))),
-        **_sizes(model, experts, dtype),
+        **_sizes(model, experts),
     )
 
 

@@ -104,7 +104,10 @@ class Fp8(ChannelScaled):
 
 
 class Int4(Encoding):
-    """4 bits each, two in a byte; a float16 step and offset per group of 128, 64 or 32 inputs."""
+    """4 bits each, two in a byte; a float16 step and offset per group of 128, 64 or 32 inputs.
+
+    Where none of these divides the inputs, the largest even divisor from 16 to 128 does.
+    """
 
     @property
     def group(self) -> int:
@@ -113,11 +116,13 @@ class Int4(Encoding):
         Raises:
             ValueError: If no group size divides the inputs.
         """
-        for group in INT4_GROUPS:
+        groups: list[int] = [*INT4_GROUPS, *range(126, 15, -2)]
+        for group in groups:
             if self.columns % group == 0:
                 return group
         raise ValueError(
-            f"int4 needs a number of inputs that 32 divides, not {self.columns}; use int8."
+            f"int4 needs a number of inputs that groups of 16 to 128 divide, not {self.columns}; "
+            "use int8."
         )
 
     def parts(self) -> dict[str, Part]:

@@ -60,7 +60,7 @@ def load_with_host_experts(source: Source, *, is_pinned: bool) -> tuple[MoEModel
     )
     files = checkpoint_files(resolve_model(source.name), source.revision)
     dtype = _dtype(source, config, files)
-    encoder = _encoder(source, config)
+    encoder = store_encoder(config, source.expert_dtype)
     shapes = outline(config, dtype, trust_remote_code=source.trust_remote_code)
     experts = experts_by_path(shapes)
     if not experts:
@@ -90,9 +90,20 @@ def _dtype(source: Source, config: Any, files: Mapping[str, Path]) -> torch.dtyp
     return named or next(float_dtypes(files), torch.float32)
 
 
-def _encoder(source: Source, config: Any) -> Encoder | None:
-    """How the experts will be stored; a checkpoint in fewer bits keeps its own way."""
-    chosen = encoder_named(source.expert_dtype)
+def store_encoder(config: Any, expert_dtype: str = "auto") -> Encoder | None:
+    """How the experts will be stored; a checkpoint in fewer bits keeps its own way.
+
+    Args:
+        config: The model's; if its checkpoint is quantised, it is told to dequantise all else.
+        expert_dtype: What the user asked for.
+
+    Returns:
+        None where experts are stored as the model has them.
+
+    Raises:
+        ValueError: If the checkpoint's way is not known, or another was asked for.
+    """
+    chosen = encoder_named(expert_dtype)
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
         return chosen
@@ -101,8 +112,8 @@ def _encoder(source: Source, config: Any) -> Encoder | None:
     native = native_encoder(quantization)
     if chosen is not None:
         raise ValueError(
-            f"{source.name} comes in {quantization['quant_method']} already, which is kept; "
-            f"expert_dtype={source.expert_dtype} needs a checkpoint in full precision."
+            f"The checkpoint comes in {quantization['quant_method']} already, which is kept; "
+            f"expert_dtype={expert_dtype} needs a checkpoint in full precision."
         )
     # Everything but the experts is dequantised by transformers while it loads.
     config.quantization_config = quantization | {"dequantize": True}

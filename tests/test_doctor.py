@@ -49,6 +49,28 @@ def test_what_cannot_be_speculated_says_why(tmp_path, model_type, reason):
     assert found.exact == "yes"
 
 
+@pytest.mark.parametrize(
+    ("model_type", "settings", "num_bytes"),
+    [
+        ("gpt_oss", {"quant_method": "mxfp4"}, 17 / 32),
+        ("qwen3_moe", {"quant_method": "fp8", "weight_block_size": [32, 32]}, 1 + 4 / 1024),
+    ],
+)
+def test_low_bit_checkpoints_are_counted_in_their_own_bytes(
+    tmp_path, model_type, settings, num_bytes
+):
+    found = diagnose_tiny(
+        tmp_path, model_type, quantization_config=settings, hidden_size=64, intermediate_size=64
+    )
+    width = 64 if model_type == "gpt_oss" else 32
+    biases = 4 * (2 * width + 64) if model_type == "gpt_oss" else 0
+    padding = 2 * 64
+    assert found.dtype == settings["quant_method"]
+    assert abs(found.expert_bytes - 3 * 64 * width * num_bytes - biases) <= padding
+    assert found.graph.startswith("no: experts stored in fewer bits")
+    assert found.exact == "yes"
+
+
 def test_hash_routed_layers_are_named(tmp_path):
     assert "layers [0] by token" in diagnose_tiny(tmp_path, "deepseek_v4").router
 
