@@ -82,7 +82,8 @@ class MoEModel:
             raise ValueError(
                 f"Estimators need routers that are a norm and one linear map; of "
                 f"{self.geometry.model_name} ({self.geometry.model_type}) {self.anchors_problem}. "
-                "It can be recorded and run exactly, on demand."
+                "RoutingRecorder still records it, and the engine runs it exactly with "
+                "policy=on-demand."
             )
         return self.found_anchors
 
