@@ -249,10 +249,15 @@ class Engine:
         args = tuple(self._on_device(value) for value in args)
         kwargs = {name: self._on_device(value) for name, value in kwargs.items()}
         kwargs.setdefault("disable_compile", True)  # the host decides between layers
-        if kwargs.get("num_beams", 1) == 1:
+        if not _uses_beams(kwargs):
             streamer = TimingStreamer(self._run.stats, streamer)
+            kwargs |= self._decoding(kwargs, streamer)
         with self._must_really_run():
             return self.model.generate(*args, streamer=streamer, **kwargs)
+
+    def _decoding(self, settings: dict[str, Any], streamer: Any) -> dict[str, Any]:
+        """What else `generate` is called with, where an engine decodes in its own way."""
+        return {}
 
     def _on_device(self, value: Any) -> Any:
         return value.to(self.device) if isinstance(value, Tensor) else value
@@ -311,3 +316,9 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _uses_beams(settings: dict[str, Any]) -> bool:
+    """Whether the arguments of `generate` ask for beam search."""
+    config = settings.get("generation_config")
+    return int(settings.get("num_beams") or getattr(config, "num_beams", None) or 1) > 1

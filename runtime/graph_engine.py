@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ UNSUPPORTED_ARGUMENTS = (
     "assistant_model",
     "inputs_embeds",
     "prompt_lookup_num_tokens",
+    "custom_generate",
 )
 
 
@@ -81,11 +83,12 @@ class GraphEngine(Engine):
         super()._begin_forward(module, args, kwargs)
         self._device_run.is_prefill = self._run.is_prefill
 
-    def generate(self, *args: Any, streamer: Any = None, **kwargs: Any) -> Any:
-        """As `Engine.generate`; decode steps are replays of one captured graph where possible."""
-        if kwargs.get("num_beams", 1) == 1 and not any(map(kwargs.get, UNSUPPORTED_ARGUMENTS)):
-            kwargs.setdefault("custom_generate", self._decode_loop)
-        return super().generate(*args, streamer=streamer, **kwargs)
+    def _decoding(self, settings: dict[str, Any], streamer: Any) -> dict[str, Any]:
+        """Decode steps are replays of one captured graph, unless something else is asked for."""
+        if any(map(settings.get, UNSUPPORTED_ARGUMENTS)):
+            return {}
+        # transformers hands no streamer to a callable: it must come along
+        return {"custom_generate": partial(self._decode_loop, streamer=streamer)}
 
     def _decode_loop(
         self,

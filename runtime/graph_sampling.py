@@ -15,16 +15,19 @@ class _HostCopy:
     """A step's tokens and whether all sequences ended, on their way to the host."""
 
     def __init__(self, tokens: Tensor, is_done: Tensor) -> None:
-        self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-        self._is_done = torch.empty((), dtype=torch.bool, pin_memory=True)
-        self._tokens.copy_(tokens, non_blocking=True)
-        self._is_done.copy_(is_done, non_blocking=True)
-        self._event = torch.cuda.Event()
-        self._event.record()
+        on_gpu = tokens.is_cuda
+        self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=on_gpu)
+        self._is_done = torch.empty((), dtype=torch.bool, pin_memory=on_gpu)
+        self._tokens.copy_(tokens, non_blocking=on_gpu)
+        self._is_done.copy_(is_done, non_blocking=on_gpu)
+        self._event = torch.cuda.Event() if on_gpu else None
+        if self._event is not None:
+            self._event.record()
 
     def read(self) -> tuple[Tensor, bool]:
         """Wait for this step (later ones run on) and hand out its tokens, [B]."""
-        self._event.synchronize()
+        if self._event is not None:
+            self._event.synchronize()
         return self._tokens, bool(self._is_done)
 
 

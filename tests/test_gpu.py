@@ -175,8 +175,10 @@ def test_graph_generates_what_the_kernels_generate_step_by_step(
         got = engine.generate(tokens, attention_mask=mask, **settings)
         again = engine.generate(tokens, attention_mask=mask, **settings)
         engine.check_integrity()
+        times = list(engine.stats().token_ms)
         plain = engine.model.generate(tokens, attention_mask=mask, **settings)
     assert torch.equal(got, again)
+    assert len(times) == 2 * 29  # the first token of each call is not counted
     agreement = (got[:, :30] == plain[:, :30]).float().mean()  # masked attention rounds otherwise
     assert agreement > 0.9
 
