@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 WorthKind = Literal["recency", "frequency", "static", "future"]
 DEFAULT_POLICY = "default"
 HALF_LIFE_STEPS = 20.0
-LIKELY_BONUS = 0.5
-"""Best of 0.1 to 2 on the bundled model's held-out traces; flat around it (docs/policies.md)."""
+LIKELY_BONUS = 1.0
+"""Best of 0.25 to 4 on the bundled model's held-out traces; flat around it (docs/policies.md)."""
 PROMPT_WEIGHT = 0.25
 """Best of 0.1 to 1 on the recorded route and no loss on the bundled model's (docs/policies.md)."""
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 PrefetchKind = Literal["none", "all", "budgeted"]
+LEAST_CONFIDENCE = 0.1
+"""Below, the rule hardly ever finds a prefetch worth it; looking costs time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,7 @@ class PrefetchRule:
 _RULES = {
     "none": PrefetchRule(kind="none"),
     "all": PrefetchRule(kind="all"),
-    "budgeted": PrefetchRule(kind="budgeted"),
+    "budgeted": PrefetchRule(kind="budgeted", least_confidence=LEAST_CONFIDENCE),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import numpy as np
 
@@ -12,7 +13,10 @@ from foreroute.runtime.simulator.predictions import Predictions
 from foreroute.runtime.simulator.replay import Replay
 from foreroute.runtime.simulator.route import Route
 
+NEWS = 0.1  # a look from nearer that says nearly the same is no news
+CHUNK_TOKENS = 256
 PRIOR_PREFETCHES = 20.0
+_ORDER = attrgetter("order")
 PRIOR_VICTIMS = 2.0
 DEMAND_MEMORY = 0.95  # per token: how fast a layer's habit of demanding is forgotten
 
@@ -62,6 +66,7 @@ class BudgetedReplay(Replay):
         self._demands = [0.5] * len(self.layers)
         self._queue: list[Wish] = []
         self._queued: dict[int, Wish] = {}
+        self._due: list[list[Wish]] = []
 
     @property
     def trust(self) -> float:
@@ -79,10 +84,11 @@ class BudgetedReplay(Replay):
         layer_ms = times.layer_ms
         clock = free = 0.0
         self._queue, self._queued = [], {}
+        due = self._due = [[] for _ in self.layers]
         candidates = self._wishes[step]
         for layer, state in enumerate(self.layers):
             ids = rows[layer]
-            rest, late = self._arrive(layer, state, ids) if self._queued else (0.0, 0)
+            rest, late = self._arrive(due[layer], state, ids) if due[layer] else (0.0, 0)
             missing = self.demand(state, ids)
             counts.lookups += len(ids)
             counts.hits += len(ids) - missing - late
@@ -102,26 +108,26 @@ class BudgetedReplay(Replay):
             clock = until
         return clock
 
-    def _arrive(self, layer: int, state: LayerState, ids: tuple[int, ...]) -> tuple[float, int]:
+    def _arrive(
+        self, due: list[Wish], state: LayerState, ids: tuple[int, ...]
+    ) -> tuple[float, int]:
         """Settle what was wished for this layer; returns what is left to copy, for how many."""
         rest, late, pieces = 0.0, 0, self.times.pieces
-        for wish in [w for w in self._queued.values() if w.target == layer]:
-            del self._queued[wish.expert]
-            if not wish.is_started:
-                continue
-            is_right = wish.expert in ids
-            self._expected = self._expected * self._keeps + wish.probability
-            self._right = self._right * self._keeps + is_right
-            if wish.victim >= 0:
-                self._feared = self._feared * self._keeps + wish.victim_probability
-                self._missed = self._missed * self._keeps + (wish.victim in ids)
-            if wish.left and is_right:
-                rest += wish.left / pieces
-                late += 1
-            elif wish.left:
-                state.release(wish.expert)
-                self.counts.wasted += self.unused.pop(wish.expert, 0.0)
-        self._queue = [wish for wish in self._queue if wish.target != layer]
+        for wish in due:
+            if wish.is_started:
+                is_right = wish.expert in ids
+                self._expected = self._expected * self._keeps + wish.probability
+                self._right = self._right * self._keeps + is_right
+                if wish.victim >= 0:
+                    self._feared = self._feared * self._keeps + wish.victim_probability
+                    self._missed = self._missed * self._keeps + (wish.victim in ids)
+                if wish.left and is_right:
+                    rest += wish.left / pieces
+                    late += 1
+                elif wish.left:
+                    state.release(wish.expert)
+                    self.counts.wasted += self.unused.pop(wish.expert, 0.0)
+            wish.left = 0  # nothing of it is sent any more
         return rest, late
 
     def _look_at(self, candidates: tuple[tuple[int, int, float], ...]) -> None:
@@ -134,6 +140,7 @@ class BudgetedReplay(Replay):
             if wish is None:
                 wish = queued[expert] = Wish(expert, target, probability, self.times.pieces)
                 self._queue.append(wish)
+                self._due[target].append(wish)
             else:
                 wish.probability, wish.order = probability, -probability
 
@@ -145,8 +152,9 @@ class BudgetedReplay(Replay):
         """
         times, pieces, piece_ms = self.times, self.times.pieces, self.times.piece_ms
         sent = False
-        self._queue.sort(key=_order)
-        for wish in self._queue:
+        queue = self._queue = [wish for wish in self._queue if wish.left]
+        queue.sort(key=_ORDER)
+        for wish in queue:
             room = int((until - at) / piece_ms + 1e-9)
             if room < 1 and not self._may_overhang(wish, layer, until - at):
                 break
@@ -162,10 +170,7 @@ class BudgetedReplay(Replay):
             self.unused[wish.expert] += count / pieces
             if at >= until:
                 break
-        if sent:
-            self._queue = [wish for wish in self._queue if wish.left]
-            return at
-        return at if at > until else 0.0
+        return at if sent else 0.0
 
     def _may_overhang(self, wish: Wish, layer: int, hidden_ms: float) -> bool:
         if hidden_ms <= 0:
@@ -203,34 +208,34 @@ class BudgetedReplay(Replay):
         return True
 
 
-def _order(wish: Wish) -> float:
-    return wish.order
-
-
 def _candidates(
     predictions: Predictions, rule: PrefetchRule, route: Route
 ) -> list[list[tuple[tuple[int, int, float], ...]]]:
-    """By token and source layer: (expert, target layer, confidence) of all horizons, [T][L]."""
+    """By token and source layer what is news: (expert, target layer, confidence), [T][L]."""
     tokens, layers, _ = route.expert_ids.shape
     found: list[list[list[tuple[int, int, float]]]] = [
         [[] for _ in range(layers)] for _ in range(tokens)
     ]
-    for ahead in range(min(rule.horizon, predictions.horizon), 0, -1):
-        ids = predictions.expert_ids[ahead - 1]
-        confidence = predictions.confidence[ahead - 1]
-        wanted = (ids >= 0) & (confidence > rule.least_confidence)
-        wanted[:, :ahead] = False
-        token, target, guess = np.nonzero(wanted)
-        experts = target * route.num_experts + ids[token, target, guess]
-        entries = zip(
-            token.tolist(),
-            (target - ahead).tolist(),
-            zip(experts.tolist(), target.tolist(), confidence[wanted].tolist(), strict=True),
-            strict=True,
-        )
-        for at, source, entry in entries:
-            found[at][source].append(entry)
-    return [[tuple(layer) for layer in token] for token in found]
+    for start in range(0, tokens, CHUNK_TOKENS):
+        part = slice(start, start + CHUNK_TOKENS)
+        said = np.full((len(route.expert_ids[part]), layers, route.num_experts), -1.0)
+        for ahead in range(min(rule.horizon, predictions.horizon), 0, -1):
+            ids = predictions.expert_ids[ahead - 1, part]
+            confidence = predictions.confidence[ahead - 1, part]
+            wanted = (ids >= 0) & (confidence > rule.least_confidence)
+            wanted[:, :ahead] = False
+            token, target, guess = np.nonzero(wanted)
+            expert = ids[token, target, guess]
+            now = confidence[token, target, guess]
+            is_news = np.abs(now - said[token, target, expert]) > NEWS
+            token, target, expert, now = (x[is_news] for x in (token, target, expert, now))
+            said[token, target, expert] = now
+            numbered = (target * route.num_experts + expert).tolist()
+            columns = (token + start).tolist(), (target - ahead).tolist()
+            entries = zip(numbered, target.tolist(), now.tolist(), strict=True)
+            for at, source, entry in zip(*columns, entries, strict=True):
+                found[at][source].append(entry)
+    return [[tuple(layer) for layer in token_entries] for token_entries in found]
 
 
 def _nearest(

@@ -97,7 +97,7 @@ class Replay:
         missing = [expert for expert in ids if not here[expert]]
         for expert in missing:
             victim = state.admit(expert, ids)
-            if victim in unused:
+            if unused and victim in unused:
                 self.counts.wasted += unused.pop(victim)
         if unused:
             for expert in ids:
@@ -107,7 +107,7 @@ class Replay:
 
 
 class EagerReplay(Replay):
-    """Every prediction is fetched whole, and its layer waits until all of them have arrived."""
+    """The top-k likeliest are fetched whole, and their layer waits until all have arrived."""
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ class EagerReplay(Replay):
         """Start with empty slots; predictions of exactly one horizon are used."""
         super().__init__(route, times, policy, slots)
         self._horizon = horizon
-        guesses = predictions.expert_ids[horizon - 1]
+        guesses = predictions.expert_ids[horizon - 1][..., : route.top_k]
         self._guesses = _number(guesses, route.num_experts)
 
     def run_token(self, step: int) -> float:

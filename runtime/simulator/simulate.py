@@ -25,7 +25,7 @@ from foreroute.runtime.simulator.route import Route
 
 LayerSlots = Literal["equal", "by-misses"]
 BOLDNESS = 0.5
-"""How far slots follow the misses of a recording: half-way was best on the recorded route."""
+"""How far slots follow the misses of a recording: prompts are short, and mislead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ def bounds(scenario: Scenario, slots: str) -> list[SimulationRow]:
         scenario.times, demand_ms=tuple(0.0 for _ in scenario.times.demand_ms), piece_ms=0.0
     )
     infinite = simulate(dataclasses.replace(scenario, times=free), policy="default", slots=slots)
-    return [belady, dataclasses.replace(infinite, policy="infinite-bandwidth", is_bound=True)]
+    return [belady, dataclasses.replace(infinite, policy="infinite-link", is_bound=True)]
 
 
 def _replay(
