@@ -392,7 +392,17 @@ def profile(out: Path, device: str = "auto", name: str = "", overwrite: bool = F
 
 def main() -> None:
     """Entry point of `foreroute`."""
-    run_command("foreroute", {"generate": generate, "doctor": doctor, "bench": bench, "simulate": simulate, "plan": plan, "profile": profile})
+    run_command(
+        "foreroute",
+        {
+            "generate": generate,
+            "doctor": doctor,
+            "bench": bench,
+            "simulate": simulate,
+            "plan": plan,
+            "profile": profile,
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def fuse_norms(model: nn.Module, undo: ExitStack) -> int:
     for module in model.modules():
         fused = _fused_forward(module)
         if fused is not None:
-            module.forward = fused  # type: ignore[method-assign]
+            module.forward = fused
             undo.callback(module.__dict__.pop, "forward")
             num_fused += 1
     return num_fused
