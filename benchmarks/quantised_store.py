@@ -85,7 +85,8 @@ def table_of(rows: list[dict[str, Any]]) -> str:
         )
     lines += [
         "",
-        "* `bf16`: rounded to bfloat16 (the bundled checkpoint is in bfloat16, so nothing is lost).",
+        "* `bf16`: rounded to bfloat16 (the bundled checkpoint is in bfloat16, so nothing is "
+        "lost).",
         "* `fp8`, `int8`: 8 bits, with a float32 factor per output channel.",
         "* `int4`: 4 bits, with a float16 step and offset per group of 128, 64 or 32 inputs (the "
         "largest that divides them; the bundled model's down projections have 40 inputs, one "
