@@ -82,9 +82,11 @@ def main(
         ),
         "prefetch": _prefetch(scenario),
     }
+    predictors = _other_predictors(scenario)
     agreement = _agreement(scenario)
     speeds = _speeds(scenario)
     sections = [_head(route, machine), _evict_section(parts), _prefetch_section(parts)]
+    sections.append(_predictors_section(predictors))
     if traces is not None and bundle is not None:
         parts |= _bundled(traces, bundle, machine)
         sections.append(_bundled_section(parts))
@@ -95,7 +97,11 @@ def main(
     content: dict[str, Any] = {
         name: [row.to_dict() for row in rows] for name, rows in parts.items()
     }
-    write_json(json, content | {"agreement": agreement, "layer_steps_per_second": speeds})
+    write_json(
+        json,
+        content
+        | {"predictors": predictors, "agreement": agreement, "layer_steps_per_second": speeds},
+    )
     print(doc)
 
 
@@ -119,6 +125,28 @@ def _prefetch(scenario: Scenario) -> Rows:
         for slots in SLOTS
         for way, ahead in ways
     ]
+
+
+def _other_predictors(scenario: Scenario) -> list[dict[str, Any]]:
+    """Budgeted prefetch 4 layers ahead under better and worse predictors, x on demand."""
+    kinds = {
+        "perfect": {"recall": 1.0, "falloff": 1.0},
+        "recall .89, knows well which are wrong (a + b = 0.5)": {"concentration": 0.5},
+        "recall .89, hardly knows (a + b = 20)": {"concentration": 20.0},
+        "recall .89, uniform errors": {"errors": "uniform"},
+        "recall .6": {"recall": 0.6},
+        "recall .3, uniform errors": {"recall": 0.3, "errors": "uniform"},
+    }
+    base = {slots: simulate(scenario, policy="default", slots=slots).tpot_ms for slots in SLOTS}
+    rows = []
+    for name, settings in kinds.items():
+        said = SimulatedPredictor(**settings).predict(scenario.route, 4)  # type: ignore[arg-type]
+        used = dataclasses.replace(scenario, predictions=said)
+        for slots in SLOTS:
+            row = simulate(used, policy="default", prefetch="budgeted", horizon=4, slots=slots)
+            ratio = row.tpot_ms / base[slots]
+            rows.append({"predictor": name, "slots": slots, "x_on_demand": ratio})
+    return rows
 
 
 def _bundled(traces: Path, bundle: Path, machine: MachineProfile) -> dict[str, Rows]:
@@ -213,6 +241,17 @@ Made by `benchmarks/policies.py`; numbers in `benchmarks/results/policies.json`.
 Route: {route.describe()}.
 Machine: {machine.describe()}. Experts of {machine.expert_bytes / 1e6:.2f} MB.
 
+The bundled model's traces and bundle:
+
+```
+collect-traces --tokens 24000 --out train
+train-estimator --traces train --epochs 4 --out run
+export-estimator --run run --out bundle
+collect-traces --split held-out --tokens 6144 --generated-share 0.75 --out gen
+python benchmarks/policies.py --routes ../shared/traces/qwen3-30b-a3b.route.csv \\
+    --traces gen --bundle bundle
+```
+
 Slots are shares of a layer's experts. The prompt's routing fills the slots before decoding, for
 every policy alike, unless a table says cold.
 """
@@ -239,6 +278,19 @@ def _evict_section(parts: dict[str, Rows]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _predictors_section(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "Budgeted, 4 ahead, under other predictors, all calibrated; multiples of on demand:",
+        "",
+        "| | " + " | ".join(SLOTS) + " |",
+        "|---|" + "---|" * len(SLOTS),
+    ]
+    for name in dict.fromkeys(row["predictor"] for row in rows):
+        cells = [f"{row['x_on_demand']:.3f}" for row in rows if row["predictor"] == name]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
 
 
 def _gain(rows: Rows, share: str) -> float:
