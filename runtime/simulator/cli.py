@@ -232,7 +232,7 @@ def table(rows: list[SimulationRow], title: str) -> Table:
     from rich import box
     from rich.table import Table
 
-    shown = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1))
+    shown = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
     shown.add_column("policy", no_wrap=True)
     shown.add_column("prefetch", no_wrap=True)
     for column in ("slots", "hits", "TPOT ms", "MB", "wasted", "stall"):
