@@ -8,9 +8,6 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 READY = $(VENV)/.ready
 CODE = estimators data train export runtime tests benchmarks examples
 
-# Threads that spin while they wait make a shared machine many times slower.
-export OMP_WAIT_POLICY = passive
-
 .PHONY: demo test lint format check wheel clean
 
 demo: $(READY)

@@ -27,13 +27,13 @@ def pipeline(out: Path, tokens: int) -> list[list[str]]:
     here = shlex.quote(str(out))
     lines = (
         f"collect-traces --model {MODEL} --dataset python-stdlib --tokens {tokens} "
-        f"--generated-share 0.25 --out {here}/traces",
+        f"--generated-share 0.25 --batch-size 16 --out {here}/traces",
         f"train-estimator --traces {here}/traces --layers all --form low-rank --out {here}/run",
         f"export-estimator --run {here}/run --out {here}/bundle",
         f"foreroute generate --model {MODEL} --bundle {here}/bundle --expert-slots 25% "
         f"--max-new-tokens 64 --prompt {shlex.quote(PROMPT)}",
         f"foreroute bench --model {MODEL} --bundle {here}/bundle --expert-slots 25% "
-        f"--json {here}/bench.json",
+        f"--num-prompts 3 --json {here}/bench.json",
     )
     return [shlex.split(line) for line in lines]
 

@@ -263,7 +263,7 @@ def _traffic_table(results: list[ModeResult]) -> Table:
     """What each mode copied, and what it did to the output."""
     table = _table(
         "Copies per token, and the output against the exact model",
-        *("hit rate", "MB", "wasted", "late", "agreement", "perplexity"),
+        *("hit rate", "MB", "wasted", "late", "agree", "perplexity"),
     )
     for r in results:
         change = "exact" if r.is_exact else f"{r.perplexity:.2f} {r.perplexity_change:+.1%}"
