@@ -69,17 +69,21 @@ def summarise(out: Path, seconds: dict[str, float]) -> dict[str, Any]:
         "estimator": {
             "form": metrics["form"],
             "recall_at_k": metrics["estimator"]["recall_at_k"],
+            "recall_at_k_by_layer": metrics["estimator"]["per_layer"]["recall_at_k"],
         },
         "baselines": {
-            name: {"recall_at_k": values["recall_at_k"]}
+            name: {
+                "recall_at_k": values["recall_at_k"],
+                "recall_at_k_by_layer": values["per_layer"]["recall_at_k"],
+            }
             for name, values in metrics["baselines"].items()
         },
         "runtime": {
             **modes,
-            "stock_tpot_ms": bench["modes"]["stock"]["tpot_ms"],
             "exact_tokens_equal": bench["exact_tokens_equal"],
-            "device": bench["device"],
         },
+        "device": bench["device"],
+        "stock_tpot_ms": bench["modes"]["stock"]["tpot_ms"],
         "seconds": sum(seconds.values()),
         "seconds_by_step": seconds,
     }
