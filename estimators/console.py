@@ -34,7 +34,13 @@ def run_command(
     typed = list(arguments) if arguments is not None else None
     try:
         auto_cli(command, args=typed, prog=name, as_positional=False, parser_class=_parser_class())
-    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+    except (
+        ValueError,
+        ImportError,
+        FileNotFoundError,
+        NotADirectoryError,
+        PermissionError,
+    ) as error:
         _fail(name, str(error))
     except KeyboardInterrupt as stopped:
         hint = str(stopped) or "the same command goes on where it stopped."
