@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from foreroute.data.adapters import MoEModel, discover, load_model, resolve_device
+from foreroute.data.allocator import keep_freed_memory
 from foreroute.data.batch import record_batch
 from foreroute.data.collection import Collection
 from foreroute.data.manifest import TraceManifest
@@ -183,4 +184,5 @@ def measure(
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as collect-traces does; the plain pass gains by it too
     run_command("recording_overhead.py", measure)

@@ -16,9 +16,12 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from foreroute.data.allocator import keep_freed_memory
     from foreroute.data.collect import collect_traces
     from foreroute.data.layout import DECODE
     from foreroute.data.sizes import format_bytes
+
+    keep_freed_memory()
     from foreroute.data.traces import Traces
 
     def show(traces: Traces) -> None:

@@ -1,5 +1,8 @@
 """The recorder sees the true routing and leaves the model as it was."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn.functional import linear
@@ -139,3 +142,12 @@ def test_decoder_layer_numbers_are_the_models_own(make_tiny_moe):
     tiny = make_tiny_moe(mlp_only_layers=[1])
     _, records, _ = record(tiny)
     assert list(records) == [0, 2, 3]
+
+
+def test_freed_memory_is_kept_where_the_c_library_can():
+    script = (
+        "import platform; from foreroute.data.allocator import keep_freed_memory; "
+        "print(keep_freed_memory() or platform.libc_ver()[0] != 'glibc')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr
