@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from foreroute.estimators.artifacts import read_json
+from foreroute.estimators.artifacts import read_versioned
 from foreroute.estimators.types import MoEGeometry, NormKind
 
 FORMAT_VERSION = 1
@@ -164,13 +164,4 @@ def read_manifest(folder: Path) -> TraceManifest:
     path = folder / MANIFEST_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no traces: it has no {MANIFEST_FILE}.")
-    values = read_json(path)
-    if values.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {values.get('format_version')}; this foreroute reads "
-            f"version {FORMAT_VERSION}. {REMEDY}"
-        )
-    try:
-        return TraceManifest.from_dict(values)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}). {REMEDY}") from error
+    return read_versioned(path, FORMAT_VERSION, TraceManifest.from_dict, REMEDY)

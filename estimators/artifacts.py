@@ -9,14 +9,16 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+Built = TypeVar("Built")
 
 PARTIAL_SUFFIX = ".partial"
 VERSIONED_PACKAGES = ("foreroute", "torch", "transformers", "datasets", "lightning", "safetensors")
@@ -47,6 +49,32 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged (expected a JSON object). Make it again.")
     return content
+
+
+def read_versioned(
+    path: Path, version: int, build: Callable[[dict[str, Any]], Built], remedy: str
+) -> Built:
+    """Read a manifest that states its format version, and build what it describes.
+
+    Args:
+        path: A JSON object with a `format_version`.
+        version: The one version that is read.
+        build: Makes the object from the JSON's values.
+        remedy: What the user can do about a file that cannot be read, one sentence.
+
+    Raises:
+        ValueError: If the file is damaged or of another version; the message names it.
+    """
+    values = read_json(path)
+    if values.get("format_version") != version:
+        raise ValueError(
+            f"{path} has format version {values.get('format_version')}; this foreroute reads "
+            f"version {version}. {remedy}"
+        )
+    try:
+        return build(values)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}). {remedy}") from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -13,8 +13,8 @@ import torch
 from foreroute.estimators import EstimatorSpec, EstimatorStack, MoEGeometry
 from foreroute.estimators.artifacts import (
     package_versions,
-    read_json,
     read_tensors,
+    read_versioned,
     sha256_of,
     write_json,
     write_tensors,
@@ -181,13 +181,6 @@ def load_bundle(path: Path | str, device: str | torch.device = "cpu") -> Bundle:
 def _read_manifest(path: Path) -> BundleManifest:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; is this a bundle?")
-    values = read_json(path)
-    if values.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {values.get('format_version')}; this foreroute reads "
-            f"version {FORMAT_VERSION}. Export the bundle again."
-        )
-    try:
-        return BundleManifest.from_dict(values)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}). Export the bundle again.") from error
+    return read_versioned(
+        path, FORMAT_VERSION, BundleManifest.from_dict, "Export the bundle again."
+    )

@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from foreroute.estimators.artifacts import read_json, write_json
+from foreroute.estimators.artifacts import read_versioned, write_json
 
 PROFILES = "profiles"
 FORMAT_VERSION = 1
@@ -180,16 +180,9 @@ def load_profile(path: Path) -> MachineProfile:
     Raises:
         ValueError: If the file is damaged or of another version; names it.
     """
-    values = read_json(path)
-    if values.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {values.get('format_version')}; this foreroute reads "
-            f"version {FORMAT_VERSION}. Measure again with foreroute profile."
-        )
-    try:
-        return MachineProfile.from_dict(values)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}). Make it again.") from error
+    return read_versioned(
+        path, FORMAT_VERSION, MachineProfile.from_dict, "Measure again with foreroute profile."
+    )
 
 
 def save_profile(path: Path, profile: MachineProfile) -> None:
