@@ -19,7 +19,7 @@ def main() -> None:
     from foreroute.data.allocator import keep_freed_memory
     from foreroute.data.collect import collect_traces
     from foreroute.data.layout import DECODE
-    from foreroute.data.sizes import format_bytes
+    from foreroute.estimators.byte_sizes import format_bytes
 
     keep_freed_memory()
     from foreroute.data.traces import Traces

@@ -20,9 +20,9 @@ from foreroute.data.adapters import (
 from foreroute.data.collection import Collection
 from foreroute.data.corpus import Split
 from foreroute.data.manifest import MANIFEST_FILE, TraceManifest
-from foreroute.data.sizes import parse_bytes
 from foreroute.data.traces import Traces
 from foreroute.estimators.artifacts import package_versions, require_free
+from foreroute.estimators.byte_sizes import parse_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -19,12 +19,13 @@ from torch import Tensor
 from foreroute.data.adapters import MoEModel
 from foreroute.data.batch import RecordedBatch, record_batch
 from foreroute.data.corpus import documents, token_sequences, windows
+from foreroute.data.disk import free_bytes
 from foreroute.data.layout import shard_bytes
 from foreroute.data.manifest import MANIFEST_FILE, StopReason, TraceManifest, read_manifest
 from foreroute.data.recorder import RoutingRecorder
-from foreroute.data.sizes import format_bytes, free_bytes
 from foreroute.data.trace_writer import TraceWriter
 from foreroute.data.traces import Traces
+from foreroute.estimators.byte_sizes import format_bytes
 
 logger = logging.getLogger(__name__)
 

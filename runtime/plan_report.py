@@ -6,10 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from foreroute.estimators.byte_sizes import parse_bytes
 from foreroute.runtime.machine import find_profile
 from foreroute.runtime.model_size import ModelSize, measure_model
 from foreroute.runtime.planner import PlanChoice, assumptions, command_line, plan_choices
-from foreroute.runtime.sizes import parse_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table

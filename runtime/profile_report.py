@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from foreroute.estimators.byte_sizes import format_binary_bytes
 from foreroute.runtime.machine import MachineProfile, known_profiles, save_profile
-from foreroute.runtime.sizes import show_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,7 +45,7 @@ def _table(profile: MachineProfile) -> Table:
     table.add_column("", justify="right", no_wrap=True)
     for kind, rates in (("copy", profile.link), ("gather", profile.gather)):
         for size, rate in rates:
-            table.add_row(f"{kind} of {show_bytes(size)}", f"{rate:.1f} GB/s")
+            table.add_row(f"{kind} of {format_binary_bytes(size)}", f"{rate:.1f} GB/s")
     table.add_row(f"compute, {profile.reference}", f"{profile.layer_ms:.3f} ms")
     table.add_row("launch", f"{profile.launch_ms * 1e3:.1f} us")
     table.add_row("wait for the device", f"{profile.sync_ms * 1e3:.1f} us")

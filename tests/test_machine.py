@@ -13,7 +13,6 @@ from foreroute.runtime.machine import (
     save_profile,
 )
 from foreroute.runtime.machine_probe import measure_machine
-from foreroute.runtime.sizes import parse_bytes, show_bytes
 
 
 def made(**changed: object) -> MachineProfile:
@@ -94,20 +93,3 @@ def test_this_machine_can_be_measured() -> None:
     assert "memory to memory" in profile.source
     assert profile.expert_bytes == 9437184
     assert MachineProfile.from_dict(json.loads(json.dumps(profile.to_dict()))) == profile
-
-
-@pytest.mark.parametrize(
-    ("text", "value"), [("24GiB", 24 * 2**30), ("9.44MB", 9440000), ("500", 500), ("1 kib", 1024)]
-)
-def test_sizes_are_read(text: str, value: int) -> None:
-    assert parse_bytes(text) == value
-
-
-@pytest.mark.parametrize("text", ["", "GiB", "1.2.3MB", "12 apples", "-4GB", "0"])
-def test_sizes_that_are_none_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="amount of memory"):
-        parse_bytes(text)
-
-
-def test_sizes_are_shown() -> None:
-    assert show_bytes(3 * 2**20) == "3.0 MiB"

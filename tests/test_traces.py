@@ -11,7 +11,6 @@ from foreroute.data.layout import Stored, layer_layout, shard_bytes
 from foreroute.data.manifest import TraceManifest
 from foreroute.data.recorder import RoutingRecorder
 from foreroute.data.shard_file import ShardFile
-from foreroute.data.sizes import format_bytes, parse_bytes
 from foreroute.data.traces import Traces
 from foreroute.estimators.artifacts import sha256_of
 
@@ -189,19 +188,3 @@ def test_bytes_of_a_layer_are_those_of_a_hand_count(tiny_moe):
     layout = layer_layout(tiny_moe.moe.geometry, torch.bfloat16, 10)
     # A token: 2 states x 32 x 2 bytes, 8 logits x 4, top-2 x (4 + 2); 8 experts x (32 x 4 + 8).
     assert sum(stored.num_bytes for stored in layout.values()) == 10 * (128 + 32 + 12) + 8 * 136
-
-
-def test_sizes_are_read_and_written_as_people_do():
-    assert parse_bytes("500MB") == 500_000_000
-    assert parse_bytes("2 GiB") == 2 * 2**30
-    assert parse_bytes("1.5k") == 1500
-    assert parse_bytes("77") == 77
-    for wrong in ("many", "-3MB", "0", "3XB", "1.2.3GB"):
-        with pytest.raises(ValueError, match="is no size"):
-            parse_bytes(wrong)
-    assert [format_bytes(n) for n in (12, 1234, 999_999, 3.4e9)] == [
-        "12 B",
-        "1.23 kB",
-        "1 MB",
-        "3.4 GB",
-    ]

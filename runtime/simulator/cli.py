@@ -266,8 +266,8 @@ def run_simulate(**given: Any) -> None:
     """
     from rich.console import Console
 
+    from foreroute.estimators.byte_sizes import parse_bytes
     from foreroute.runtime.machine import find_profile
-    from foreroute.runtime.sizes import parse_bytes
 
     profile = find_profile(given["profile"])
     options = ReadOptions(num_experts=given["num_experts"], prompt_tokens=given["prompt_tokens"])
