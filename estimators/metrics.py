@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+RESAMPLES = 2000
+"""Draws behind a confidence interval."""
 
 
 def recall_at_k(predicted_ids: Tensor, true_ids: Tensor) -> Tensor:
@@ -148,6 +152,23 @@ class RecallMetrics:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class RecallIntervals:
+    """Where the means over layer pairs lie, lower and upper end each, 0..1."""
+
+    recall_at_budgets: dict[int, tuple[float, float]]
+    """By budget (experts per token and layer)."""
+    gate_mass_recall: tuple[float, float]
+    """At budget K."""
+    exact_set: tuple[float, float]
+    """At budget K."""
+
+    @property
+    def recall_at_k(self) -> tuple[float, float]:
+        """Of recall at budget K."""
+        return self.recall_at_budgets[min(self.recall_at_budgets)]
+
+
 class RecallMeter:
     """Adds up recall over batches of tokens, for P layer pairs and all budgets in one topk.
 
@@ -160,17 +181,31 @@ class RecallMeter:
     def __init__(self, num_pairs: int, top_k: int, budgets: tuple[int, ...] = ()) -> None:
         self.budgets = tuple(sorted({top_k, *budgets}))
         self.top_k = top_k
-        self.num_tokens = 0
-        # One row per budget, then gate mass and exact sets, [len(budgets) + 2, P].
-        self._sums = torch.zeros(len(self.budgets) + 2, num_pairs, dtype=torch.float64)
+        # One row per budget, then gate mass and exact sets, for each of S sequences, [R, P, S].
+        self._sums = torch.zeros(len(self.budgets) + 2, num_pairs, 0, dtype=torch.float64)
+        self._tokens = torch.zeros(0, dtype=torch.float64)  # [S]
 
-    def update(self, scores: Tensor, true_ids: Tensor, gate_weights: Tensor) -> None:
+    @property
+    def num_tokens(self) -> int:
+        """Tokens counted so far."""
+        return int(self._tokens.sum())
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences counted so far: one, unless `update` was told where they start."""
+        return len(self._tokens)
+
+    def update(
+        self, scores: Tensor, true_ids: Tensor, gate_weights: Tensor, starts: Tensor | None = None
+    ) -> None:
         """Count one batch.
 
         Args:
             scores: Anything that ranks experts (logits, counts), [P, T, E], float.
             true_ids: Expert ids the routers chose, [P, T, K], integer.
             gate_weights: What each chosen expert's output was multiplied with, [P, T, K].
+            starts: Whether each token is the first of its sequence, [T], bool; a sequence may go
+                on in the next batch. Without, all tokens belong to the sequence counted last.
         """
         true_ids, gate_weights = true_ids.long(), gate_weights.float()
         share = gate_weights / gate_weights.sum(dim=-1, keepdim=True)
@@ -178,16 +213,30 @@ class RecallMeter:
         mass = torch.zeros_like(scores, dtype=torch.float32)  # [P, T, E]
         hits = mass.scatter(-1, true_ids, 1.0).gather(-1, ranked_ids).cumsum(dim=-1)  # [P, T, M]
         first = ranked_ids[..., : self.top_k]
-        rows = [hits[..., budget - 1].sum(dim=-1) / self.top_k for budget in self.budgets]
-        rows.append(mass.scatter(-1, true_ids, share).gather(-1, first).sum(dim=(-2, -1)))
-        rows.append((hits[..., self.top_k - 1] == self.top_k).sum(dim=-1))
-        self._sums += torch.stack([row.double() for row in rows]).cpu()
-        self.num_tokens += scores.shape[-2]
+        rows = [hits[..., budget - 1] / self.top_k for budget in self.budgets]
+        rows.append(mass.scatter(-1, true_ids, share).gather(-1, first).sum(dim=-1))
+        rows.append((hits[..., self.top_k - 1] == self.top_k).float())
+        self._add(torch.stack(rows), starts)
+
+    def _add(self, values: Tensor, starts: Tensor | None) -> None:
+        """Add values of tokens, [R, P, T], to the sums of their sequences."""
+        num_tokens = values.shape[-1]
+        if starts is None:
+            starts = torch.zeros(num_tokens, dtype=torch.bool)
+        sequence = (self.num_sequences - 1 + starts.cpu().long().cumsum(0)).clamp(min=0)  # [T]
+        total = max(self.num_sequences, int(sequence[-1]) + 1)
+        grown = total - self.num_sequences
+        self._sums = functional.pad(self._sums, (0, grown))
+        self._tokens = functional.pad(self._tokens, (0, grown))
+        place = sequence.to(values.device)
+        found = torch.zeros(*values.shape[:-1], total, dtype=torch.float64, device=values.device)
+        self._sums += found.index_add_(-1, place, values.double()).cpu()
+        self._tokens += torch.bincount(sequence, minlength=total)
 
     def merge(self, other: RecallMeter) -> None:
-        """Add what another meter of the same layers and budgets counted."""
-        self._sums += other._sums
-        self.num_tokens += other.num_tokens
+        """Add what another meter of the same layers and budgets counted, on other sequences."""
+        self._sums = torch.cat([self._sums, other._sums], dim=-1)
+        self._tokens = torch.cat([self._tokens, other._tokens])
 
     def compute(self) -> RecallMetrics:
         """Averages over all tokens counted so far.
@@ -197,8 +246,39 @@ class RecallMeter:
         """
         if self.num_tokens == 0:
             raise ValueError("No tokens were measured; recall needs at least one.")
-        *recall, mass, exact = (self._sums / self.num_tokens).tolist()
+        *recall, mass, exact = (self._sums.sum(dim=-1) / self.num_tokens).tolist()
         return RecallMetrics(
+            recall_at_budgets=dict(zip(self.budgets, recall, strict=True)),
+            gate_mass_recall=mass,
+            exact_set=exact,
+        )
+
+    def intervals(self, share: float = 0.95) -> RecallIntervals:
+        """Confidence intervals of the means over layers, by resampling whole sequences.
+
+        Tokens of one sequence are alike, so that resampling tokens would promise too much.
+
+        Args:
+            share: Of resampled means that lie inside, 0..1.
+
+        Raises:
+            ValueError: If there are fewer than two sequences.
+        """
+        if self.num_sequences < 2:
+            raise ValueError(
+                f"A confidence interval needs at least 2 sequences, not {self.num_sequences}; "
+                "say where they start."
+            )
+        generator = torch.Generator().manual_seed(0)
+        even = torch.ones(RESAMPLES, self.num_sequences)
+        drawn = even.multinomial(self.num_sequences, replacement=True, generator=generator)
+        times = torch.zeros(even.shape, dtype=torch.float64)  # [resamples, S]
+        times.scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=torch.float64))
+        means = times @ self._sums.mean(dim=1).T / (times @ self._tokens).unsqueeze(1)
+        tails = torch.tensor([(1 - share) / 2, (1 + share) / 2], dtype=torch.float64)
+        low, high = means.quantile(tails, dim=0).tolist()
+        *recall, mass, exact = zip(low, high, strict=True)
+        return RecallIntervals(
             recall_at_budgets=dict(zip(self.budgets, recall, strict=True)),
             gate_mass_recall=mass,
             exact_set=exact,

@@ -83,6 +83,45 @@ def test_merged_meters_equal_one_meter_over_everything() -> None:
     assert parts[0].compute() == whole.compute()
 
 
+def test_sequences_are_told_apart_across_batches() -> None:
+    torch.manual_seed(0)
+    scores, weights = torch.randn(2, 30, 8), torch.rand(2, 30, 2)
+    true_ids = torch.rand(2, 30, 8).topk(2).indices
+    starts = torch.zeros(30, dtype=torch.bool)
+    starts[[0, 7, 20]] = True
+    whole, parts = RecallMeter(2, 2, (3,)), RecallMeter(2, 2, (3,))
+    whole.update(scores, true_ids, weights, starts)
+    for a, b in ((0, 4), (4, 20), (20, 30)):
+        parts.update(scores[:, a:b], true_ids[:, a:b], weights[:, a:b], starts[a:b])
+    assert (parts.num_sequences, parts.num_tokens) == (3, 30)
+    assert parts.intervals() == whole.intervals()
+    apart = RecallMeter(2, 2, (3,))
+    apart.update(scores, true_ids, weights)
+    assert apart.compute() == whole.compute()
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+    # Sequences of 20 tokens that are all hit or all missed: tokens alone would promise too much.
+    torch.manual_seed(0)
+    held, starts = 0, (torch.arange(400) % 20 == 0)
+    for _ in range(100):
+        is_hit = (torch.rand(20) < 0.6).repeat_interleave(20)
+        true_ids = torch.where(is_hit, 1, 0).view(1, 400, 1)
+        meter = RecallMeter(1, 1)
+        scores = torch.tensor([0.0, 1.0]).expand(1, 400, 2)
+        meter.update(scores, true_ids, torch.ones(1, 400, 1), starts)
+        low, high = meter.intervals().recall_at_k
+        held += low <= 0.6 <= high
+    assert 85 <= held <= 100
+
+
+def test_an_interval_of_one_sequence_is_refused() -> None:
+    meter = RecallMeter(num_pairs=1, top_k=2)
+    meter.update(SCORES[None], TRUE_IDS[None], GATE_WEIGHTS[None])
+    with pytest.raises(ValueError, match="at least 2 sequences, not 1"):
+        meter.intervals()
+
+
 def test_a_meter_that_saw_nothing_says_so() -> None:
     with pytest.raises(ValueError, match="No tokens"):
         RecallMeter(num_pairs=1, top_k=2).compute()
