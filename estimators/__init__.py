@@ -11,6 +11,7 @@ from foreroute.estimators.metrics import (
     recall_at_k,
 )
 from foreroute.estimators.pairs import parse_layers, predictable_layers, source_position
+from foreroute.estimators.selection import router_scores, selection_scores
 from foreroute.estimators.stack import EstimatorStack
 from foreroute.estimators.types import (
     EstimatorSpec,
@@ -44,5 +45,7 @@ __all__ = [
     "parse_layers",
     "predictable_layers",
     "recall_at_k",
+    "router_scores",
+    "selection_scores",
     "source_position",
 ]

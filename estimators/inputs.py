@@ -11,13 +11,16 @@ from torch.nn import functional
 from foreroute.estimators.types import InputKind, LayerAnchors, NormKind
 
 ALL_PAIRS = slice(None)
+ANCHOR_BUFFERS = ("router_weight", "router_bias", "selection_bias", "norm_weight", "norm_bias")
 
 SOURCE_FIELDS: dict[InputKind, tuple[str, ...]] = {
     "router-input": ("router_input",),
     "residual": ("residual",),
     "quasi-hidden": ("residual", "expert_ids", "gate_weights"),
+    "attention-readout": ("readout",),
+    "pre-attention": ("layer_input",),
 }
-"""The fields of a routing record that each input kind reads at the source layer."""
+"""The fields of `SourceState` that each input kind reads at the source layer."""
 
 
 class SourceState(NamedTuple):
@@ -31,6 +34,11 @@ class SourceState(NamedTuple):
     """The experts chosen at the source layers, [P, T, K], integer."""
     gate_weights: Tensor | None = None
     """What each expert's output was multiplied with, [P, T, K], float."""
+    readout: Tensor | None = None
+    """The target layers' residual as their own attention gives it when run early, on the source
+    layers' quasi-hidden residual, [P, T, D], float."""
+    layer_input: Tensor | None = None
+    """Residual stream that enters the source layers, before their attention, [P, T, D], float."""
 
 
 def apply_norm(
@@ -91,32 +99,42 @@ class SourceInput(nn.Module):
 
     Args:
         kind: What is read at the source layer.
-        anchors: Of the P target layers.
+        anchors: Of the P target layers; None for a model whose routers have no known form, which
+            leaves router input and forms without an anchor.
         default_vectors: Of the P source layers, [P, E, D], float; only quasi-hidden needs them.
 
     Raises:
-        ValueError: If quasi-hidden input has no default vectors.
+        ValueError: If quasi-hidden input has no default vectors, or another input than the
+            router's no norm.
     """
 
     router_weight: Tensor
     router_bias: Tensor
+    selection_bias: Tensor | None
     norm_weight: Tensor
     norm_bias: Tensor
     default_vectors: Tensor | None
 
     def __init__(
-        self, kind: InputKind, anchors: LayerAnchors, default_vectors: Tensor | None = None
+        self, kind: InputKind, anchors: LayerAnchors | None, default_vectors: Tensor | None = None
     ) -> None:
         super().__init__()
-        self.kind, self.norm_kind, self.norm_eps = kind, anchors.norm_kind, anchors.norm_eps
-        self.needed = SOURCE_FIELDS[kind]
-        if kind != "quasi-hidden":
-            default_vectors = None
-        elif default_vectors is None:
-            raise ValueError("quasi-hidden input needs default vectors; choose residual instead.")
-        for name in ("router_weight", "router_bias", "norm_weight", "norm_bias"):
-            self.register_buffer(name, getattr(anchors, name).float())
-        vectors = None if default_vectors is None else default_vectors.float()
+        if anchors is None and kind != "router-input":
+            raise ValueError(
+                f"{kind} input needs the norm in front of the routers, which is not known for this "
+                "model; choose --input router-input."
+            )
+        self.kind, self.needed = kind, SOURCE_FIELDS[kind]
+        self.norm_kind: NormKind = "none" if anchors is None else anchors.norm_kind
+        self.norm_eps = 0.0 if anchors is None else anchors.norm_eps
+        for name in ANCHOR_BUFFERS:
+            tensor: Tensor | None = getattr(anchors, name, None)
+            self.register_buffer(name, None if tensor is None else tensor.float())
+        vectors = None
+        if kind == "quasi-hidden":
+            if default_vectors is None:
+                raise ValueError("quasi-hidden input needs default vectors; choose residual.")
+            vectors = default_vectors.float()
         self.register_buffer("default_vectors", vectors)
 
     def features(self, source: SourceState, pairs: slice = ALL_PAIRS) -> Tensor:
@@ -125,21 +143,18 @@ class SourceInput(nn.Module):
         Raises:
             ValueError: If a tensor the input kind needs is missing.
         """
-        missing = [name for name in self.needed if getattr(source, name) is None]
+        given = {name: getattr(source, name) for name in self.needed}
+        missing = [name for name, tensor in given.items() if tensor is None]
         if missing:
             raise ValueError(f"{self.kind} input needs {', '.join(missing)}.")
+        state: Tensor = given[self.needed[0]].float()
         if self.kind == "router-input":
-            assert source.router_input is not None
-            return source.router_input.float()
-        assert source.residual is not None
-        residual = source.residual.float()
+            return state
         if self.default_vectors is not None:
-            assert source.expert_ids is not None
-            assert source.gate_weights is not None
             vectors = self.default_vectors[pairs]
-            residual = residual + expected_output(source.expert_ids, source.gate_weights, vectors)
+            state = state + expected_output(given["expert_ids"], given["gate_weights"], vectors)
         weight, bias = self.norm_weight[pairs], self.norm_bias[pairs]
-        return apply_norm(residual, weight, bias, kind=self.norm_kind, eps=self.norm_eps)
+        return apply_norm(state, weight, bias, kind=self.norm_kind, eps=self.norm_eps)
 
     def anchor_logits(self, features: Tensor, pairs: slice = ALL_PAIRS) -> Tensor:
         """What the target layers' own routers give for the features, [P, T, E], float32."""

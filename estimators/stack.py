@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from foreroute.estimators.forms import TRAINING_FREE_FORM, find_form
+from foreroute.estimators.forms import FORMS, TRAINING_FREE_FORM, find_form
 from foreroute.estimators.inputs import ALL_PAIRS, SourceInput, SourceState
 from foreroute.estimators.pairs import predictable_layers, source_position
+from foreroute.estimators.selection import selection_scores
 from foreroute.estimators.types import (
     EstimatorSpec,
     InputKind,
@@ -26,7 +27,8 @@ class EstimatorStack(nn.Module):
     Args:
         geometry: The model's routing.
         spec: Form, input kind, horizon and target layers (P of them).
-        anchors: Of the P target layers, in the spec's order (`build` takes all layers').
+        anchors: Of the P target layers, in the spec's order (`build` takes all layers'); None for a
+            model whose routers have no known form, which leaves the forms without an anchor.
         default_vectors: Of the P source layers, [P, E, D]; only quasi-hidden input needs them.
         is_trained: Per pair, whether the form is used; where not, the training-free logits of the
             same input are returned (hybrid). All of them if None.
@@ -39,7 +41,7 @@ class EstimatorStack(nn.Module):
         self,
         geometry: MoEGeometry,
         spec: EstimatorSpec,
-        anchors: LayerAnchors,
+        anchors: LayerAnchors | None,
         default_vectors: Tensor | None = None,
         is_trained: Sequence[bool] | None = None,
     ) -> None:
@@ -50,9 +52,16 @@ class EstimatorStack(nn.Module):
         self._pair_of = {source: pair for pair, source in enumerate(self.source_layers)}
         num_pairs = len(self.target_layers)
         self.is_trained = tuple(is_trained if is_trained is not None else [True] * num_pairs)
+        form = find_form(spec.form)
+        if anchors is None and (form.is_anchored or not all(self.is_trained)):
+            free = [name for name, known in FORMS.items() if not known.is_anchored]
+            raise ValueError(
+                f"Form {spec.form} starts from the routers' own norm and weights, which are not "
+                f"known for {geometry.describe()}; choose --form {' or '.join(free)}."
+            )
         self.input = SourceInput(spec.input_kind, anchors, default_vectors)
         self._require_shapes()
-        self.form = find_form(spec.form)(
+        self.form = form(
             spec,
             num_pairs=num_pairs,
             hidden_size=geometry.hidden_size,
@@ -64,7 +73,7 @@ class EstimatorStack(nn.Module):
         cls,
         geometry: MoEGeometry,
         spec: EstimatorSpec,
-        anchors: LayerAnchors,
+        anchors: LayerAnchors | None,
         default_vectors: Tensor | None = None,
     ) -> EstimatorStack:
         """A fresh stack from the tensors of all MoE layers.
@@ -72,19 +81,12 @@ class EstimatorStack(nn.Module):
         Args:
             geometry: The model's routing.
             spec: What to predict.
-            anchors: Of all L MoE layers.
+            anchors: Of all L MoE layers; see the class.
             default_vectors: Of all L MoE layers, [L, E, D], float; see the class.
         """
         targets = [geometry.position(layer_idx) for layer_idx in spec.target_layers]
         sources = [source_position(geometry, t, spec.horizon) for t in spec.target_layers]
-        of_targets = LayerAnchors(
-            router_weight=anchors.router_weight[targets],
-            router_bias=anchors.router_bias[targets],
-            norm_weight=anchors.norm_weight[targets],
-            norm_bias=anchors.norm_bias[targets],
-            norm_kind=anchors.norm_kind,
-            norm_eps=anchors.norm_eps,
-        )
+        of_targets = None if anchors is None else anchors.of(targets)
         of_sources = None if default_vectors is None else default_vectors[sources]
         return cls(geometry, spec, of_targets, of_sources)
 
@@ -134,7 +136,9 @@ class EstimatorStack(nn.Module):
         given = {name.removeprefix("input."): t for name, t in tensors.items() if "input." in name}
         vectors = given.pop("default_vectors", None)
         try:
-            anchors = LayerAnchors(**given, norm_kind=norm_kind, norm_eps=norm_eps)
+            anchors = (
+                LayerAnchors(**given, norm_kind=norm_kind, norm_eps=norm_eps) if given else None
+            )
             with torch.device("meta"):  # no memory and no random numbers for what is replaced
                 stack = cls(geometry, spec, anchors, vectors, is_trained)
             stack.load_state_dict(dict(tensors), assign=True)
@@ -165,6 +169,8 @@ class EstimatorStack(nn.Module):
         router_input: Tensor | None = None,
         expert_ids: Tensor | None = None,
         gate_weights: Tensor | None = None,
+        readout: Tensor | None = None,
+        layer_input: Tensor | None = None,
     ) -> Tensor:
         """Predict one pair while the model runs: no host sync, parameters used as views.
 
@@ -174,6 +180,8 @@ class EstimatorStack(nn.Module):
             router_input: [T, D], float. Needed by `router-input`.
             expert_ids: [T, K], integer. Needed by `quasi-hidden`.
             gate_weights: [T, K], float. Needed by `quasi-hidden`.
+            readout: [T, D], float. Needed by `attention-readout`.
+            layer_input: [T, D], float. Needed by `pre-attention`.
 
         Returns:
             Predicted router logits of `target_of(source_layer)`, [T, E], float32.
@@ -186,9 +194,27 @@ class EstimatorStack(nn.Module):
             raise ValueError(
                 f"No estimator reads layer {source_layer}; sources are {list(self.source_layers)}."
             )
-        fields = (residual, router_input, expert_ids, gate_weights)
+        fields = (residual, router_input, expert_ids, gate_weights, readout, layer_input)
         source = SourceState(*(None if field is None else field.unsqueeze(0) for field in fields))
         return self._logits(source, slice(pair, pair + 1)).squeeze(0)
+
+    def ranking(self, logits: Tensor, source_layer: int | None = None) -> Tensor:
+        """Scores whose order is the order in which the target routers would choose.
+
+        Those are the logits themselves, but for models with a selection bias.
+
+        Args:
+            logits: As `forward` gives them, [P, T, E], or as `predict` does, [T, E].
+            source_layer: What `predict` was asked for; None for all pairs.
+
+        Returns:
+            Of the same shape; the logits themselves where their order is the routers'.
+        """
+        bias = self.input.selection_bias  # [P, E]
+        if bias is None:
+            return logits
+        bias = bias.unsqueeze(1) if source_layer is None else bias[self._pair_of[source_layer]]
+        return selection_scores(logits, self.geometry.gate_family, bias)
 
     def with_trained(self, is_trained: Sequence[bool]) -> EstimatorStack:
         """The same estimators (tensors are shared) with the form used for other pairs."""
@@ -203,8 +229,8 @@ class EstimatorStack(nn.Module):
 
     def _logits(self, source: SourceState, pairs: slice) -> Tensor:
         features = self.input.features(source, pairs)
-        anchor_logits = self.input.anchor_logits(features, pairs)
         used = self.is_trained[pairs]
+        anchor_logits = self.anchor_logits(features, pairs)
         if not any(used):
             return anchor_logits
         logits: Tensor = self.form(features, anchor_logits, pairs)
@@ -213,12 +239,28 @@ class EstimatorStack(nn.Module):
         mask = torch.tensor(used, device=logits.device).view(-1, 1, 1)
         return torch.where(mask, logits, anchor_logits)
 
+    def anchor_logits(self, features: Tensor, pairs: slice = ALL_PAIRS) -> Tensor:
+        """What the form is anchored on; nothing is computed if no pair needs it.
+
+        Args:
+            features: [P, T, D], float32.
+            pairs: Which pairs the first dimension stands for.
+
+        Returns:
+            The target routers' logits for the features, [P, T, E], float32; empty, [P, T, 0], if
+            the form has no anchor and is used for all of these pairs.
+        """
+        if self.form.is_anchored or not all(self.is_trained[pairs]):
+            return self.input.anchor_logits(features, pairs)
+        return features[..., :0]
+
     def _require_shapes(self) -> None:
         pairs, experts = len(self.target_layers), self.geometry.num_experts
         hidden = self.geometry.hidden_size
         expected = {
             "router_weight": (pairs, experts, hidden),
             "router_bias": (pairs, experts),
+            "selection_bias": (pairs, experts),
             "norm_weight": (pairs, hidden),
             "norm_bias": (pairs, hidden),
             "default_vectors": (pairs, experts, hidden),

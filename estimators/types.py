@@ -7,6 +7,7 @@ layers, P (source, target) layer pairs, M budget, H horizon in MoE layers, S cac
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +22,9 @@ GateFamily = Literal[
     "other",
 ]
 NormKind = Literal["rms", "layer", "none"]
-InputKind = Literal["router-input", "residual", "quasi-hidden"]
+InputKind = Literal[
+    "router-input", "residual", "quasi-hidden", "attention-readout", "pre-attention"
+]
 
 
 class ExpertKey(NamedTuple):
@@ -128,6 +131,20 @@ class LayerAnchors:
     """`rms`, `layer` (LayerNorm), or `none` (the router reads the raw residual)."""
     norm_eps: float
     """Added to the variance."""
+    selection_bias: Tensor | None = None
+    """[L, E], added to the routers' scores (not to their logits) when experts are chosen, and to
+    nothing else; None if the model has none. `selection_scores` ranks with it."""
+
+    def of(self, positions: Sequence[int]) -> LayerAnchors:
+        """Those of some of the layers.
+
+        Args:
+            positions: 0..L-1 of each wanted layer, in the order wanted.
+        """
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+        chosen = {name: tensor[list(positions)] for name, tensor in tensors.items()}
+        return dataclasses.replace(self, **chosen)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,19 +182,25 @@ class EstimatorSpec:
     input_kind: InputKind = "quasi-hidden"
     """State at the source layer that the estimator reads."""
     horizon: int = 1
-    """Distance from source to target layer, in MoE layers."""
+    """Distance from source to target layer, in MoE layers; 0 with `pre-attention` input only."""
     rank: int = 32
-    """Rank of the correction (`low-rank` only)."""
+    """Rank of the correction (`low-rank` and `ridge` only)."""
     width: int = 256
-    """Hidden units (`mlp` only)."""
+    """Hidden units (`mlp`, `mlp-free` and `shared-mlp` only)."""
     target_layers: tuple[int, ...] = ()
     """Decoder layer index of each predicted layer, ascending, length P."""
 
     def __post_init__(self) -> None:
         """Check the numbers a user can set."""
-        for name in ("horizon", "rank", "width"):
+        for name in ("rank", "width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        least = 0 if self.input_kind == "pre-attention" else 1
+        if self.horizon < least:
+            raise ValueError(
+                f"horizon must be at least {least} with {self.input_kind} input, not "
+                f"{self.horizon}; only pre-attention input predicts its own layer (horizon 0)."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form; `from_dict` reverses it."""

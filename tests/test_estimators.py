@@ -7,6 +7,7 @@ import torch
 
 from foreroute.estimators import (
     FORMS,
+    SOURCE_FIELDS,
     EstimatorForm,
     EstimatorSpec,
     EstimatorStack,
@@ -48,6 +49,8 @@ def random_source(num_pairs: int, num_tokens: int = 5) -> SourceState:
         router_input=torch.randn(num_pairs, num_tokens, 16),
         expert_ids=torch.rand(num_pairs, num_tokens, 8).topk(2).indices,
         gate_weights=torch.rand(num_pairs, num_tokens, 2),
+        readout=torch.randn(num_pairs, num_tokens, 16),
+        layer_input=torch.randn(num_pairs, num_tokens, 16),
     )
 
 
@@ -116,7 +119,7 @@ def test_quasi_hidden_prediction_matches_a_hand_worked_number() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("input_kind", ["router-input", "residual", "quasi-hidden"])
+@pytest.mark.parametrize("input_kind", SOURCE_FIELDS)
 @pytest.mark.parametrize("is_trained", [(True, True, True), (True, False, True)])
 def test_one_pair_predicts_what_all_pairs_predict(form, input_kind, is_trained) -> None:
     stack = stack_with_noise(form, input_kind=input_kind)
@@ -130,7 +133,7 @@ def test_one_pair_predicts_what_all_pairs_predict(form, input_kind, is_trained) 
         assert torch.allclose(alone, together[pair], atol=FLOAT32_TOLERANCE, rtol=1e-5)
 
 
-@pytest.mark.parametrize("form", ["low-rank", "mlp"])
+@pytest.mark.parametrize("form", ["low-rank", "ridge", "mlp"])
 def test_an_untrained_anchored_form_is_exactly_the_next_router(form: str) -> None:
     anchors, vectors = random_anchors(), torch.randn(4, 8, 16)
     spec = EstimatorSpec(form=form, target_layers=(3, 4, 6))
@@ -192,7 +195,7 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
 
 
 def test_messages_say_what_was_expected() -> None:
-    with pytest.raises(ValueError, match="known forms: next-router, low-rank, linear, mlp"):
+    with pytest.raises(ValueError, match="known forms: next-router, low-rank, ridge, linear, mlp"):
         find_form("transformer")
     with pytest.raises(ValueError, match="Layer 1 cannot be predicted"):
         EstimatorStack.build(
@@ -214,4 +217,65 @@ def test_every_form_is_an_estimator_form_with_pairs_first() -> None:
     for form in FORMS.values():
         made = form(spec, num_pairs=3, hidden_size=16, num_experts=8)
         assert isinstance(made, EstimatorForm)
-        assert all(parameter.shape[0] == 3 for parameter in made.parameters())
+        # What all pairs share has a first dimension of 1.
+        assert all(parameter.shape[0] in (1, 3) for parameter in made.parameters())
+
+
+def test_a_readout_is_read_as_the_target_layers_own_residual() -> None:
+    stack = stack_with_noise("next-router", input_kind="attention-readout")
+    source = random_source(num_pairs=3)
+    free = stack_with_noise("next-router", input_kind="residual")
+    assert torch.equal(stack(source), free(SourceState(residual=source.readout)))
+
+
+def test_only_pre_attention_input_predicts_its_own_and_the_first_layer() -> None:
+    spec = EstimatorSpec(
+        form="next-router", input_kind="pre-attention", horizon=0, target_layers=(1, 3, 4, 6)
+    )
+    stack = EstimatorStack.build(GEOMETRY, spec, random_anchors())
+    assert stack.source_layers == stack.target_layers == (1, 3, 4, 6)
+    assert stack.predict(1, layer_input=torch.randn(5, 16)).shape == (5, 8)
+    assert predictable_layers(GEOMETRY, 0) == (1, 3, 4, 6)
+    with pytest.raises(ValueError, match="only pre-attention input predicts its own layer"):
+        EstimatorSpec(form="next-router", input_kind="residual", horizon=0)
+
+
+def test_a_selection_bias_decides_the_ranking_but_not_the_logits() -> None:
+    geometry = dataclasses.replace(GEOMETRY, gate_family="sigmoid-topk-renorm")
+    anchors = random_anchors()
+    biased = dataclasses.replace(anchors, selection_bias=torch.tensor([[0.0] * 7 + [9.0]] * 4))
+    plain, ranked = (
+        EstimatorStack.training_free(geometry, a, input_kind="residual") for a in (anchors, biased)
+    )
+    source = random_source(num_pairs=3)
+    logits = ranked(source)
+    assert torch.equal(logits, plain(source))
+    assert plain.ranking(logits) is logits
+    scores = ranked.ranking(logits)
+    assert torch.allclose(scores[..., :7], logits[..., :7].sigmoid())
+    assert (scores.argmax(-1) == 7).all()
+    assert torch.equal(ranked.ranking(logits[1], source_layer=3), scores[1])
+    tensors = ranked.to_tensors()
+    again = EstimatorStack.from_tensors(
+        geometry, ranked.spec, tensors, norm_kind="rms", norm_eps=1e-6
+    )
+    assert torch.equal(again.ranking(logits), scores)
+
+
+def test_without_anchors_only_free_forms_on_router_input_are_possible() -> None:
+    spec = EstimatorSpec(form="linear", input_kind="router-input", target_layers=(3, 4, 6))
+    stack = EstimatorStack.build(GEOMETRY, spec, None)
+    source = random_source(num_pairs=3)
+    logits = stack(source)
+    assert logits.shape == (3, 5, 8)
+    assert stack.ranking(logits) is logits
+    again = EstimatorStack.from_tensors(
+        GEOMETRY, spec, stack.to_tensors(), norm_kind="none", norm_eps=0.0
+    )
+    assert torch.equal(again(source), logits)
+    with pytest.raises(ValueError, match="choose --form linear or mlp-free or shared-mlp"):
+        EstimatorStack.build(GEOMETRY, dataclasses.replace(spec, form="low-rank"), None)
+    with pytest.raises(ValueError, match="choose --input router-input"):
+        EstimatorStack.build(GEOMETRY, dataclasses.replace(spec, input_kind="residual"), None)
+    with pytest.raises(ValueError, match="choose --form linear"):
+        EstimatorStack(GEOMETRY, spec, None, is_trained=[True, False, True])

@@ -6,15 +6,21 @@ from foreroute.estimators.forms.base import EstimatorForm
 from foreroute.estimators.forms.linear import Linear
 from foreroute.estimators.forms.low_rank import LowRank
 from foreroute.estimators.forms.mlp import MLP
+from foreroute.estimators.forms.mlp_free import MLPFree
 from foreroute.estimators.forms.next_router import NextRouter
+from foreroute.estimators.forms.ridge import Ridge
+from foreroute.estimators.forms.shared_mlp import SharedMLP
 
 TRAINING_FREE_FORM = "next-router"
 
 FORMS: dict[str, type[EstimatorForm]] = {
     TRAINING_FREE_FORM: NextRouter,
     "low-rank": LowRank,
+    "ridge": Ridge,
     "linear": Linear,
     "mlp": MLP,
+    "mlp-free": MLPFree,
+    "shared-mlp": SharedMLP,
 }
 
 

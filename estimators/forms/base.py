@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -14,7 +15,8 @@ class EstimatorForm(nn.Module, ABC):
     """Maps source features to the target routers' logits, for P layer pairs at once.
 
     A subclass creates its parameters in `__init__` with the pairs as first dimension, so that
-    `parameter[pairs]` is a view and no form loops over layers.
+    `parameter[pairs]` is a view and no form loops over layers. What all pairs share has a first
+    dimension of 1.
 
     Args:
         spec: Holds the form's sizes (rank, width).
@@ -22,6 +24,11 @@ class EstimatorForm(nn.Module, ABC):
         hidden_size: D.
         num_experts: E.
     """
+
+    is_anchored: ClassVar[bool] = True
+    """Whether `forward` reads the anchor logits; a form that does not works for any router."""
+    is_closed_form: ClassVar[bool] = False
+    """Whether the ridge solution is all of its training."""
 
     def __init__(
         self, spec: EstimatorSpec, *, num_pairs: int, hidden_size: int, num_experts: int
@@ -34,7 +41,8 @@ class EstimatorForm(nn.Module, ABC):
 
         Args:
             features: Source features of the pairs asked for, [P, T, D], float32.
-            anchor_logits: What the target routers give for those features, [P, T, E], float32.
+            anchor_logits: What the target routers give for those features, [P, T, E], float32;
+                [P, T, 0] if the form is not anchored.
             pairs: Which pairs the first dimension stands for.
 
         Returns:

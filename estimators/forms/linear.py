@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,8 @@ from foreroute.estimators.types import EstimatorSpec
 
 class Linear(EstimatorForm):
     """Features W + bias, both zero at the start."""
+
+    is_anchored: ClassVar[bool] = False
 
     def __init__(
         self, spec: EstimatorSpec, *, num_pairs: int, hidden_size: int, num_experts: int

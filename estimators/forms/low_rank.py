@@ -1,4 +1,4 @@
-"""The next router plus a correction of rank r that starts at zero: it cannot begin worse."""
+"""The next router plus a correction of rank r, from ridge regression or from zero."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from foreroute.estimators.types import EstimatorSpec
 
 
 class LowRank(EstimatorForm):
-    """Anchor logits + features A B + bias, with B and the bias zero at the start."""
+    """Anchor logits + features A B + bias, with B and the bias zero until they are set.
+
+    The rank is at most that of a map from D features to E experts.
+    """
 
     def __init__(
         self, spec: EstimatorSpec, *, num_pairs: int, hidden_size: int, num_experts: int
@@ -27,4 +30,4 @@ class LowRank(EstimatorForm):
     def forward(self, features: Tensor, anchor_logits: Tensor, pairs: slice = ALL_PAIRS) -> Tensor:
         """See `EstimatorForm.forward`."""
         code = torch.bmm(features, self.down[pairs])  # [P, T, rank]
-        return torch.baddbmm(anchor_logits, code, self.up[pairs]) + self.bias[pairs]
+        return torch.baddbmm(anchor_logits + self.bias[pairs], code, self.up[pairs])

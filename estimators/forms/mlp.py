@@ -29,6 +29,9 @@ class MLP(EstimatorForm):
 
     def forward(self, features: Tensor, anchor_logits: Tensor, pairs: slice = ALL_PAIRS) -> Tensor:
         """See `EstimatorForm.forward`."""
-        hidden = torch.baddbmm(self.down_bias[pairs], features, self.down[pairs])  # [P, T, width]
-        correction = torch.bmm(functional.gelu(hidden), self.up[pairs]) + self.up_bias[pairs]
-        return anchor_logits + correction
+        start = anchor_logits + self.up_bias[pairs]
+        return torch.baddbmm(start, self.hidden(features, pairs), self.up[pairs])
+
+    def hidden(self, features: Tensor, pairs: slice) -> Tensor:
+        """The hidden layer, [P, T, width]."""
+        return functional.gelu(torch.baddbmm(self.down_bias[pairs], features, self.down[pairs]))

@@ -1,0 +1,56 @@
+"""How a router ranks experts: by its logits, or by scores with a bias that only selection sees."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional
+
+from foreroute.estimators.types import GateFamily
+
+
+def router_scores(router_logits: Tensor, family: GateFamily) -> Tensor:
+    """What a gate family makes of router logits before it chooses experts.
+
+    Args:
+        router_logits: [*, E], float.
+        family: The model's rule.
+
+    Returns:
+        [*, E], float32, above 0.
+
+    Raises:
+        ValueError: If the family is `other`: the rule is not known.
+    """
+    logits = router_logits.float()
+    if family == "other":
+        raise ValueError(
+            "How this model derives its gate weights from router logits is not known, so predicted "
+            "experts cannot be run. Use on_miss=fetch or skip."
+        )
+    if family.startswith("sigmoid"):
+        return logits.sigmoid()
+    if family.startswith("sqrtsoftplus"):
+        return functional.softplus(logits).sqrt()
+    return logits.softmax(dim=-1)
+
+
+def selection_scores(router_logits: Tensor, family: GateFamily, selection_bias: Tensor) -> Tensor:
+    """What the experts of a model with a selection bias are chosen by (DeepSeek-V3 and its kin).
+
+    Routers that choose within groups of experts (`topk_group`) are ranked as if ungrouped.
+
+    Args:
+        router_logits: [*, E], float.
+        family: The model's rule.
+        selection_bias: [E], or anything that broadcasts with the logits, float.
+
+    Returns:
+        [*, E], float32; the top-K of it are the experts of a token.
+
+    Example:
+        >>> import torch
+        >>> logits, bias = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 0.5])
+        >>> selection_scores(logits, "sigmoid-topk", bias)
+        tensor([0.8808, 1.0000])
+    """
+    return router_scores(router_logits, family) + selection_bias
