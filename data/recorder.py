@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -15,13 +18,24 @@ from foreroute.data.adapters import (
     first_tensor,
     routed_through,
     router_logits_of,
-    stock_experts_function,
 )
+from foreroute.data.adapters.seam import held_function
+from foreroute.data.early_attention import EarlyAttention, decoder_layer, split_input
+from foreroute.data.expert_sums import HeldExperts, StockExperts, SummedExperts
+from foreroute.estimators.inputs import expected_output
 from foreroute.estimators.types import RoutingRecord
 
-SHARED_IMPLEMENTATIONS = ("batched_mm", "grouped_mm")
-"""Experts functions that apply one gate to all (token, expert) pairs at once, then project down."""
-FALLBACK_IMPLEMENTATION = "grouped_mm"
+REQUIRED_FIELDS = ("residual", "router_input", "router_logits", "expert_ids", "gate_weights")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyReadout:
+    """What the field `readout` needs: every layer's state goes through the next one's attention."""
+
+    sites: Mapping[int, EarlyAttention]
+    """By decoder layer index, of every MoE layer but the first."""
+    vectors: Tensor
+    """Default vectors that stand for the experts' outputs, [L, E, D], float32."""
 
 
 class RoutingRecorder:
@@ -36,15 +50,27 @@ class RoutingRecorder:
         ...     records = recorder.take()
     """
 
-    def __init__(self, moe: MoEModel, states_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        moe: MoEModel,
+        states_dtype: torch.dtype | None = None,
+        *,
+        with_layer_input: bool = False,
+        readout: EarlyReadout | None = None,
+    ) -> None:
         """Prepare to record.
 
         Args:
-            moe: The model.
-            states_dtype: Dtype of residual and router_input in the records; the model's if None.
+            moe: The model. Where an engine computes its experts, it goes on doing so; sums are then
+                of prompts only, where it is exact.
+            states_dtype: Dtype of states in the records; the model's if None.
+            with_layer_input: Whether records have `layer_input`.
+            readout: What `readout` needs; records do not have it if None.
         """
         self._moe = moe
         self._states_dtype = states_dtype
+        self._with_layer_input = with_layer_input
+        self._readout = readout
         self._cleanup = contextlib.ExitStack()
         self._layers: list[_LayerRecorder] = []
 
@@ -52,13 +78,31 @@ class RoutingRecorder:
         """Put the hooks on."""
         self._layers = [_LayerRecorder(layer, self._states_dtype) for layer in self._moe.layers]
         with contextlib.ExitStack() as stack:
-            for layer in self._layers:
-                for handle in layer.hooks():
-                    stack.callback(handle.remove)
+            for handle in self._hooks():
+                stack.callback(handle.remove)
             handlers = {layer.handle.experts: layer.compute for layer in self._layers}
             stack.enter_context(routed_through(self._moe.model, handlers))
             self._cleanup = stack.pop_all()
         return self
+
+    def _hooks(self) -> Iterator[Any]:
+        for layer in self._layers:
+            yield from layer.hooks()
+            if self._with_layer_input:
+                yield layer.hook_input(decoder_layer(self._moe, layer.handle))
+        if self._readout is not None:
+            for layer, after in itertools.pairwise(self._layers):
+                position = self._moe.geometry.position(layer.handle.layer_idx)
+                site = self._readout.sites[after.handle.layer_idx]
+                yield layer.hook_next_attention(site, self._readout.vectors[position])
+        held = [layer.experts for layer in self._layers if isinstance(layer.experts, HeldExperts)]
+        if held:
+
+            def see(_: nn.Module, arguments: Any, settings: Any) -> None:
+                for experts in held:
+                    experts.is_prompt = first_tensor(arguments, settings).shape[1] > 1
+
+            yield self._moe.model.register_forward_pre_hook(see, with_kwargs=True)
 
     def __exit__(
         self,
@@ -90,42 +134,17 @@ class RoutingRecorder:
         return {layer.handle.layer_idx: layer.take_expert_sums() for layer in self._layers}
 
 
-class _ObservedExperts:
-    """Stands in for an experts module; shows what enters the down projection, else changes nothing.
-
-    Summing before the (linear) down projection costs a fraction of summing after it.
-    """
-
-    def __init__(self, experts: nn.Module) -> None:
-        self._experts = experts
-        self.activations = torch.empty(0)
-        """Of the last call, [pairs, I]."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._experts, name)
-
-    def _apply_gate(self, gate_up: Tensor) -> Tensor:
-        self.activations = self._experts._apply_gate(gate_up)  # type: ignore[operator]
-        return self.activations
-
-    def act_fn(self, up: Tensor) -> Tensor:
-        self.activations = self._experts.act_fn(up)  # type: ignore[operator]
-        return self.activations
-
-
 class _LayerRecorder:
     """Collects one MoE layer's routing."""
 
     def __init__(self, handle: MoELayer, states_dtype: torch.dtype | None) -> None:
         self.handle = handle
+        held = held_function(handle.experts)
+        self.experts: SummedExperts = HeldExperts(handle, held) if held else StockExperts(handle)
         self._states_dtype = states_dtype
-        config: Any = handle.experts.config
-        self._implementation = config._experts_implementation or "eager"
-        self._function = stock_experts_function(self._implementation, handle.experts)
-        self._observed = _ObservedExperts(handle.experts)
         self._seen: dict[str, Tensor] = {}
-        self._activation_sum: Tensor | None = None  # [E, I]
-        self._count: Tensor | None = None  # [E]
+        self._expected: set[str] = set(REQUIRED_FIELDS)
+        self._residual: Tensor | None = None  # [T, D] as the model has it; only for the readout
 
     def hooks(self) -> list[Any]:
         """Register the hooks on the norm and the router."""
@@ -136,8 +155,40 @@ class _LayerRecorder:
             self.handle.router.register_forward_hook(self._see_router, with_kwargs=True),
         ]
 
+    def hook_input(self, decoder: nn.Module) -> Any:
+        """Record what enters the decoder layer."""
+
+        def see(_: nn.Module, arguments: Any, settings: Any) -> None:
+            self._keep("layer_input", first_tensor(arguments, settings), self._states_dtype)
+
+        self._expected.add("layer_input")
+        return decoder.register_forward_pre_hook(see, with_kwargs=True)
+
+    def hook_next_attention(self, site: EarlyAttention, vectors: Tensor) -> Any:
+        """Record what the next MoE layer's attention makes of this layer's state.
+
+        Args:
+            site: The next MoE layer's.
+            vectors: This layer's default vectors, [E, D], float32.
+        """
+
+        def see(_: nn.Module, arguments: Any, settings: Any) -> None:
+            true_input, rest = split_input(arguments, settings)
+            assert self._residual is not None  # its norm ran before
+            ids, weights = self._seen["expert_ids"], self._seen["gate_weights"]
+            added = expected_output(ids[None], weights[None], vectors[None])[0]  # [T, D]
+            residual = (self._residual + added).to(true_input.dtype).view(true_input.shape)
+            self._keep("readout", site.run(residual, true_input, rest), self._states_dtype)
+            self._residual = None
+
+        self._expected.add("readout")
+        return site.attention.register_forward_pre_hook(see, with_kwargs=True)
+
     def _see_residual(self, _: nn.Module, arguments: Any, settings: Any) -> None:
-        self._keep("residual", first_tensor(arguments, settings), self._states_dtype)
+        residual = first_tensor(arguments, settings)
+        self._keep("residual", residual, self._states_dtype)
+        if "readout" in self._expected:
+            self._residual = residual.detach().flatten(0, -2).clone()
 
     def _see_router(self, _: nn.Module, arguments: Any, settings: Any, output: Any) -> None:
         self._keep("router_input", first_tensor(arguments, settings), self._states_dtype)
@@ -154,35 +205,12 @@ class _LayerRecorder:
         """Compute the experts as the model would, keeping what came in."""
         self._keep("expert_ids", expert_ids)
         self._keep("gate_weights", gate_weights)
-        if self._implementation in SHARED_IMPLEMENTATIONS:
-            output = self._function(self._observed, hidden, expert_ids, gate_weights)  # type: ignore[arg-type]
-            self._add_up(expert_ids, self._implementation)
-            return output
-        # Other implementations do not show their activations: compute the experts a second time.
-        again = stock_experts_function(FALLBACK_IMPLEMENTATION, experts)
-        again(self._observed, hidden, expert_ids, gate_weights)  # type: ignore[arg-type]
-        self._add_up(expert_ids, FALLBACK_IMPLEMENTATION)
-        return self._function(experts, hidden, expert_ids, gate_weights)
-
-    def _add_up(self, expert_ids: Tensor, implementation: str) -> None:
-        flat = expert_ids.reshape(-1).long()  # [pairs]
-        if implementation == "grouped_mm":
-            flat = flat.sort().values  # its pairs lie sorted by expert
-        num_experts = int(self.handle.experts.num_experts)  # type: ignore[arg-type]
-        activations = self._observed.activations.float()  # [pairs, I]
-        chosen = torch.zeros(num_experts, len(flat), device=flat.device)  # [E, pairs]
-        chosen.scatter_(0, flat.unsqueeze(0), 1.0)
-        activation_sum, count = chosen @ activations, flat.bincount(minlength=num_experts)
-        if self._activation_sum is None or self._count is None:
-            self._activation_sum, self._count = activation_sum, count
-        else:
-            self._activation_sum += activation_sum
-            self._count += count
+        return self.experts.compute(experts, hidden, expert_ids, gate_weights)
 
     def take(self) -> RoutingRecord:
         """The record of the last forward pass."""
         seen, self._seen = self._seen, {}
-        if len(seen) < 5:
+        if self._expected - set(seen):
             raise RuntimeError(
                 f"No forward pass went through {self.handle.name} since the last record was taken."
             )
@@ -190,17 +218,10 @@ class _LayerRecorder:
 
     def take_expert_sums(self) -> tuple[Tensor, Tensor]:
         """Sum of unweighted outputs and count per expert since the last call."""
-        experts: Any = self.handle.experts
-        if self._activation_sum is None or self._count is None:
+        sums = self.experts.take()
+        if sums is None:
             raise RuntimeError(f"No forward pass went through {self.handle.name}.")
-        sums = []
-        for expert_id, activation in enumerate(self._activation_sum):  # one at a time: small copies
-            weight = experts.down_proj[expert_id].float()
-            sums.append(activation @ weight if experts.is_transposed else weight @ activation)
-        output_sum, count = torch.stack(sums), self._count  # [E, D], [E]
-        if experts.has_bias:
-            output_sum += experts.down_proj_bias.float() * count.unsqueeze(-1)
+        output_sum, count = sums
         if self.handle.to_hidden is not None:  # a bias of the map is added once, not per expert
             output_sum = output_sum @ self.handle.to_hidden.weight.float().T  # type: ignore[operator]
-        self._activation_sum = self._count = None
         return output_sum, count

@@ -161,16 +161,24 @@ class RoutingRecord:
     """The experts the model used, [T, K], integer, in the router's own order."""
     gate_weights: Tensor
     """What each expert's output was multiplied with, [T, K], float."""
+    layer_input: Tensor | None = None
+    """Residual stream that enters the decoder layer, before its attention, [T, D], float."""
+    readout: Tensor | None = None
+    """The next MoE layer's `residual`, made early by its own attention on this layer's residual
+    plus the expected output of its experts, [T, D], float."""
 
     def __len__(self) -> int:
         """T, the number of tokens."""
         return self.expert_ids.shape[0]
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of its fields that are there, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
     def __getitem__(self, rows: slice | Tensor) -> RoutingRecord:
         """The same for some of the tokens (a slice, an index tensor or a boolean mask)."""
-        return RoutingRecord(
-            **{f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)}
-        )
+        return RoutingRecord(**{name: tensor[rows] for name, tensor in self.tensors.items()})
 
 
 @dataclass(frozen=True, kw_only=True)

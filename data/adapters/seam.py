@@ -34,6 +34,11 @@ def stock_experts_function(name: str, experts: nn.Module) -> ExpertsFunction:
     return function
 
 
+def held_function(experts: nn.Module) -> ExpertsFunction | None:
+    """The function that computes these experts in the module's place now, if there is one."""
+    return experts.__dict__.get(HANDLER_ATTRIBUTE)
+
+
 def _dispatch(experts: nn.Module, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
     handler: ExpertsFunction = experts.__dict__[HANDLER_ATTRIBUTE]
     return handler(experts, hidden, expert_ids, weights)
@@ -51,6 +56,7 @@ def routed_through(model: Any, handlers: Mapping[nn.Module, ExpertsFunction]) ->
         handlers: For every experts module of the model, the function that computes it.
     """
     before = model.get_experts_implementation()
+    held = {experts: held_function(experts) for experts in handlers}
     for experts, handler in handlers.items():
         experts.__dict__[HANDLER_ATTRIBUTE] = handler
     try:
@@ -58,8 +64,10 @@ def routed_through(model: Any, handlers: Mapping[nn.Module, ExpertsFunction]) ->
         yield
     finally:
         model.set_experts_implementation(before)
-        for experts in handlers:
+        for experts, function in held.items():
             experts.__dict__.pop(HANDLER_ATTRIBUTE, None)
+            if function is not None:
+                experts.__dict__[HANDLER_ATTRIBUTE] = function
 
 
 class ExpertsView:
