@@ -1,0 +1,164 @@
+"""Runs a layer's own attention early, on an approximation of what it will read."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foreroute.data.adapters import MoELayer, MoEModel, first_tensor
+from foreroute.data.adapters.probe import Call, is_same_memory, probe
+
+TOLERANCE = 2e-2  # of the largest residual: two ways to round in bfloat16
+CACHE_NAME = "past_key_values"
+HIDDEN_NAME = "hidden_states"
+
+
+def decoder_layer(moe: MoEModel, layer: MoELayer) -> nn.Module:
+    """The decoder layer that an MoE layer lies in; its first argument is the residual stream."""
+    parts = layer.name.split(".")
+    end = next(i for i, part in enumerate(parts) if part.isdigit())
+    module: nn.Module = moe.model.get_submodule(".".join(parts[: end + 1]))
+    return module
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyAttention:
+    """The attention of a decoder layer that adds `attention(input_norm(x))` to the residual x."""
+
+    input_norm: nn.Module
+    attention: nn.Module
+
+    def run(self, residual: Tensor, true_input: Tensor, settings: Mapping[str, Any]) -> Tensor:
+        """The residual after attention, were the layer to read this residual.
+
+        Every token attends to the true past and to its own approximation, as it would while the
+        model generates: only the last token's state is not known yet.
+
+        Args:
+            residual: Approximate residual stream that enters the layer, [B, S, D].
+            true_input: What the attention reads in the true pass, after its norm, [B, S, D].
+            settings: The other arguments of the true call; a cache in them is left as it is, and
+                may hold the past of one more token (S is 1 then) or nothing.
+
+        Returns:
+            `residual` plus what attention adds, [B, S, D].
+
+        Raises:
+            ValueError: If the mask is none that can be extended.
+        """
+        approximate = self.input_norm.forward(residual)
+        cache = settings.get(CACHE_NAME)
+        if cache is not None and cache.get_seq_length(self.attention.layer_idx) > 0:
+            settings = {**settings, CACHE_NAME: _shadow(cache)}
+            return residual + _hidden_of(self.attention.forward(approximate, **settings))
+        # The true tokens first, then their approximations, which see the true ones before them.
+        length = residual.shape[1]
+        settings = {name: _twice(value, length) for name, value in settings.items()}
+        settings["attention_mask"] = _mask_of_both(settings.get("attention_mask"), true_input)
+        settings[CACHE_NAME] = None
+        both = torch.cat([true_input, approximate], dim=1)
+        return residual + _hidden_of(self.attention.forward(both, **settings))[:, length:]
+
+
+def find_early_attention(moe: MoEModel) -> dict[int, EarlyAttention]:
+    """The attention of every MoE layer but the first, found and checked by one tiny forward pass.
+
+    Returns:
+        By decoder layer index.
+
+    Raises:
+        ValueError: If a layer is not `x + attention(norm(x))`, then its MoE; says which.
+    """
+    with torch.no_grad():
+        observed, calls = probe(moe.model, [layer.experts for layer in moe.layers])
+        found = {}
+        for layer in moe.layers[1:]:
+            site = _site(decoder_layer(moe, layer), calls, observed[layer.experts].residual)
+            if site is None:
+                raise ValueError(
+                    f"readout cannot be recorded from {moe.geometry.model_name} "
+                    f"({moe.geometry.model_type}): decoder layer {layer.layer_idx} is not "
+                    "x + attention(norm(x)) before its experts. Leave readout out of --record."
+                )
+            found[layer.layer_idx] = site
+    return found
+
+
+def _site(decoder: nn.Module, calls: Sequence[Call], residual: Tensor) -> EarlyAttention | None:
+    """Norm and attention of a decoder layer, if running them again gives its true residual."""
+    children = set(decoder.children())
+    own = next(call for call in calls if call.module is decoder)
+    layer_input = first_tensor(own.arguments, own.settings)
+    inside = [call for call in calls if call.module in children]
+    norm = next((call for call in inside if _reads(call, layer_input)), None)
+    if norm is None or not isinstance(norm.output, Tensor):
+        return None
+    attention = next((call for call in inside if _reads(call, norm.output)), None)
+    if attention is None or not hasattr(attention.module, "layer_idx"):
+        return None
+    site = EarlyAttention(input_norm=norm.module, attention=attention.module)
+    true_input, settings = split_input(attention.arguments, attention.settings)
+    try:
+        again = site.run(layer_input, true_input, settings).flatten(0, -2)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        return None
+    is_equal = torch.allclose(again, residual, atol=TOLERANCE * float(residual.abs().max()))
+    return site if is_equal else None
+
+
+def split_input(
+    arguments: tuple[Any, ...], settings: Mapping[str, Any]
+) -> tuple[Tensor, dict[str, Any]]:
+    """What an attention module reads, and its other arguments by name."""
+    rest = {name: value for name, value in settings.items() if name != HIDDEN_NAME}
+    hidden: Tensor = arguments[0] if arguments else settings[HIDDEN_NAME]
+    return hidden, rest
+
+
+def _reads(call: Call, tensor: Tensor) -> bool:
+    tensors = [v for v in (*call.arguments, *call.settings.values()) if isinstance(v, Tensor)]
+    return bool(tensors) and is_same_memory(tensors[0], tensor)
+
+
+def _hidden_of(output: Any) -> Tensor:
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def _shadow(cache: Any) -> Any:
+    """A cache with the same content, whose layers can grow without the first one growing."""
+    shadow = copy.copy(cache)
+    shadow.layers = [copy.copy(layer) for layer in cache.layers]
+    return shadow
+
+
+def _twice(value: Any, length: int) -> Any:
+    """What describes positions, for the same positions twice; all else as it is."""
+    if isinstance(value, tuple):
+        return tuple(_twice(part, length) for part in value)
+    if isinstance(value, Tensor) and value.dim() in (2, 3) and value.shape[1] == length:
+        return torch.cat([value, value], dim=1)
+    return value
+
+
+def _mask_of_both(mask: Any, hidden: Tensor) -> Tensor:
+    """Mask over true tokens and approximations, to be added to the scores, [B or 1, 1, 2S, 2S]."""
+    length = hidden.shape[1]
+    own = torch.eye(length, dtype=torch.bool, device=hidden.device)
+    if mask is None:
+        mask = torch.ones_like(own).tril().view(1, 1, length, length)
+    if not isinstance(mask, Tensor) or mask.shape[-2:] != own.shape:
+        raise ValueError(f"attention masks of kind {type(mask).__name__} are not understood")
+    if mask.dtype != torch.bool:
+        mask = mask > torch.finfo(mask.dtype).min / 2
+    own = own.expand_as(mask)
+    true_rows = torch.cat([mask, torch.zeros_like(mask)], dim=-1)
+    rows = torch.cat([mask & ~own, own], dim=-1)
+    is_seen = torch.cat([true_rows, rows], dim=-2)
+    added = torch.zeros(is_seen.shape, dtype=hidden.dtype, device=hidden.device)
+    return added.masked_fill(~is_seen, torch.finfo(hidden.dtype).min)
