@@ -1,4 +1,4 @@
-"""Calibrated probabilities: how likely each expert is among the top K, from predicted logits."""
+"""Calibrated probabilities: how likely each expert is among the top K, from predictions."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ NUM_BINS = 15
 """Bins of calibration error and of reliability diagrams, of equal numbers of predictions."""
 
 
-def decision_margins(logits: Tensor, top_k: int) -> Tensor:
-    """How far each expert's logit lies above the middle of the K-th and the next one's.
+def decision_margins(scores: Tensor, top_k: int) -> Tensor:
+    """How far each expert's score lies above the middle of the K-th and the next one's.
 
     Args:
-        logits: Predicted router logits, [..., E], float.
+        scores: What experts are ranked by, [..., E], float: predicted router logits, or
+            `EstimatorStack.ranking` of them for models with a selection bias.
         top_k: K.
 
     Returns:
@@ -29,30 +30,30 @@ def decision_margins(logits: Tensor, top_k: int) -> Tensor:
         >>> decision_margins(torch.tensor([3.0, 0.0, 1.0]), top_k=1)
         tensor([ 1., -2., -1.])
     """
-    logits = logits.float()
-    best = logits.topk(min(top_k + 1, logits.shape[-1]), dim=-1).values
-    return logits - best[..., -2:].mean(dim=-1, keepdim=True)
+    scores = scores.float()
+    best = scores.topk(min(top_k + 1, scores.shape[-1]), dim=-1).values
+    return scores - best[..., -2:].mean(dim=-1, keepdim=True)
 
 
 def near_decision(
-    probabilities: Tensor, true_ids: Tensor, logits: Tensor, top_k: int
+    probabilities: Tensor, true_ids: Tensor, scores: Tensor, top_k: int
 ) -> tuple[Tensor, Tensor]:
     """The predictions that calibration error is counted over.
 
-    They are chosen by the rank of the logits, so that every calibration is judged on the same.
+    They are chosen by the rank of the scores, so that every calibration is judged on the same.
 
     Args:
         probabilities: Of each expert, [P, T, E], float.
         true_ids: Experts the router chose, [P, T, K], integer.
-        logits: Predicted router logits, [P, T, E], float.
+        scores: What experts are ranked by, [P, T, E], float.
         top_k: K.
 
     Returns:
         Probabilities [P, T * M], float32, and whether the expert was chosen [P, T * M], bool,
         of the top M = min(`NEAR_DECISION` K, E) predicted experts of each token.
     """
-    near = logits.topk(min(NEAR_DECISION * top_k, logits.shape[-1]), dim=-1).indices  # [P, T, M]
-    is_true = membership(true_ids, logits.shape[-1]).gather(-1, near)
+    near = scores.topk(min(NEAR_DECISION * top_k, scores.shape[-1]), dim=-1).indices  # [P, T, M]
+    is_true = membership(true_ids, scores.shape[-1]).gather(-1, near)
     return probabilities.gather(-1, near).float().flatten(1), is_true.flatten(1)
 
 
@@ -147,7 +148,7 @@ def _bounds(count: int, num_bins: int) -> list[int]:
 
 
 class Calibration(nn.Module):
-    """Turns predicted logits into probabilities of being among the top K, for P layer pairs.
+    """Turns ranking scores into probabilities of being among the top K, for P layer pairs.
 
     Per pair a table over the decision margin (`decision_margins`) with evenly spaced knots, linear
     in between and constant outside: fixed shapes, no host sync, so that a CUDA graph can hold it.
@@ -183,17 +184,17 @@ class Calibration(nn.Module):
         self.register_buffer("knots_per_margin", knots_per_margin.float())
         self.register_buffer("probability", probability.float().contiguous())
 
-    def forward(self, logits: Tensor, pairs: slice = ALL_PAIRS) -> Tensor:
-        """Probability of each expert, never falling with its logit within a token.
+    def forward(self, scores: Tensor, pairs: slice = ALL_PAIRS) -> Tensor:
+        """Probability of each expert, never falling with its score within a token.
 
         Args:
-            logits: Predicted router logits, [P, T, E], float.
+            scores: What experts are ranked by (`EstimatorStack.ranking`), [P, T, E], float.
             pairs: Which pairs the first dimension stands for.
 
         Returns:
             [P, T, E], float32, 0..1.
         """
-        return self.at_margins(decision_margins(logits, self.top_k), pairs)
+        return self.at_margins(decision_margins(scores, self.top_k), pairs)
 
     def at_margins(self, margins: Tensor, pairs: slice = ALL_PAIRS) -> Tensor:
         """The same from decision margins, [P, T, M] for any M."""

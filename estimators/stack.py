@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from foreroute.estimators.calibration import Calibration
 from foreroute.estimators.forms import FORMS, TRAINING_FREE_FORM, find_form
 from foreroute.estimators.inputs import ALL_PAIRS, SourceInput, SourceState
 from foreroute.estimators.pairs import predictable_layers, source_position
@@ -67,6 +68,7 @@ class EstimatorStack(nn.Module):
             hidden_size=geometry.hidden_size,
             num_experts=geometry.num_experts,
         )
+        self.calibration: Calibration | None = None
 
     @classmethod
     def build(
@@ -147,8 +149,12 @@ class EstimatorStack(nn.Module):
         return stack
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """Everything `from_tensors` needs besides the geometry, the spec and the norm's kind."""
-        return dict(self.state_dict())
+        """Everything `from_tensors` needs besides the geometry, the spec and the norm's kind.
+
+        The calibration is not among it; it has its own `to_tensors`.
+        """
+        tensors = self.state_dict()
+        return {name: t for name, t in tensors.items() if not name.startswith("calibration.")}
 
     def forward(self, source: SourceState) -> Tensor:
         """Predict all pairs at once.
@@ -215,6 +221,27 @@ class EstimatorStack(nn.Module):
             return logits
         bias = bias.unsqueeze(1) if source_layer is None else bias[self._pair_of[source_layer]]
         return selection_scores(logits, self.geometry.gate_family, bias)
+
+    def probabilities(self, logits: Tensor, source_layer: int | None = None) -> Tensor:
+        """How likely each expert is among the target layers' top K.
+
+        Args:
+            logits: As `forward` gives them, [P, T, E], or as `predict` does, [T, E].
+            source_layer: What `predict` was asked for; None for all pairs.
+
+        Returns:
+            Of the same shape, float32, 0..1, in the order of `ranking`.
+
+        Raises:
+            ValueError: If there is no calibration; only exported estimators have one.
+        """
+        if self.calibration is None:
+            raise ValueError("These estimators are not calibrated; export-estimator does that.")
+        scores = self.ranking(logits, source_layer)
+        if source_layer is None:
+            return self.calibration(scores)  # type: ignore[no-any-return]
+        pair = self._pair_of[source_layer]
+        return self.calibration(scores.unsqueeze(0), slice(pair, pair + 1)).squeeze(0)  # type: ignore[no-any-return]
 
     def with_trained(self, is_trained: Sequence[bool]) -> EstimatorStack:
         """The same estimators (tensors are shared) with the form used for other pairs."""

@@ -1,0 +1,158 @@
+"""Fits probabilities to predictions, on held-out sequences that nothing else is judged on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foreroute.estimators.calibration import (
+    NEAR_DECISION,
+    Calibration,
+    decision_margins,
+    membership,
+)
+
+NUM_KNOTS = 64
+TAIL = 1e-3
+"""Share of margins, near the decision, that lies beyond each end of a table."""
+METHODS = ("uncalibrated", "temperature", "isotonic")
+"""`uncalibrated` is the sigmoid of the margin, as if scores were log-odds already."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutParts:
+    """Held-out sequences in three parts, so that no figure is measured on what chose it."""
+
+    calibrate: range
+    """Probabilities are fitted here."""
+    choose: range
+    """The calibration and each layer's form are chosen here."""
+    report: range
+    """What is reported is measured here."""
+
+
+def split_held_out(held_out: range) -> HeldOutParts:
+    """Split held-out sequences: a quarter, a quarter, half.
+
+    Neighbours may share a document: one sequence before the reported ones is dropped where there
+    are at least five.
+
+    Raises:
+        ValueError: If there are fewer than three sequences.
+    """
+    if len(held_out) < len(METHODS):
+        raise ValueError(
+            f"{len(held_out)} held-out sequences are too few: at least 3 are needed, to calibrate, "
+            "to choose and to report on. Collect more tokens, or shorter sequences."
+        )
+    report = held_out.start + (len(held_out) + 1) // 2
+    gap = 1 if len(held_out) > 4 else 0
+    middle = held_out.start + (report - gap - held_out.start + 1) // 2
+    return HeldOutParts(
+        calibrate=range(held_out.start, middle),
+        choose=range(middle, report - gap),
+        report=range(report, held_out.stop),
+    )
+
+
+class MarginHistogram:
+    """How many experts had which margin, and how many of them were used, for P layer pairs.
+
+    The bins are the knots of the tables fitted to it; they are laid out on the first batch.
+
+    Args:
+        top_k: K.
+    """
+
+    def __init__(self, top_k: int) -> None:
+        self.top_k = top_k
+        self.first_margin = self.knots_per_margin = torch.empty(0)  # [P]
+        self.num_experts = self.num_used = torch.empty(0)  # [P, B]
+
+    def update(self, scores: Tensor, true_ids: Tensor) -> None:
+        """Count one batch.
+
+        Args:
+            scores: What experts are ranked by, [P, T, E], float.
+            true_ids: Experts the routers chose, [P, T, K], integer.
+        """
+        margins = decision_margins(scores, self.top_k)
+        if not self.first_margin.numel():
+            self._lay_out(margins)
+        first, scale = self.first_margin.view(-1, 1, 1), self.knots_per_margin.view(-1, 1, 1)
+        knot = ((margins - first) * scale).round().clamp(0, NUM_KNOTS - 1).long().flatten(1)
+        is_used = membership(true_ids, scores.shape[-1]).flatten(1).double()
+        self.num_used.scatter_add_(1, knot, is_used)
+        self.num_experts.scatter_add_(1, knot, torch.ones_like(is_used))
+
+    def _lay_out(self, margins: Tensor) -> None:
+        near = margins.topk(min(NEAR_DECISION * self.top_k, margins.shape[-1]), dim=-1).values
+        ordered = near.flatten(1).sort(dim=1).values  # [P, N]
+        tail = int(TAIL * ordered.shape[1])
+        low, high = ordered[:, tail], ordered[:, -1 - tail]
+        self.first_margin = low
+        self.knots_per_margin = (NUM_KNOTS - 1) / (high - low).clamp(min=1e-6)
+        self.num_experts = torch.zeros(
+            len(low), NUM_KNOTS, dtype=torch.float64, device=margins.device
+        )
+        self.num_used = torch.zeros_like(self.num_experts)
+
+    def fit(self, method: str) -> Calibration:
+        """A table of probabilities for every pair.
+
+        Args:
+            method: One of `METHODS`.
+
+        Raises:
+            ValueError: If nothing was counted.
+        """
+        if not self.first_margin.numel():
+            raise ValueError("No tokens to calibrate on.")
+        steps = torch.arange(NUM_KNOTS, device=self.first_margin.device)
+        knots = self.first_margin.unsqueeze(1) + steps / self.knots_per_margin.unsqueeze(1)
+        if method == "uncalibrated":
+            table = knots.sigmoid()
+        else:
+            solve = {"temperature": solve_temperature, "isotonic": solve_isotonic}[method]
+            parts = zip(knots, self.num_experts, self.num_used, strict=True)
+            table = torch.stack([solve(*(t.cpu() for t in part)) for part in parts])
+        table = table.clamp(0, 1).to(knots)
+        return Calibration(self.first_margin, self.knots_per_margin, table, self.top_k)
+
+
+def solve_temperature(margins: Tensor, num_experts: Tensor, num_used: Tensor) -> Tensor:
+    """Logistic regression on the margin: a temperature and a shift of the threshold.
+
+    Args:
+        margins: Of the knots, [B].
+        num_experts: Experts counted at each, [B].
+        num_used: How many of them were used, [B].
+
+    Returns:
+        Probability at each knot, [B], float32.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    used, unused = num_used.clone(), num_experts - num_used
+    used[-1] += 0.5  # so that there is a solution where all were used, or none
+    unused[0] += 0.5
+    column = margins.double().unsqueeze(1).numpy()
+    features = [*column, *column]
+    outcomes = [1] * len(column) + [0] * len(column)
+    model = LogisticRegression(C=1e6).fit(features, outcomes, torch.cat([used, unused]).numpy())
+    slope = max(float(model.coef_[0, 0]), 0.0)
+    return (slope * margins + float(model.intercept_[0])).sigmoid().float()
+
+
+def solve_isotonic(margins: Tensor, num_experts: Tensor, num_used: Tensor) -> Tensor:
+    """The never falling table that is closest to what was counted; see `solve_temperature`."""
+    from sklearn.isotonic import IsotonicRegression
+
+    seen = num_experts > 0
+    share = num_used[seen] / num_experts[seen]
+    model = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip")
+    model.fit(margins[seen].numpy(), share.numpy(), num_experts[seen].numpy())
+    fitted = torch.as_tensor(model.predict(margins.numpy())).float()
+    return fitted.cummax(dim=0).values  # rounding may have made it fall
