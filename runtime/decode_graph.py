@@ -1,31 +1,53 @@
-"""One decode step of a whole model as one CUDA graph."""
+"""One decode step of a whole model, and the same as one CUDA graph."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+
+from foreroute.runtime.fusions import fuse_attention, fuse_rotary, fuse_routers
+from foreroute.runtime.kernels.cache import store_token
 
 WARM_UP_STEPS = 2
 LENGTH_STEP = 256  # caches are this much longer than needed at most, so that graphs serve again
 
 
-class DecodeGraph:
-    """A captured decode step with its own KV cache, for one batch size and greatest length."""
+class DecodeCacheLayer(StaticLayer):  # type: ignore[misc]  # transformers is untyped
+    """A static layer that keeps every position; decode steps write where the device says."""
 
-    def __init__(self, model: Any, batch: int, length: int) -> None:
-        """Warm up and capture.
+    write_at: Tensor | None = None
+    """Position of the one new token, [1] int64; set while a decode step runs."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store new keys and values, [B, H_kv, T, d]; returns the whole cache's."""
+        if self.write_at is None:
+            keys, values = super().update(key_states, value_states, *args, **kwargs)
+            return keys, values
+        store_token(key_states, value_states, self.keys, self.values, self.write_at)
+        return self.keys, self.values
+
+
+class DecodeStep:
+    """A decode step with its own KV cache, for one batch size and greatest length."""
+
+    def __init__(
+        self, model: Any, batch: int, length: int, routers: Sequence[nn.Module] = ()
+    ) -> None:
+        """Allocate the cache.
 
         Args:
-            model: Transformers causal LM whose experts can be captured.
+            model: Transformers causal LM.
             batch: B, sequences.
             length: Greatest number of tokens of a sequence; rounded up.
-
-        Raises:
-            RuntimeError: If something in the model cannot be captured.
+            routers: Of the model's MoE layers, to be fused where that changes nothing.
         """
         device = model.device
         self.length = -(-length // LENGTH_STEP) * LENGTH_STEP
@@ -37,23 +59,25 @@ class DecodeGraph:
         self._mask = torch.zeros(batch, 1, 1, self.length, dtype=torch.bool, device=device)
         self._at = torch.arange(self.length, device=device)
         self._window = _sliding_window(model.config)
-        self._model = model
+        self._has_layer_types = _layer_types(model.config) is not None
+        self._model, self._routers = model, routers
         with torch.no_grad():
             model(input_ids=self.tokens.repeat(1, 2), past_key_values=self.cache, use_cache=True)
-            self._capture()
 
-    def _capture(self) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_STEPS):
-                self._step()
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self.logits = self._step()
-            """[B, V], written by every replay."""
+    @contextlib.contextmanager
+    def _fused(self) -> Iterator[None]:
+        """While the model runs a step: fewer, larger kernels."""
+        own = [layer for layer in self.cache.layers if isinstance(layer, DecodeCacheLayer)]
+        with contextlib.ExitStack() as undo:
+            fuse_attention(self._model, undo)
+            fuse_rotary(self._model, undo)
+            fuse_routers(self._routers, undo)
+            for layer in own:
+                layer.write_at = self._write_at
+                undo.callback(setattr, layer, "write_at", None)
+            yield
 
+    @torch.no_grad()
     def _step(self) -> Tensor:
         self._mask.index_fill_(3, self._write_at, True)
         output = self._model(
@@ -72,8 +96,10 @@ class DecodeGraph:
         """The mask, or one by layer type for models in which some layers see a window."""
         if self._window is None:
             return self._mask
-        in_window = self._at > self._write_at - self._window  # [length]
-        return {"full_attention": self._mask, "sliding_attention": self._mask & in_window}
+        windowed = self._mask & (self._at > self._write_at - self._window)
+        if not self._has_layer_types:
+            return windowed
+        return {"full_attention": self._mask, "sliding_attention": windowed}
 
     def begin(self, prompt_mask: Tensor) -> None:
         """Empty the cache; the caller then reads the prompt into it.
@@ -89,7 +115,7 @@ class DecodeGraph:
         self._write_at.fill_(prompt_length)
 
     def replay(self, tokens: Tensor) -> Tensor:
-        """Run one step: one launch.
+        """Run one step.
 
         Args:
             tokens: The tokens chosen last, [B].
@@ -98,14 +124,50 @@ class DecodeGraph:
             Logits for the next, [B, V]; valid until the next replay.
         """
         self.tokens.copy_(tokens.unsqueeze(1))
+        with self._fused():
+            return self._step()
+
+
+class DecodeGraph(DecodeStep):
+    """A decode step captured as a CUDA graph: a replay is one launch."""
+
+    def __init__(
+        self, model: Any, batch: int, length: int, routers: Sequence[nn.Module] = ()
+    ) -> None:
+        """Warm up and capture; takes what `DecodeStep` takes.
+
+        Raises:
+            RuntimeError: If something in the model cannot be captured.
+        """
+        super().__init__(model, batch, length, routers)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with self._fused():
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP_STEPS):
+                    self._step()
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._logits = self._step()
+
+    def replay(self, tokens: Tensor) -> Tensor:
+        """Run one step: one copy and one launch; see `DecodeStep.replay`."""
+        self.tokens.copy_(tokens.unsqueeze(1))
         self._graph.replay()
-        return self.logits
+        return self._logits
+
+
+def _layer_types(config: Any) -> Sequence[str] | None:
+    types: Sequence[str] | None = getattr(config.get_text_config(), "layer_types", None)
+    return types
 
 
 def _sliding_window(config: Any) -> int | None:
-    text = config.get_text_config()
-    types = set(getattr(text, "layer_types", None) or ())
-    return int(text.sliding_window) if "sliding_attention" in types else None
+    """Keys that windowed layers see; None if no layer has a window."""
+    types, window = _layer_types(config), getattr(config.get_text_config(), "sliding_window", None)
+    has_window = types is None or "sliding_attention" in types
+    return int(window) if has_window and window is not None else None
 
 
 def _full_length_cache(config: Any, length: int) -> StaticCache:
@@ -115,8 +177,9 @@ def _full_length_cache(config: Any, length: int) -> StaticCache:
     captured graph could not follow.
     """
     cache = StaticCache(config=config, max_cache_len=length)
+    known = (StaticLayer, StaticSlidingWindowLayer)
     cache.layers = [
-        StaticLayer(max_cache_len=length) if isinstance(layer, StaticSlidingWindowLayer) else layer
+        DecodeCacheLayer(max_cache_len=length) if type(layer) in known else layer
         for layer in cache.layers
     ]
     return cache

@@ -13,7 +13,7 @@ from foreroute.runtime.decode_graph import DecodeGraph
 from foreroute.runtime.device_layer import DeviceLayer, DeviceRun
 from foreroute.runtime.engine import Engine
 from foreroute.runtime.expert_form import find_expert_form
-from foreroute.runtime.fused_norms import fuse_norms
+from foreroute.runtime.fusions import fuse_norms
 from foreroute.runtime.graph_sampling import decode_loop
 from foreroute.runtime.kernels.plan import HITS, MISSES, PREFETCHES, WASTED, lrfu
 from foreroute.runtime.offload import OffloadedModel
@@ -125,7 +125,8 @@ class GraphEngine(Engine):
             self._graph = None  # its cache's memory is free before the next one's is taken
             stats, self._run.stats = self._run.stats, RuntimeStats()
             counters = [layer.tables.counters.clone() for layer in self.layers]
-            self._graph = DecodeGraph(self.model, batch, length)
+            routers = [layer.router for layer in self.offloaded.moe.layers]
+            self._graph = DecodeGraph(self.model, batch, length, routers)
             for layer, before in zip(self.layers, counters, strict=True):
                 layer.tables.counters.copy_(before)
             self._run.stats = stats

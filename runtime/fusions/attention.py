@@ -1,0 +1,84 @@
+"""Decode attention through transformers' registry; what the kernel cannot do stays as it was."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from foreroute.runtime.kernels.attention import can_attend, decode_attention
+
+ATTENTION_NAME = "foreroute_decode"
+CONFIG_FIELD = "_attn_implementation_internal"
+
+
+def fuse_attention(model: Any, undo: ExitStack) -> int:
+    """Compute attention of single tokens under boolean masks by one kernel.
+
+    Args:
+        model: Transformers model; each of its attention configurations is switched.
+        undo: Gets the callbacks that switch back.
+
+    Returns:
+        How many configurations were switched.
+    """
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    switched = 0
+    for config in configs.values():
+        original = getattr(config, CONFIG_FIELD, None)
+        if original is None or original == ATTENTION_NAME:
+            continue
+        name = f"{ATTENTION_NAME}_{original}"
+        ALL_ATTENTION_FUNCTIONS.register(name, partial(_attend, original=original))
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, sdpa_mask)
+        setattr(config, CONFIG_FIELD, name)
+        undo.callback(setattr, config, CONFIG_FIELD, original)
+        switched += 1
+    return switched
+
+
+def _attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    original: str,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **settings: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """An attention function as transformers calls it; `s_aux` are its attention sinks."""
+    if position_bias is None and can_attend(query, key, value, attention_mask):
+        assert attention_mask is not None
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        output = decode_attention(
+            query, key, value, attention_mask, scaling=scaling, softcap=softcap, sinks=s_aux
+        )
+        return output, None
+    named = {"softcap": softcap, "s_aux": s_aux, "position_bias": position_bias}
+    settings |= {name: given for name, given in named.items() if given is not None}
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(original, eager)
+    if original == "eager" and attention_mask is not None and attention_mask.dtype == torch.bool:
+        attention_mask = additive(attention_mask, query.dtype)
+    result: tuple[Tensor, Tensor | None] = function(
+        module, query, key, value, attention_mask, scaling=scaling, **settings
+    )
+    return result
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as what is added to scores: 0 where seen, the least number elsewhere."""
+    unseen = torch.finfo(dtype).min
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, unseen)

@@ -1,0 +1,111 @@
+"""The kernels around the experts agree with their plain references; interpreted on a CPU."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs triton")
+
+from foreroute.runtime.kernels.attention import (
+    can_attend,
+    decode_attention,
+    decode_attention_reference,
+)
+from foreroute.runtime.kernels.cache import store_token, store_token_reference
+from foreroute.runtime.kernels.rotary import rotate, rotate_reference
+from foreroute.runtime.kernels.top_k import softmax_top_k, softmax_top_k_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}  # a few units in the last place of each
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "value_dim", "length", "extras"),
+    [
+        (8, 2, 64, 64, 320, {}),
+        (4, 4, 24, 16, 70, {}),
+        (6, 2, 32, 32, 64 * 33, {}),
+        (8, 1, 64, 64, 100, {"softcap": 5.0}),
+        (4, 2, 32, 32, 100, {"sinks": True}),
+    ],
+    ids=["gqa", "uneven-dims", "many-splits", "softcap", "sinks"],
+)
+def test_decode_attention_agrees_with_the_reference(
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    value_dim: int,
+    length: int,
+    extras: dict[str, object],
+) -> None:
+    query = random(2, 1, heads, dim, dtype=dtype).transpose(1, 2)
+    keys = random(2, kv_heads, length, dim, dtype=dtype, seed=1)
+    values = random(2, kv_heads, length, value_dim, dtype=dtype, seed=2)
+    mask = random(2, 1, 1, length, seed=3) > 0.5
+    mask[1, ..., 40:] = False  # whole blocks unseen
+    settings = {"scaling": dim**-0.5, "softcap": extras.get("softcap")}
+    if "sinks" in extras:
+        settings["sinks"] = random(heads, dtype=dtype, seed=4)
+    assert can_attend(query, keys, values, mask)
+    got = decode_attention(query, keys, values, mask, **settings)
+    expected = decode_attention_reference(query, keys, values, mask, **settings)
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(got.float(), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_unseen_keys_do_not_matter_even_if_they_are_not_numbers() -> None:
+    query, keys = random(1, 4, 1, 32), random(1, 2, 130, 32, seed=1)
+    mask = torch.zeros(1, 1, 1, 130, dtype=torch.bool, device=DEVICE)
+    mask[..., :3] = True
+    expected = decode_attention(query, keys, keys, mask, scaling=0.2)
+    keys[:, :, 3:] = float("nan")
+    assert torch.equal(decode_attention(query, keys, keys, mask, scaling=0.2), expected)
+
+
+@pytest.mark.parametrize("position", [0, 5, 9])
+def test_a_token_is_stored_at_its_position_only(position: int) -> None:
+    key, value = random(2, 1, 3, 20).transpose(1, 2), random(2, 3, 1, 12, seed=1)
+    at = torch.tensor([position], device=DEVICE)
+    got = random(2, 3, 10, 20, seed=2), random(2, 3, 10, 12, seed=3)
+    expected = tuple(t.clone() for t in got)
+    store_token(key, value, *got, at)
+    store_token_reference(key, value, *expected, at)
+    assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("is_half_table", [False, True], ids=["full-table", "half-table"])
+def test_rotation_is_that_of_the_reference(dtype: torch.dtype, is_half_table: bool) -> None:
+    q = random(2, 3, 4, 24, dtype=dtype).transpose(1, 2)  # [B, H, T, d]
+    k = random(2, 2, 3, 24, dtype=dtype, seed=1)
+    angles = random(2, 3, 12, seed=2)
+    if not is_half_table:
+        angles = torch.cat([angles, angles], -1)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    for got, expected in zip(rotate(q, k, cos, sin), rotate_reference(q, k, cos, sin), strict=True):
+        if dtype == torch.bfloat16 and DEVICE == "cuda":  # each operation rounds as PyTorch's
+            assert torch.equal(got, expected)
+        tolerance = 1e-6 if dtype == torch.float32 else 2e-2  # the interpreter cuts off instead
+        torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("renormalise", [True, False])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(128, 8), (60, 6), (8, 2), (32, 1)])
+def test_top_k_chooses_what_the_reference_chooses(
+    num_experts: int, top_k: int, renormalise: bool
+) -> None:
+    logits = random(5, num_experts)
+    weights, ids = softmax_top_k(logits, top_k, renormalise=renormalise)
+    expected, expected_ids = softmax_top_k_reference(logits, top_k, renormalise=renormalise)
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(weights, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_equal_logits_go_to_the_lower_ids() -> None:
+    _, ids = softmax_top_k(torch.zeros(1, 6, device=DEVICE), 3, renormalise=True)
+    assert ids.tolist() == [[0, 1, 2]]

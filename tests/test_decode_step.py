@@ -1,0 +1,96 @@
+"""A decode step with its kernels gives the logits of the plain model; interpreted on a CPU."""
+
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="needs triton")
+
+from benchmarks.tiny_models import tiny_model
+from foreroute.data.adapters import discover
+from foreroute.runtime import decode_graph
+from foreroute.runtime.decode_graph import DecodeStep
+from foreroute.runtime.fusions import fuse_attention, fuse_rotary, fuse_routers
+
+PROMPT, STEPS = 5, 6
+TOLERANCE = 2e-5  # float32, sums in another order
+
+
+@pytest.fixture(autouse=True)
+def short_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_graph, "LENGTH_STEP", 16)
+
+
+def forced_logits(model: Any, tokens: Tensor, mask: Tensor) -> Tensor:
+    """Logits after the prompt and each forced token but the last, by decode steps, [B, n, V]."""
+    routers = [layer.router for layer in discover(model).layers]
+    step = DecodeStep(model, len(tokens), PROMPT + STEPS, routers)
+    step.begin(mask[:, :PROMPT])
+    with torch.no_grad():
+        model(
+            input_ids=tokens[:, :PROMPT],
+            attention_mask=mask[:, :PROMPT],
+            position_ids=(mask[:, :PROMPT].cumsum(-1) - 1).clamp_min(0),
+            past_key_values=step.cache,
+        )
+    return torch.stack([step.replay(t).clone() for t in tokens[:, PROMPT:].T], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides"),
+    [
+        ("qwen3_moe", {}),
+        ("mixtral", {"sliding_window": 4}),
+        ("gpt_oss", {"sliding_window": 4}),
+        ("olmoe", {}),
+        ("deepseek_v3", {}),
+        ("glm4_moe", {}),
+    ],
+)
+def test_decode_steps_give_the_logits_of_one_pass_over_the_text(
+    model_type: str, overrides: dict[str, Any]
+) -> None:
+    model = tiny_model(model_type, **overrides).eval()
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(3, 60, (2, PROMPT + STEPS), generator=generator)
+    mask = torch.ones_like(tokens)
+    mask[1, :2] = 0  # padding on the left
+    with torch.no_grad():
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        expected = model(input_ids=tokens, attention_mask=mask, position_ids=positions).logits
+    got = forced_logits(model, tokens, mask)
+    torch.testing.assert_close(got, expected[:, PROMPT:], atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_a_prompt_of_one_token_is_stored_at_the_start() -> None:
+    model = tiny_model("qwen3_moe").eval()
+    step = DecodeStep(model, 1, 8)
+    step.begin(torch.ones(1, 1, dtype=torch.long))
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[7]]), past_key_values=step.cache)
+        got = step.replay(torch.tensor([9]))
+        expected = model(input_ids=torch.tensor([[7, 9]])).logits[:, -1]
+    torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_fusions_apply_to_this_architecture_and_are_undone() -> None:
+    model = tiny_model("qwen3_moe").eval()
+    layers = discover(model).layers
+    tokens = torch.arange(3, 14).unsqueeze(0)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        with ExitStack() as undo:
+            assert fuse_attention(model, undo) == 1
+            assert fuse_rotary(model, undo) == 1
+            assert fuse_routers([layer.router for layer in layers], undo) == len(layers)
+        again = model(tokens).logits
+    assert torch.equal(again, expected)
+
+
+def test_a_sigmoid_router_is_left_alone() -> None:
+    layers = discover(tiny_model("deepseek_v3").eval()).layers
+    with ExitStack() as undo:
+        assert fuse_routers([layer.router for layer in layers], undo) == 0
