@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,14 +15,16 @@ from foreroute.estimators.types import RoutingRecord
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedBatch:
-    """Some sequences that went through the model together."""
+    """Some tokens of sequences that went through the model together, equally many of each."""
 
     token_ids: Tensor
-    """[B, sequence length], int64, on the CPU."""
+    """[B, N], int64, on the CPU."""
+    positions: Tensor
+    """Place of each in its sequence, [B, N], int64, ascending."""
     num_prompt_tokens: int
     """Tokens at the start of each sequence that came from the dataset."""
     records: dict[int, RoutingRecord]
-    """By decoder layer index; B x sequence length rows, sequence after sequence."""
+    """By decoder layer index; B x N rows, sequence after sequence."""
 
 
 def record_batch(
@@ -31,8 +33,11 @@ def record_batch(
     prompts: Tensor,
     sequence_length: int,
     generator: torch.Generator,
+    positions: Tensor | None = None,
 ) -> RecordedBatch:
     """Run prompts through the model, continue them by sampling at temperature 1, record it all.
+
+    What is recorded of the continuation is the decode itself, step by step, not a second pass.
 
     Args:
         model: The model that the open recorder watches.
@@ -40,15 +45,20 @@ def record_batch(
         prompts: [B, P], int64, P <= sequence_length.
         sequence_length: Tokens per sequence, prompt and continuation together.
         generator: Draws the continuation; on the CPU.
+        positions: Tokens to keep of each sequence, [B, N], int64, ascending; all if None.
     """
-    num_generated = sequence_length - prompts.shape[1]
+    num_sequences, num_prompt_tokens = prompts.shape
+    num_generated = sequence_length - num_prompt_tokens
+    if positions is None:
+        positions = torch.arange(sequence_length).expand(num_sequences, -1)
+    has_prompts = int(positions.min()) < num_prompt_tokens
     settings: dict[str, Any] = {"use_cache": num_generated > 0}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         settings["logits_to_keep"] = 1
     token_ids = [prompts]
     with torch.no_grad():
         output = model(input_ids=prompts.to(model.device), **settings)
-        records = [recorder.take()]
+        records = [recorder.take()] if has_prompts else []
         for _ in range(num_generated):
             probabilities = output.logits[:, -1].float().softmax(-1).cpu()  # [B, vocabulary]
             token_ids.append(torch.multinomial(probabilities, 1, generator=generator))  # [B, 1]
@@ -58,23 +68,30 @@ def record_batch(
                 **settings,
             )
             records.append(recorder.take())
+    first = 0 if has_prompts else num_prompt_tokens
+    joined = {
+        layer_idx: _in_sequence_order([record[layer_idx] for record in records], num_sequences)
+        for layer_idx in records[0]
+    }
+    if positions.shape[1] < sequence_length - first:
+        starts = torch.arange(num_sequences).unsqueeze(1) * (sequence_length - first)
+        rows = (starts + positions - first).flatten()
+        joined = {layer_idx: record[rows] for layer_idx, record in joined.items()}
     return RecordedBatch(
-        token_ids=torch.cat(token_ids, dim=1),
-        num_prompt_tokens=prompts.shape[1],
-        records={
-            layer_idx: _in_sequence_order([record[layer_idx] for record in records], len(prompts))
-            for layer_idx in records[0]
-        },
+        token_ids=torch.cat(token_ids, dim=1).gather(1, positions),
+        positions=positions,
+        num_prompt_tokens=num_prompt_tokens,
+        records=joined,
     )
 
 
 def _in_sequence_order(records: list[RoutingRecord], num_sequences: int) -> RoutingRecord:
     """Join the passes over B sequences, each [B x steps] rows, so that each sequence is whole."""
+    if len(records) == 1:
+        return records[0]
     joined = {}
-    for field in fields(RoutingRecord):
-        parts = [getattr(record, field.name) for record in records]
-        if len(parts) > 1:
-            steps = [part.unflatten(0, (num_sequences, -1)) for part in parts]  # [B, steps, *]
-            parts = [torch.cat(steps, dim=1).flatten(0, 1)]
-        joined[field.name] = parts[0]
+    for name in records[0].tensors:
+        parts = [record.tensors[name] for record in records]
+        steps = [part.unflatten(0, (num_sequences, -1)) for part in parts]  # [B, steps, *]
+        joined[name] = torch.cat(steps, dim=1).flatten(0, 1)
     return RoutingRecord(**joined)

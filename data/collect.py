@@ -26,6 +26,8 @@ from foreroute.estimators.byte_sizes import parse_bytes
 
 logger = logging.getLogger(__name__)
 
+FREE_FORMS_ONLY = "Only estimators without an anchor (linear, mlp-free) can be trained on them."
+
 
 def collect_traces(
     *,
@@ -103,6 +105,9 @@ def collect_traces(
     )
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     logger.info("Model: %s", moe.geometry.describe())
+    anchors = moe.found_anchors
+    if anchors is None:
+        logger.info("No copies of its routers: %s. %s", moe.anchors_problem, FREE_FORMS_ONLY)
     if not isinstance(stored_dtype, torch.dtype):
         stored_dtype = torch.bfloat16 if moe.model.dtype == torch.float32 else moe.model.dtype
     manifest = TraceManifest(
@@ -119,8 +124,10 @@ def collect_traces(
         batch_size=batch_size,
         shard_sequences=max(1, shard_tokens // sequence_length),
         seed=seed,
-        norm_kind=moe.anchors.norm_kind,
-        norm_eps=moe.anchors.norm_eps,
+        norm_kind=anchors.norm_kind if anchors else "none",
+        norm_eps=anchors.norm_eps if anchors else 0.0,
+        has_selection_bias=anchors is not None and anchors.selection_bias is not None,
+        anchors_problem=moe.anchors_problem,
         command="",
         versions=package_versions(),
     )

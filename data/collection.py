@@ -59,7 +59,7 @@ class Collection:
             writer = TraceWriter(self._out, begun)
         else:
             writer = TraceWriter.begin(
-                self._out, self._manifest, self._moe.anchors, overwrite=overwrite
+                self._out, self._manifest, self._moe.found_anchors, overwrite=overwrite
             )
         self.record(writer, sequences, num_shards)
         writer.finish(self._stop_reason(writer.manifest, num_shards))

@@ -10,11 +10,14 @@ from typing import Any, Literal
 from foreroute.estimators.artifacts import read_versioned
 from foreroute.estimators.types import MoEGeometry, NormKind
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no selection bias among the anchors and no positions
 MANIFEST_FILE = "manifest.json"
 ANCHORS_FILE = "anchors.safetensors"
+READOUT_FILE = "readout_vectors.safetensors"
 REMEDY = "Remove the folder and collect the traces again."
 
+Source = Literal["dataset", "generated"]
+"""Whose text is recorded: the dataset's, or what the model makes of prompts from it."""
 StopReason = Literal["", "tokens-reached", "dataset-exhausted", "max-bytes"]
 """Why recording ended; empty while it goes on."""
 
@@ -41,6 +44,22 @@ class ShardEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Speculation:
+    """Under which speculative execution the recorded text was generated."""
+
+    bundle: str
+    """Folder of the bundle that predicted; empty where the next router did."""
+    bundle_sha256: str
+    """Hex digest of its manifest."""
+    on_miss: str
+    """What was done about experts that were not there."""
+    weights: str
+    """Gate weights of predicted experts, `true` or `predicted`."""
+    expert_slots: int
+    """Slots per MoE layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TraceManifest:
     """What was recorded, from what, and how; equal headers mean equal shards."""
 
@@ -55,13 +74,28 @@ class TraceManifest:
     tokens: int
     """Tokens asked for; whole sequences are recorded, so a few more may be there."""
     sequence_length: int
-    """Tokens per sequence."""
+    """Tokens per sequence as the model runs it, prompt and continuation together."""
     generated_share: float
-    """Share of each sequence that the model made itself, 0..1."""
+    """Share of each sequence that the model made itself, 0..1; 0 for another source."""
+    source: Source = "dataset"
+    """Whose text is recorded."""
+    generate: int = 0
+    """Tokens at the end of each sequence that the model made and that are stored, without the
+    prompt; 0 where the source is the dataset."""
+    speculation: Speculation | None = None
+    """Under what they were generated, if not by the unchanged model."""
+    tokens_per_sequence: int = 0
+    """Tokens stored of each sequence, at random positions; 0 stores all."""
+    record: tuple[str, ...] = ()
+    """Optional fields of `RoutingRecord` that are stored."""
+    readout_tokens: int = 0
+    """Tokens that the readout's default vectors are means over; 0 without a readout."""
+    readout_sha256: str = ""
+    """Hex digest of the readout's default vectors' file."""
     dtype: str
     """The model's dtype while it was recorded."""
     states_dtype: str
-    """Dtype in which residual and router_input are stored."""
+    """Dtype in which states (residual, router_input and the optional fields) are stored."""
     device: str
     """Kind of device that computed it, `cpu` or `cuda`."""
     batch_size: int
@@ -69,11 +103,16 @@ class TraceManifest:
     shard_sequences: int
     """Sequences per shard (the last may hold fewer)."""
     seed: int
-    """Seed of the sampled continuations."""
+    """Seed of the sampled continuations and positions."""
     norm_kind: NormKind
-    """Kind of the norms that feed the routers."""
+    """Kind of the norms that feed the routers; `none` also where there are no anchors."""
     norm_eps: float
     """Their epsilon."""
+    has_selection_bias: bool = False
+    """Whether routers add a bias to their scores where they choose; it is among the anchors."""
+    anchors_problem: str = ""
+    """Why the routers could not be copied, so that only forms without anchors can be trained; empty
+    if the anchors' file is there."""
     command: str
     """The command that makes these traces, less --out and --device."""
     versions: dict[str, str]
@@ -88,6 +127,12 @@ class TraceManifest:
     """Why it ended."""
     format_version: int = FORMAT_VERSION
     """Version of this layout."""
+
+    @property
+    def stored_length(self) -> int:
+        """Tokens stored per sequence."""
+        length = self.generate or self.sequence_length
+        return min(self.tokens_per_sequence or length, length)
 
     @property
     def num_tokens(self) -> int:
@@ -114,6 +159,7 @@ class TraceManifest:
             other.geometry, what=f"The traces in {folder} were", remedy=remedy
         )
         progress = {"geometry", "shards", "is_complete", "stop_reason", "anchors_sha256", "command"}
+        progress |= {"readout_tokens", "readout_sha256"}
         progress |= {"versions"} if self.is_complete else set()
         for field in dataclasses.fields(self):
             there, here = getattr(self, field.name), getattr(other, field.name)
@@ -149,9 +195,14 @@ class TraceManifest:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TraceManifest:
         """Rebuild from `to_dict`'s output."""
-        shards = tuple(ShardEntry(**shard) for shard in values["shards"])
-        geometry = MoEGeometry.from_dict(values["geometry"])
-        return cls(**(values | {"geometry": geometry, "shards": shards}))
+        given = values["speculation"]
+        parts = {
+            "shards": tuple(ShardEntry(**shard) for shard in values["shards"]),
+            "geometry": MoEGeometry.from_dict(values["geometry"]),
+            "record": tuple(values["record"]),
+            "speculation": Speculation(**given) if given else None,
+        }
+        return cls(**(values | parts))
 
 
 def read_manifest(folder: Path) -> TraceManifest:

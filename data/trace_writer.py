@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from foreroute.data.batch import RecordedBatch
+from foreroute.data.int8_rows import to_int8
 from foreroute.data.layout import (
-    ANCHOR_TENSORS,
     DECODE,
     PREFILL,
+    READOUT_VECTORS,
+    SCALE_SUFFIX,
+    STATE_FIELDS,
     SUM_TENSORS,
-    layer_layout,
+    Layout,
+    anchor_shapes,
     layer_path,
-    token_layout,
+    shard_layouts,
     tokens_path,
 )
 from foreroute.data.manifest import (
     ANCHORS_FILE,
     MANIFEST_FILE,
+    READOUT_FILE,
     ShardEntry,
     StopReason,
     TraceManifest,
@@ -60,18 +67,39 @@ class TraceWriter:
 
     @classmethod
     def begin(
-        cls, folder: Path, manifest: TraceManifest, anchors: LayerAnchors, *, overwrite: bool
+        cls,
+        folder: Path,
+        manifest: TraceManifest,
+        anchors: LayerAnchors | None,
+        *,
+        overwrite: bool,
+        readout_vectors: Tensor | None = None,
     ) -> TraceWriter:
         """Make a trace folder without shards; it appears whole or not at all.
+
+        Args:
+            folder: Where.
+            manifest: What will be recorded.
+            anchors: Of the model; None where the manifest says why there are none.
+            overwrite: Replace what is there.
+            readout_vectors: Default vectors of the readout, [L, E, D], if it is recorded.
 
         Raises:
             ValueError: If something is there already and `overwrite` is off.
         """
         with new_folder(folder, overwrite=overwrite) as partial:
-            tensors = {name: getattr(anchors, name) for name in ANCHOR_TENSORS}
-            write_tensors(partial / ANCHORS_FILE, tensors)
-            digest = sha256_of(partial / ANCHORS_FILE)
-            manifest = dataclasses.replace(manifest, anchors_sha256=digest)
+            if anchors is not None:
+                shapes = anchor_shapes(
+                    manifest.geometry, has_selection_bias=manifest.has_selection_bias
+                )
+                tensors = {name: getattr(anchors, name) for name in shapes}
+                write_tensors(partial / ANCHORS_FILE, tensors)
+                digest = sha256_of(partial / ANCHORS_FILE)
+                manifest = dataclasses.replace(manifest, anchors_sha256=digest)
+            if readout_vectors is not None:
+                write_tensors(partial / READOUT_FILE, {READOUT_VECTORS: readout_vectors})
+                digest = sha256_of(partial / READOUT_FILE)
+                manifest = dataclasses.replace(manifest, readout_sha256=digest)
             write_json(partial / MANIFEST_FILE, manifest.to_dict())
             write_command(partial)
         return cls(folder, manifest)
@@ -97,42 +125,90 @@ class TraceWriter:
         write_json(self.folder / MANIFEST_FILE, self.manifest.to_dict())
 
 
-class ShardWriter:
-    """Takes one shard's batches as they are recorded."""
+class RowFile(Protocol):
+    """Takes the rows of a file's tensors piece by piece."""
 
-    def __init__(self, folder: Path, manifest: TraceManifest, num_sequences: int) -> None:
-        self._idx = len(manifest.shards)
-        self._folder = folder
+    def append(self, tensors: Mapping[str, Tensor]) -> None:
+        """Add the next rows of some of the tensors, converted to the dtype of the layout."""
+
+
+class ShardRows:
+    """Turns one shard's batches into rows of its files."""
+
+    def __init__(
+        self,
+        manifest: TraceManifest,
+        num_sequences: int,
+        shard_idx: int,
+        open_file: Callable[[str, Layout], RowFile],
+    ) -> None:
+        """Begin an empty shard.
+
+        Args:
+            manifest: Of the traces.
+            num_sequences: Sequences in the shard.
+            shard_idx: 0.. in recording order.
+            open_file: Makes one of its files, by path below the trace folder and layout.
+        """
         self._num_sequences = num_sequences
-        self._sequence_length = manifest.sequence_length
-        num_tokens = num_sequences * manifest.sequence_length
-        geometry, states_dtype = manifest.geometry, getattr(torch, manifest.states_dtype)
-        layer = layer_layout(geometry, states_dtype, num_tokens)
-        layouts = {tokens_path(self._idx): token_layout(num_sequences, num_tokens)}
-        layouts |= {layer_path(i, self._idx): layer for i in geometry.layer_indices}
-        self._files = {path: ShardFile(folder / path, layout) for path, layout in layouts.items()}
+        self._stored_length = manifest.stored_length
+        self._is_int8 = manifest.states_dtype == "int8"
+        self.shard_idx = shard_idx
+        num_tokens = num_sequences * manifest.stored_length
+        states_dtype = getattr(torch, manifest.states_dtype)
+        layouts = shard_layouts(
+            manifest.geometry, states_dtype, num_sequences, num_tokens, manifest.record, shard_idx
+        )
+        self.files = {name: open_file(name, layout) for name, layout in layouts.items()}
 
     def add_batch(self, batch: RecordedBatch) -> None:
         """Write the next sequences."""
-        phases = torch.full(batch.token_ids.shape, PREFILL)
-        phases[:, batch.num_prompt_tokens :] = DECODE
-        tokens = {"token_ids": batch.token_ids.flatten(), "phases": phases.flatten()}
-        self._files[tokens_path(self._idx)].append(tokens)
+        is_made = batch.positions >= batch.num_prompt_tokens
+        tokens = {
+            "token_ids": batch.token_ids,
+            "phases": torch.where(is_made, DECODE, PREFILL),
+            "positions": batch.positions,
+        }
+        rows = {name: tensor.flatten() for name, tensor in tokens.items()}
+        self.files[tokens_path(self.shard_idx)].append(rows)
         for layer_idx, record in batch.records.items():
-            self._files[layer_path(layer_idx, self._idx)].append(vars(record))
+            tensors = record.tensors
+            for name in STATE_FIELDS if self._is_int8 else ():
+                if name in tensors:
+                    tensors[name], tensors[name + SCALE_SUFFIX] = to_int8(tensors[name])
+            self.files[layer_path(layer_idx, self.shard_idx)].append(tensors)
 
-    def finish(self, expert_sums: ExpertSums) -> ShardEntry:
-        """Write what belongs to the whole shard, and give its files their final names."""
-        offsets = torch.arange(self._num_sequences + 1) * self._sequence_length
-        self._files[tokens_path(self._idx)].append({"sequence_offsets": offsets})
+    def complete(self, expert_sums: ExpertSums) -> None:
+        """Write what belongs to the whole shard."""
+        offsets = torch.arange(self._num_sequences + 1) * self._stored_length
+        self.files[tokens_path(self.shard_idx)].append({"sequence_offsets": offsets})
         for layer_idx, sums in expert_sums.items():
             tensors = dict(zip(SUM_TENSORS, sums, strict=True))
-            self._files[layer_path(layer_idx, self._idx)].append(tensors)
-        digests = {path: file.close() for path, file in self._files.items()}
+            self.files[layer_path(layer_idx, self.shard_idx)].append(tensors)
+
+
+class ShardWriter(ShardRows):
+    """Takes one shard's batches as they are recorded, and puts them on the disk."""
+
+    files: dict[str, ShardFile]
+
+    def __init__(self, folder: Path, manifest: TraceManifest, num_sequences: int) -> None:
+        self._folder = folder
+        super().__init__(
+            manifest,
+            num_sequences,
+            len(manifest.shards),
+            lambda name, layout: ShardFile(folder / name, layout),
+        )
+
+    def finish(self, expert_sums: ExpertSums) -> ShardEntry:
+        """Complete the shard, and give its files their final names."""
+        self.complete(expert_sums)
+        digests = {path: file.close() for path, file in self.files.items()}
         return ShardEntry(
-            shard_idx=self._idx,
+            shard_idx=self.shard_idx,
             num_sequences=self._num_sequences,
-            num_tokens=self._num_sequences * self._sequence_length,
+            num_tokens=self._num_sequences * self._stored_length,
             sha256=digests,
             file_bytes={path: (self._folder / path).stat().st_size for path in digests},
         )

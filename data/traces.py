@@ -10,15 +10,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from foreroute.data.int8_rows import from_int8
 from foreroute.data.layout import (
+    READOUT_VECTORS,
+    SCALE_SUFFIX,
     SUM_TENSORS,
+    Layout,
     anchor_shapes,
     layer_layout,
     layer_path,
+    optional_fields,
     token_layout,
     tokens_path,
 )
-from foreroute.data.manifest import ANCHORS_FILE, REMEDY, TraceManifest, read_manifest
+from foreroute.data.manifest import (
+    ANCHORS_FILE,
+    READOUT_FILE,
+    REMEDY,
+    TraceManifest,
+    read_manifest,
+)
 from foreroute.estimators.artifacts import read_tensors, sha256_of
 from foreroute.estimators.types import LayerAnchors, MoEGeometry, RoutingRecord
 
@@ -31,6 +42,8 @@ class TokenShard:
     """[T], int64."""
     phases: Tensor
     """[T], uint8: 0 the token came from the dataset (prefill), 1 the model made it (decode)."""
+    positions: Tensor
+    """[T], int64: place of the token in its sequence; gaps are tokens that were not stored."""
     sequence_offsets: Tensor
     """[N + 1], int64: sequence i is rows offsets[i] to offsets[i + 1]."""
 
@@ -38,10 +51,11 @@ class TokenShard:
 class Traces:
     """Reads finished traces; nothing is loaded before it is asked for."""
 
-    def __init__(self, folder: Path, manifest: TraceManifest, anchors: LayerAnchors) -> None:
+    def __init__(self, folder: Path, manifest: TraceManifest, anchors: LayerAnchors | None) -> None:
         self.folder = folder
         self.manifest = manifest
         self.anchors = anchors
+        """Copies of the model's routers; None where the manifest says why they cannot be made."""
 
     @classmethod
     def open(cls, folder: Path) -> Traces:
@@ -59,7 +73,10 @@ class Traces:
                 "Run the same collect-traces command again; it goes on where it stopped."
             )
         manifest.require_whole(folder)
-        tensors = _read_checked(folder / ANCHORS_FILE, anchor_shapes(manifest.geometry))
+        if manifest.anchors_problem:
+            return cls(folder, manifest, None)
+        shapes = anchor_shapes(manifest.geometry, has_selection_bias=manifest.has_selection_bias)
+        tensors = _read_checked(folder / ANCHORS_FILE, shapes)
         anchors = LayerAnchors(**tensors, norm_kind=manifest.norm_kind, norm_eps=manifest.norm_eps)
         return cls(folder, manifest, anchors)
 
@@ -87,7 +104,8 @@ class Traces:
         shard = self.manifest.shards[shard_idx]
         layout = token_layout(shard.num_sequences, shard.num_tokens)
         shapes = {name: stored.shape for name, stored in layout.items()}
-        return TokenShard(**_read_checked(self.folder / tokens_path(shard_idx), shapes))
+        tensors = self._read_file(tokens_path(shard_idx), shapes)
+        return TokenShard(**(tensors | {"positions": tensors["positions"].long()}))
 
     def read(self, layer_idx: int, shard_idx: int, names: tuple[str, ...]) -> dict[str, Tensor]:
         """Some of the tensors of one layer's shard.
@@ -98,25 +116,61 @@ class Traces:
             names: Fields of `RoutingRecord`.
 
         Returns:
-            By name, T rows each; floats as stored, expert ids int64.
+            By name, T rows each; floats as stored (int8 states are float32), expert ids int64.
 
         Raises:
-            ValueError: If there is no such layer, or the file is damaged; names it.
+            ValueError: If there is no such layer, it has no such field, or the file is damaged.
         """
-        self.geometry.position(layer_idx)
-        path = self.folder / layer_path(layer_idx, shard_idx)
-        states_dtype = getattr(torch, self.manifest.states_dtype)
-        num_tokens = self.manifest.shards[shard_idx].num_tokens
-        layout = layer_layout(self.geometry, states_dtype, num_tokens)
-        tensors = _read_checked(path, {name: layout[name].shape for name in names})
+        layout = self._layout(layer_idx, shard_idx)
+        self._require_fields(layer_idx, names, layout)
+        scales = tuple(n + SCALE_SUFFIX for n in names if n + SCALE_SUFFIX in layout)
+        path = layer_path(layer_idx, shard_idx)
+        tensors = self._read_file(path, {n: layout[n].shape for n in (*names, *scales)})
+        for scale in scales:
+            name = scale.removesuffix(SCALE_SUFFIX)
+            tensors[name] = from_int8(tensors[name], tensors.pop(scale))
         if "expert_ids" in tensors:
             tensors["expert_ids"] = tensors["expert_ids"].long()
         return tensors
 
     def record(self, layer_idx: int, shard_idx: int) -> RoutingRecord:
         """The whole record of one layer's shard."""
-        names = tuple(field.name for field in dataclasses.fields(RoutingRecord))
+        layout = self._layout(layer_idx, shard_idx)
+        fields = dataclasses.fields(RoutingRecord)
+        names = tuple(field.name for field in fields if field.name in layout)
         return RoutingRecord(**self.read(layer_idx, shard_idx, names))
+
+    def readout_vectors(self) -> Tensor:
+        """The default vectors that the recorded readout stands on, [L, E, D], float32.
+
+        Raises:
+            ValueError: If no readout was recorded, or the file is damaged.
+        """
+        geometry = self.geometry
+        if "readout" not in self.manifest.record:
+            raise ValueError(_lacks(self.folder, "readout"))
+        shape = (geometry.num_layers, geometry.num_experts, geometry.hidden_size)
+        return self._read_file(READOUT_FILE, {READOUT_VECTORS: shape})[READOUT_VECTORS]
+
+    def _layout(self, layer_idx: int, shard_idx: int) -> Layout:
+        self.geometry.position(layer_idx)
+        optional = optional_fields(self.geometry, self.manifest.record, layer_idx)
+        states_dtype = getattr(torch, self.manifest.states_dtype)
+        num_tokens = self.manifest.shards[shard_idx].num_tokens
+        return layer_layout(self.geometry, states_dtype, num_tokens, optional)
+
+    def _require_fields(self, layer_idx: int, names: tuple[str, ...], layout: Layout) -> None:
+        for name in names:
+            if name not in layout and name in self.manifest.record:
+                raise ValueError(
+                    f"The last MoE layer ({layer_idx}) has no next one to make {name} of."
+                )
+            if name not in layout:
+                raise ValueError(_lacks(self.folder, name))
+
+    def _read_file(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """Some tensors of one file below the folder, their shapes checked."""
+        return _read_checked(self.folder / name, shapes)
 
     def default_vectors(self, shard_indices: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Mean unweighted output of each expert over the tokens that chose it.
@@ -146,7 +200,9 @@ class Traces:
         Raises:
             ValueError: If one differs; names the first.
         """
-        digests = {ANCHORS_FILE: self.manifest.anchors_sha256}
+        digests = {} if self.anchors is None else {ANCHORS_FILE: self.manifest.anchors_sha256}
+        if "readout" in self.manifest.record:
+            digests[READOUT_FILE] = self.manifest.readout_sha256
         for shard in self.manifest.shards:
             digests |= shard.sha256
         for name, digest in digests.items():
@@ -155,6 +211,11 @@ class Traces:
                     f"{self.folder / name} is damaged (its sha256 is not the recorded one). "
                     f"{REMEDY}"
                 )
+
+
+def _lacks(folder: Path, field: str) -> str:
+    flag = field.replace("_", "-")
+    return f"{folder} holds no {flag}. Collect it again with collect-traces --record {flag}."
 
 
 def _read_checked(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
