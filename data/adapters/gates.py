@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from foreroute.data.adapters.probe import Observed
+from foreroute.estimators.selection import router_scores
 from foreroute.estimators.types import GateFamily
 
 RELATIVE_TOLERANCE = 1e-3  # and two roundings in the dtype of logits or weights
@@ -43,19 +43,7 @@ def gate_weights(
     Raises:
         ValueError: If the family is `other`: the rule is not known.
     """
-    logits = router_logits.float()
-    if family.startswith("softmax"):
-        scores = logits.softmax(-1)
-    elif family.startswith("sigmoid"):
-        scores = logits.sigmoid()
-    elif family.startswith("sqrtsoftplus"):
-        scores = functional.softplus(logits).sqrt()
-    else:
-        raise ValueError(
-            "How this model derives its gate weights from router logits is not known, so predicted "
-            "experts cannot be run. Use on_miss=fetch or skip."
-        )
-    chosen = scores.gather(-1, expert_ids)  # [T, K]
+    chosen = router_scores(router_logits, family).gather(-1, expert_ids)  # [T, K]
     if family.endswith("renorm"):
         chosen = chosen / chosen.sum(-1, keepdim=True).clamp_min(SMALLEST_WEIGHT)
     return chosen * scale
