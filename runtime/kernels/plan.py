@@ -102,81 +102,69 @@ def _plan_kernel(
     counters,
     source,
     target,
-    num_ids,
     num_experts,
     num_slots,
     decay,
     IS_RECENCY: tl.constexpr,
     IS_PREFETCH: tl.constexpr,
+    NUM_IDS: tl.constexpr,
+    IDS: tl.constexpr,
     SLOTS: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
-    slots = tl.arange(0, SLOTS)
-    is_slot = slots < num_slots
-    held = tl.load(expert_in + slots, mask=is_slot, other=-1)
+    at, slots, experts = tl.arange(0, IDS), tl.arange(0, SLOTS), tl.arange(0, EXPERTS)
+    is_slot, is_expert = slots < num_slots, experts < num_experts
+    ids = tl.load(expert_ids + at, mask=at < NUM_IDS, other=-1).to(tl.int32)
+    held = tl.load(expert_in + slots, mask=is_slot, other=-2)  # -2 is no expert and no id
     unused = tl.load(is_unused_prefetch + slots, mask=is_slot, other=0)
-    worth = tl.load(score + held, mask=is_slot & (held >= 0), other=-1.0)
-    now = tl.load(step)
+    before = tl.load(score + experts, mask=is_expert, other=0.0)
+    now = tl.load(step) + (0 if IS_PREFETCH else 1)
+    where_held = tl.load(slot_of + ids, mask=ids >= 0, other=0)
+    taken = tl.where(is_slot, 0, 1)  # slots that may not be evicted
+    in_use = tl.zeros([EXPERTS], dtype=tl.int32)
+    for i in tl.static_range(NUM_IDS):
+        expert = tl.load(expert_ids + i).to(tl.int32)
+        taken = tl.where((held == expert) & (expert >= 0), 1, taken)
+        in_use = tl.where(experts == expert, 1, in_use)
     if not IS_PREFETCH:
-        now += 1
+        is_hit = is_slot & (taken == 1)
+        unused = tl.where(is_hit, 0, unused)
+        tl.store(counters, tl.load(counters) + tl.sum(is_hit.to(tl.int32), 0))
         tl.store(step, now)
-    taken = tl.zeros([SLOTS], dtype=tl.int32)  # slots that may not be evicted
-    for i in range(num_ids):
-        expert = tl.load(expert_ids + i).to(tl.int32)
-        taken = tl.where((held == expert) & is_slot, 1, taken)
-    seen = tl.zeros([SLOTS], dtype=tl.int32)
-    num_hits = 0
-    num_copies = 0
-    num_wasted = 0
-    for i in range(num_ids):
-        expert = tl.load(expert_ids + i).to(tl.int32)
-        here = (held == expert) & is_slot & (expert >= 0)
-        is_here = tl.sum(here.to(tl.int32), 0)
-        room = tl.min(taken + (1 - is_slot.to(tl.int32)), 0) == 0
-        if (is_here == 0) & (expert >= 0) & room:
-            slot = tl.argmin(tl.where((taken == 0) & is_slot, worth, float("inf")), 0)
-            at = slots == slot
-            evicted = tl.sum(tl.where(at, held, 0), 0)
-            num_wasted += tl.sum(tl.where(at, unused, 0), 0)
-            if evicted >= 0:
-                tl.store(slot_of + evicted, -1)
-            tl.store(slot_of + expert, slot)
-            tl.store(source + i, expert)
-            tl.store(target + i, slot)
-            held = tl.where(at, expert, held)
-            taken = tl.where(at, 1, taken)
-            seen = tl.where(at, 1, seen)
-            unused = tl.where(at, 1 if IS_PREFETCH else 0, unused)
-            num_copies += 1
-        else:
-            tl.store(source + i, -1)
-            num_hits += tl.sum(tl.where(here, 1 - seen, 0), 0)
-            seen = tl.where(here, 1, seen)
-            if not IS_PREFETCH:
-                unused = tl.where(here, 0, unused)
-    tl.store(expert_in + slots, held, mask=is_slot)
+    copied = tl.full([IDS], -1, dtype=tl.int32)
+    placed = tl.zeros([IDS], dtype=tl.int32)
+    if tl.sum(((ids >= 0) & (where_held < 0)).to(tl.int32), 0) > 0:
+        worth = tl.load(score + held, mask=held >= 0, other=-1.0)
+        num_copies, num_wasted = 0, 0
+        for i in range(NUM_IDS):
+            expert = tl.load(expert_ids + i).to(tl.int32)
+            is_here = tl.sum((held == expert).to(tl.int32), 0)
+            room = tl.min(taken, 0) == 0
+            if (is_here == 0) & (expert >= 0) & room:
+                slot = tl.argmin(tl.where(taken == 0, worth, float("inf")), 0)
+                here = slots == slot
+                evicted = tl.sum(tl.where(here, held, 0), 0)
+                num_wasted += tl.sum(tl.where(here, unused, 0), 0)
+                if evicted >= 0:
+                    tl.store(slot_of + evicted, -1)
+                tl.store(slot_of + expert, slot)
+                copied = tl.where(at == i, expert, copied)
+                placed = tl.where(at == i, slot, placed)
+                held = tl.where(here, expert, held)
+                taken = tl.where(here, 1, taken)
+                unused = tl.where(here, 1 if IS_PREFETCH else 0, unused)
+                num_copies += 1
+        tl.store(expert_in + slots, held, mask=is_slot)
+        kind = counters + (2 if IS_PREFETCH else 1)
+        tl.store(kind, tl.load(kind) + num_copies)
+        tl.store(counters + 3, tl.load(counters + 3) + num_wasted)
+    tl.store(source + at, copied, mask=at < NUM_IDS)
+    tl.store(target + at, placed, mask=copied >= 0)
     tl.store(is_unused_prefetch + slots, unused, mask=is_slot)
-    if IS_PREFETCH:
-        tl.store(counters + 2, tl.load(counters + 2) + num_copies)
-        if IS_RECENCY:
-            for i in range(num_ids):
-                expert = tl.load(expert_ids + i).to(tl.int32)
-                tl.store(score + expert, now.to(tl.float32), mask=expert >= 0)
-    else:
-        tl.store(counters, tl.load(counters) + num_hits)
-        tl.store(counters + 1, tl.load(counters + 1) + num_copies)
-        experts = tl.arange(0, EXPERTS)
-        is_expert = experts < num_experts
-        before = tl.load(score + experts, mask=is_expert, other=0.0)
-        in_use = tl.zeros([EXPERTS], dtype=tl.int32)
-        for i in range(num_ids):
-            in_use = tl.where(experts == tl.load(expert_ids + i).to(tl.int32), 1, in_use)
-        if IS_RECENCY:
-            after = tl.where(in_use == 1, now.to(tl.float32), before)
-        else:
-            after = before * decay + in_use.to(tl.float32)
-        tl.store(score + experts, after, mask=is_expert)
-    tl.store(counters + 3, tl.load(counters + 3) + num_wasted)
+    if IS_RECENCY:
+        tl.store(score + experts, now.to(tl.float32), mask=in_use == 1)
+    elif not IS_PREFETCH:
+        tl.store(score + experts, before * decay + in_use.to(tl.float32), mask=is_expert)
 
 
 def plan(
@@ -202,6 +190,7 @@ def plan(
         is_prefetch: Whether the experts are predicted, not yet needed.
     """
     num_experts, num_slots = len(tables.slot_of), len(tables.expert_in)
+    num_ids = expert_ids.numel()
     _plan_kernel[(1,)](
         expert_ids,
         tables.slot_of,
@@ -212,12 +201,13 @@ def plan(
         tables.counters,
         source,
         target,
-        expert_ids.numel(),
         num_experts,
         num_slots,
         rule.decay,
         IS_RECENCY=rule.is_recency,
         IS_PREFETCH=is_prefetch,
+        NUM_IDS=num_ids,
+        IDS=triton.next_power_of_2(num_ids),
         SLOTS=triton.next_power_of_2(num_slots),
         EXPERTS=triton.next_power_of_2(num_experts),
         num_warps=1,
@@ -238,7 +228,7 @@ def plan_reference(
     worth = {s: float(tables.score[e]) if e >= 0 else -1.0 for s, e in _held(tables).items()}
     tables.step += 0 if is_prefetch else 1
     now = float(tables.step)
-    taken = {s for s, e in _held(tables).items() if e in ids}
+    taken = {s for s, e in _held(tables).items() if e >= 0 and e in ids}
     seen: set[int] = set()
     for i, expert in enumerate(ids):
         slot = int(tables.slot_of[expert]) if expert >= 0 else EMPTY
