@@ -249,6 +249,11 @@ class EstimatorStack(nn.Module):
         other.is_trained = tuple(is_trained)
         return other
 
+    @property
+    def input_fields(self) -> tuple[str, ...]:
+        """Fields of `SourceState` that it reads."""
+        return self.input.needed
+
     def target_of(self, source_layer: int) -> int | None:
         """Decoder layer index predicted from a layer; None if nothing is."""
         pair = self._pair_of.get(source_layer)
