@@ -101,7 +101,8 @@ class SourceInput(nn.Module):
         kind: What is read at the source layer.
         anchors: Of the P target layers; None for a model whose routers have no known form, which
             leaves router input and forms without an anchor.
-        default_vectors: Of the P source layers, [P, E, D], float; only quasi-hidden needs them.
+        default_vectors: Of the P source layers, [P, E, D], float. Quasi-hidden input needs them;
+            attention readout keeps them for whoever computes the readout.
 
     Raises:
         ValueError: If quasi-hidden input has no default vectors, or another input than the
@@ -130,12 +131,15 @@ class SourceInput(nn.Module):
         for name in ANCHOR_BUFFERS:
             tensor: Tensor | None = getattr(anchors, name, None)
             self.register_buffer(name, None if tensor is None else tensor.float())
-        vectors = None
-        if kind == "quasi-hidden":
-            if default_vectors is None:
-                raise ValueError("quasi-hidden input needs default vectors; choose residual.")
-            vectors = default_vectors.float()
-        self.register_buffer("default_vectors", vectors)
+        if kind == "quasi-hidden" and default_vectors is None:
+            raise ValueError("quasi-hidden input needs default vectors; choose residual instead.")
+        vectors = default_vectors if kind in ("quasi-hidden", "attention-readout") else None
+        self.register_buffer("default_vectors", None if vectors is None else vectors.float())
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors live; the CPU if it has none."""
+        return next((buffer.device for buffer in self.buffers()), torch.device("cpu"))
 
     def features(self, source: SourceState, pairs: slice = ALL_PAIRS) -> Tensor:
         """What a form reads, [P, T, D], float32.
@@ -150,7 +154,8 @@ class SourceInput(nn.Module):
         state: Tensor = given[self.needed[0]].float()
         if self.kind == "router-input":
             return state
-        if self.default_vectors is not None:
+        if self.kind == "quasi-hidden":
+            assert self.default_vectors is not None
             vectors = self.default_vectors[pairs]
             state = state + expected_output(given["expert_ids"], given["gate_weights"], vectors)
         weight, bias = self.norm_weight[pairs], self.norm_bias[pairs]

@@ -143,7 +143,7 @@ class LayerAnchors:
         """
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
-        chosen = {name: tensor[list(positions)] for name, tensor in tensors.items()}
+        chosen: dict[str, Any] = {name: t[list(positions)] for name, t in tensors.items()}
         return dataclasses.replace(self, **chosen)
 
 

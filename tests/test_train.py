@@ -19,11 +19,13 @@ from foreroute.estimators import (
     SourceState,
     parse_layers,
 )
-from foreroute.train import baselines
-from foreroute.train.baselines import previous_token_predictor, solve_ridge
+from foreroute.train.baselines import build_stack, previous_token_predictor
 from foreroute.train.datamodule import BatchStream
 from foreroute.train.fit import choose_device, train_estimator
-from foreroute.train.module import EstimatorModule, kl_to_router
+from foreroute.train.losses import kl_to_router
+from foreroute.train.module import EstimatorModule
+from foreroute.train.prepared import PreparedShards, prepare
+from foreroute.train.ridge import NormalEquations, set_to_ridge
 from foreroute.train.run import FitConfig, load_run
 from foreroute.train.shards import PairedShards, RoutingBatch
 from foreroute.train.split import rows_of, split_sequences
@@ -217,13 +219,34 @@ def test_previous_tokens_experts_rank_first_then_frequent_ones() -> None:
     assert ranked.tolist() == [[[1, 2, 3, 0], [3, 1, 2, 0]]]
 
 
-def test_ridge_recovers_a_linear_map() -> None:
+def test_ridge_recovers_linear_maps_of_all_pairs_from_parts() -> None:
     torch.manual_seed(0)
-    features, weight = torch.randn(2000, 8), torch.randn(8, 4)
-    found, bias = solve_ridge(features, features @ weight + 1.0)
-    # The penalty shrinks the solution by about its relative size, 0.3 %.
-    assert torch.allclose(found, weight, atol=0.02)
-    assert torch.allclose(bias, torch.ones(4), atol=0.02)
+    features, weight = torch.randn(3, 2000, 8) + 1.0, torch.randn(3, 8, 4)
+    sums = NormalEquations(3, 8, 4, torch.device("cpu"))
+    for part in features.split(700, dim=1):
+        sums.add(part, part @ weight + 1.0)
+    found, bias = sums.solve(penalty=1e-4)
+    # The penalty shrinks the solution by about its size, 0.01 %, times mean square over variance.
+    assert torch.allclose(found.float(), weight, atol=0.002)
+    assert torch.allclose(bias.float(), torch.ones(3, 1, 4), atol=0.005)
+
+
+def test_reduced_rank_ridge_is_exact_where_the_map_has_that_rank() -> None:
+    torch.manual_seed(0)
+    features = torch.randn(2, 1000, 8)
+    weight = torch.randn(2, 8, 2) @ torch.randn(2, 2, 4)
+    sums = NormalEquations(2, 8, 4, torch.device("cpu"))
+    sums.add(features, features @ weight)
+    for rank, is_enough in ((1, False), (2, True), (4, True)):
+        down, up, bias = sums.solve_low_rank(rank, penalty=1e-6)
+        assert down.shape == (2, 8, rank)
+        is_same = torch.allclose(features @ down @ up + bias, features @ weight, atol=1e-3)
+        assert is_same == is_enough
+
+
+def test_without_tokens_ridge_says_so() -> None:
+    with pytest.raises(ValueError, match="no tokens to learn from"):
+        NormalEquations(1, 2, 2, torch.device("cpu")).solve()
 
 
 def test_training_writes_a_run_that_loads(tiny_traces, tmp_path) -> None:
@@ -350,19 +373,17 @@ def test_layers_that_cannot_be_are_explained(text: str, message: str) -> None:
         parse_layers(text, toy_geometry((1, 3, 4, 6, 7)), horizon=1)
 
 
-def test_ridge_learns_from_a_bounded_number_of_tokens(tiny_traces, monkeypatch) -> None:
+def test_prepared_tokens_give_what_the_stack_gives(tiny_traces) -> None:
     traces = Traces.open(tiny_traces)
-    seen = []
-
-    def solve(features, logits):
-        seen.append(len(features))
-        return solve_ridge(features, logits)
-
-    monkeypatch.setattr(baselines, "RIDGE_TOKENS", 700)
-    monkeypatch.setattr(baselines, "solve_ridge", solve)
-    vectors = traces.default_vectors()[0]
-    baselines.fit_ridge(traces, SPEC, split_sequences(traces.num_sequences).train, vectors)
-    assert seen == [700, 700, 700]
+    stack = build_stack(traces, SPEC, traces.default_vectors()[0], torch.device("cpu"))
+    torch.nn.init.normal_(stack.form.up)
+    shards = PairedShards(traces, SPEC, range(traces.num_sequences))
+    for host_bytes in (0, 1 << 30):
+        prepared = PreparedShards(stack, shards, host_bytes=host_bytes)
+        tokens = prepared.read(0)
+        logits = stack.form(tokens.features, tokens.anchor_logits)
+        assert torch.allclose(logits, stack(shards.read(0).source), atol=1e-4)
+        assert (prepared.read(0) is tokens) == (host_bytes > 0)
 
 
 @pytest.mark.gpu

@@ -9,13 +9,16 @@ from torch import Tensor
 
 from foreroute.data.traces import Traces
 from foreroute.estimators import (
+    SOURCE_FIELDS,
     TRAINING_FREE_FORM,
     EstimatorSpec,
     EstimatorStack,
     InputKind,
 )
 from foreroute.train.measure import Predictor, predictor_of
-from foreroute.train.shards import PairedShards, RoutingBatch
+from foreroute.train.prepared import PreparedShards
+from foreroute.train.ridge import set_to_ridge
+from foreroute.train.shards import BASE_SOURCE_FIELDS, PairedShards, RoutingBatch
 from foreroute.train.split import SequenceSplit
 
 TRAINING_FREE_INPUTS: dict[str, InputKind] = {
@@ -23,11 +26,7 @@ TRAINING_FREE_INPUTS: dict[str, InputKind] = {
     "residual-next-router": "residual",
     "quasi-hidden": "quasi-hidden",
 }
-"""Baselines that apply the next router to a state of the source layer."""
-
-RIDGE_TOKENS = 20_000
-RIDGE_PENALTY = 3e-3
-"""Per token and unit of mean square feature."""
+"""Baselines that apply the next router to a state of the source layer that all traces hold."""
 
 
 def build_baselines(
@@ -39,9 +38,13 @@ def build_baselines(
 ) -> dict[str, Predictor]:
     """All baselines but the random floor, which needs no measuring.
 
+    They are: per-layer frequency, the previous token's experts, the next router on each of
+    `training_free_inputs`, and ridge regression on the spec's own input and rank. The last two
+    kinds need anchors and are left out without.
+
     Args:
         traces: Where the fitted ones learn, from training sequences only.
-        spec: Target layers and horizon; its form and input do not matter.
+        spec: Target layers, horizon and input; its form does not matter.
         split: Sequences of each part.
         default_vectors: Of all L MoE layers, [L, E, D].
         device: Where they shall compute.
@@ -51,13 +54,49 @@ def build_baselines(
         "frequency": frequency_predictor(counts),
         "previous-token": previous_token_predictor(counts),
     }
-    for name, input_kind in TRAINING_FREE_INPUTS.items():
+    if traces.anchors is None:
+        return predictors
+    for name, input_kind in training_free_inputs(spec).items():
         free = dataclasses.replace(spec, form=TRAINING_FREE_FORM, input_kind=input_kind)
-        stack = EstimatorStack.build(traces.geometry, free, traces.anchors, default_vectors)
-        predictors[name] = predictor_of(stack.to(device))
-    ridge = fit_ridge(traces, spec, split.train, default_vectors)
-    predictors["ridge"] = predictor_of(ridge.to(device))
+        predictors[name] = predictor_of(build_stack(traces, free, default_vectors, device))
+    ridge = build_stack(traces, dataclasses.replace(spec, form="ridge"), default_vectors, device)
+    set_to_ridge(ridge, PreparedShards.streamed(ridge, PairedShards(traces, spec, split.train)))
+    predictors["ridge"] = predictor_of(ridge)
     return predictors
+
+
+def training_free_inputs(spec: EstimatorSpec) -> dict[str, InputKind]:
+    """Names of the training-free baselines and what they read.
+
+    At horizon 0 that is the spec's own input alone: the others are known only once the layer has
+    routed.
+    """
+    shared = TRAINING_FREE_INPUTS if spec.horizon else {}
+    if spec.input_kind in shared.values():
+        return dict(shared)
+    return {**shared, spec.input_kind: spec.input_kind}
+
+
+def baseline_fields(spec: EstimatorSpec) -> tuple[str, ...]:
+    """The source fields that the spec's own input and its baselines read."""
+    shared = BASE_SOURCE_FIELDS if spec.horizon else ()
+    return tuple(dict.fromkeys((*shared, *SOURCE_FIELDS[spec.input_kind])))
+
+
+def build_stack(
+    traces: Traces, spec: EstimatorSpec, default_vectors: Tensor, device: torch.device
+) -> EstimatorStack:
+    """A fresh stack of a spec for the model that was recorded.
+
+    Args:
+        traces: Give the geometry, the anchors, and a readout's own default vectors.
+        spec: What to predict, from what, in which form.
+        default_vectors: Of all L MoE layers, [L, E, D], for quasi-hidden input.
+        device: Where it shall live.
+    """
+    is_readout = spec.input_kind == "attention-readout"
+    vectors = traces.readout_vectors() if is_readout else default_vectors
+    return EstimatorStack.build(traces.geometry, spec, traces.anchors, vectors).to(device)
 
 
 def count_experts(traces: Traces, spec: EstimatorSpec, sequences: range) -> Tensor:
@@ -100,61 +139,3 @@ def previous_token_predictor(counts: Tensor) -> Predictor:
         return by_frequency(batch).scatter_add(-1, previous.clamp(min=0), is_known)
 
     return predict
-
-
-def fit_ridge(
-    traces: Traces, spec: EstimatorSpec, sequences: range, default_vectors: Tensor
-) -> EstimatorStack:
-    """Ridge regression from quasi-hidden features to the router logits, one per target layer.
-
-    Args:
-        traces: Where to learn, at most `RIDGE_TOKENS` tokens.
-        spec: Target layers and horizon.
-        sequences: To learn from.
-        default_vectors: Of all L MoE layers, [L, E, D].
-
-    Returns:
-        A stack of form `linear` that holds the solutions.
-    """
-    linear = dataclasses.replace(spec, form="linear", input_kind="quasi-hidden")
-    stack = EstimatorStack.build(traces.geometry, linear, traces.anchors, default_vectors)
-    stack.requires_grad_(False)
-    for pair, target_layer in enumerate(spec.target_layers):
-        one = dataclasses.replace(linear, target_layers=(target_layer,))
-        alone = EstimatorStack.build(traces.geometry, one, traces.anchors, default_vectors)
-        features, logits = _ridge_tokens(alone, PairedShards(traces, one, sequences, cache_bytes=0))
-        weight, bias = solve_ridge(features, logits)
-        stack.form.get_parameter("weight")[pair] = weight
-        stack.form.get_parameter("bias")[pair, 0] = bias
-    return stack
-
-
-def solve_ridge(features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Solve one ridge regression with scikit-learn.
-
-    Args:
-        features: [T, D], float32.
-        logits: [T, E], float32.
-
-    Returns:
-        Weight [D, E] and bias [E], float32.
-    """
-    from sklearn.linear_model import Ridge
-
-    penalty = RIDGE_PENALTY * len(features) * features.square().mean().item()
-    solved = Ridge(alpha=penalty).fit(features.numpy(), logits.numpy())
-    weight = torch.from_numpy(solved.coef_).reshape(logits.shape[1], -1)
-    return weight.T.float(), torch.as_tensor(solved.intercept_).float()
-
-
-def _ridge_tokens(stack: EstimatorStack, shards: PairedShards) -> tuple[Tensor, Tensor]:
-    """Features [T, D] and true logits [T, E] of the first training tokens of one pair."""
-    features, logits, missing = [], [], RIDGE_TOKENS
-    for batch in shards:
-        part = batch.select(slice(missing))
-        features.append(stack.input.features(part.source)[0])
-        logits.append(part.target_logits[0].float())
-        missing -= part.num_tokens
-        if missing <= 0:
-            break
-    return torch.cat(features), torch.cat(logits)

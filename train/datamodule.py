@@ -3,20 +3,45 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Generic, Protocol, Self, TypeVar
 
 import torch
 from lightning import LightningDataModule
+from torch import Tensor
 
-from foreroute.data.traces import Traces
-from foreroute.estimators import EstimatorSpec
-from foreroute.train.shards import PairedShards, RoutingBatch
-from foreroute.train.split import SequenceSplit
+from foreroute.train.prepared import PreparedBatch
 
 SEED_STRIDE = 1_000_003  # keeps the epochs of one seed apart from another seed's
 
 
-class BatchStream:
+class Tokens(Protocol):
+    """Some tokens of which rows can be taken: `RoutingBatch`, `PreparedBatch`."""
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+
+    def select(self, rows: slice | Tensor) -> Self:
+        """The same for some of the tokens."""
+
+
+TokensT = TypeVar("TokensT", bound=Tokens)
+TokensT_co = TypeVar("TokensT_co", bound=Tokens, covariant=True)
+
+
+class Shards(Protocol[TokensT_co]):
+    """Tokens that are read shard by shard: `PairedShards`, `PreparedShards`."""
+
+    @property
+    def rows(self) -> Mapping[int, slice]:
+        """Tokens wanted of each shard that has some."""
+
+    def read(self, shard_idx: int) -> TokensT_co:
+        """One shard's tokens."""
+
+
+class BatchStream(Generic[TokensT]):
     """Batches of one epoch, never across shards.
 
     Args:
@@ -25,7 +50,7 @@ class BatchStream:
         seed: Orders shards and tokens; recording order if None.
     """
 
-    def __init__(self, shards: PairedShards, batch_size: int, seed: int | None = None) -> None:
+    def __init__(self, shards: Shards[TokensT], batch_size: int, seed: int | None = None) -> None:
         self.shards, self.batch_size, self.seed = shards, batch_size, seed
 
     def __len__(self) -> int:
@@ -33,7 +58,7 @@ class BatchStream:
         sizes = (rows.stop - rows.start for rows in self.shards.rows.values())
         return sum(math.ceil(size / self.batch_size) for size in sizes)
 
-    def __iter__(self) -> Iterator[RoutingBatch]:
+    def __iter__(self) -> Iterator[TokensT]:
         """Yield every token once."""
         shard_indices = list(self.shards.rows)
         if self.seed is None:
@@ -51,28 +76,25 @@ class BatchStream:
 
 
 class RoutingDataModule(LightningDataModule):
-    """Train and held-out batches of recorded routing.
+    """Batches to train on, and batches to watch training by.
 
     Args:
-        traces: Where to read.
-        spec: Which layers are paired, and what is read of the source layers.
-        split: Sequences of each part.
+        train: Tokens to train on.
+        validation: Tokens of other training sequences; may hold none.
         batch_size: Tokens per batch.
         seed: Orders the training tokens, anew in every epoch.
     """
 
     def __init__(
         self,
-        traces: Traces,
-        spec: EstimatorSpec,
-        split: SequenceSplit,
+        train: Shards[PreparedBatch],
+        validation: Shards[PreparedBatch],
         *,
         batch_size: int,
         seed: int,
     ) -> None:
         super().__init__()
-        self.train = PairedShards(traces, spec, split.train)
-        self.held_out = PairedShards(traces, spec, split.held_out)
+        self.train, self.validation = train, validation
         self.batch_size, self.seed = batch_size, seed
 
     @property
@@ -80,17 +102,17 @@ class RoutingDataModule(LightningDataModule):
         """Training batches per epoch."""
         return len(BatchStream(self.train, self.batch_size))
 
-    def train_dataloader(self) -> BatchStream:
+    def train_dataloader(self) -> BatchStream[PreparedBatch]:
         """This epoch's training batches; asked for at the start of each epoch."""
         epoch = self.trainer.current_epoch if self.trainer else 0
         return BatchStream(self.train, self.batch_size, seed=self.seed * SEED_STRIDE + epoch)
 
-    def val_dataloader(self) -> BatchStream:
-        """Held-out batches, in recording order."""
-        return BatchStream(self.held_out, self.batch_size)
+    def val_dataloader(self) -> BatchStream[PreparedBatch]:
+        """Validation batches, in recording order."""
+        return BatchStream(self.validation, self.batch_size)
 
     def transfer_batch_to_device(
-        self, batch: RoutingBatch, device: torch.device, dataloader_idx: int
-    ) -> RoutingBatch:
+        self, batch: PreparedBatch, device: torch.device, dataloader_idx: int
+    ) -> PreparedBatch:
         """Move one batch."""
         return batch.to(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,17 @@ from foreroute.data.traces import Traces
 from foreroute.estimators import (
     EstimatorSpec,
     EstimatorStack,
+    RecallMeter,
     RecallMetrics,
     default_budgets,
 )
 from foreroute.estimators.artifacts import read_json, sha256_of
-from foreroute.train.baselines import build_baselines
-from foreroute.train.datamodule import RoutingDataModule
-from foreroute.train.measure import measure, predictor_of
-from foreroute.train.module import EstimatorModule
+from foreroute.train.baselines import baseline_fields, build_baselines, build_stack
+from foreroute.train.datamodule import BatchStream, RoutingDataModule, Shards
+from foreroute.train.measure import MEASURE_BATCH, measure, predictor_of
+from foreroute.train.module import LOG_STEPS, EstimatorModule
+from foreroute.train.prepared import PreparedBatch, PreparedShards
+from foreroute.train.ridge import has_ridge_start, set_to_ridge
 from foreroute.train.run import (
     CHECKPOINT_PATH,
     METRICS_NAME,
@@ -34,8 +38,8 @@ from foreroute.train.run import (
     finish_run,
     open_run,
 )
-from foreroute.train.shards import ALL_SOURCE_FIELDS, PairedShards
-from foreroute.train.split import split_sequences
+from foreroute.train.shards import PairedShards
+from foreroute.train.split import split_off_validation, split_sequences
 
 
 def train_estimator(
@@ -50,7 +54,8 @@ def train_estimator(
 ) -> dict[str, Any]:
     """Fit an estimator of all the spec's layers, measure it, and write the run's folder.
 
-    The parameters are those after the last epoch: held-out tokens choose nothing.
+    A layer's parameters are those after the last epoch, or those before the first where training
+    did not pay on training sequences set aside for that: held-out tokens choose nothing.
 
     Args:
         traces_path: Folder that `collect-traces` wrote.
@@ -74,12 +79,12 @@ def train_estimator(
     plan = plan_run(traces_path, traces, spec, config)
     vectors = train_default_vectors(traces, plan)
     torch.manual_seed(config.seed)
-    stack = EstimatorStack.build(traces.geometry, spec, traces.anchors, vectors)
+    stack = build_stack(traces, spec, vectors, chosen)
     traces.verify()
     open_run(out, plan, overwrite=overwrite, resume=resume)
     if (out / METRICS_NAME).is_file():
         return read_json(out / METRICS_NAME)
-    num_train_tokens = fit_stack(stack, traces, plan, out, chosen)
+    num_train_tokens = fit_stack(stack, traces, plan, out)
     metrics = measure_run(stack, traces, plan, vectors, chosen)
     metrics |= {
         "form": spec.form,
@@ -113,8 +118,8 @@ def plan_run(traces_path: Path, traces: Traces, spec: EstimatorSpec, config: Fit
         traces=str(traces_path.resolve()),
         traces_sha256=sha256_of(traces_path / MANIFEST_FILE),
         geometry=traces.geometry,
-        norm_kind=traces.anchors.norm_kind,
-        norm_eps=traces.anchors.norm_eps,
+        norm_kind=traces.manifest.norm_kind,
+        norm_eps=traces.manifest.norm_eps,
         spec=spec,
         split=split_sequences(traces.num_sequences),
         config=config,
@@ -132,10 +137,14 @@ def train_default_vectors(traces: Traces, plan: RunPlan) -> Tensor:
     return traces.default_vectors(whole or None)[0]
 
 
-def fit_stack(
-    stack: EstimatorStack, traces: Traces, plan: RunPlan, out: Path, device: torch.device
-) -> int:
+def fit_stack(stack: EstimatorStack, traces: Traces, plan: RunPlan, out: Path) -> int:
     """Train a stack in place, going on from the folder's checkpoint if there is one.
+
+    Args:
+        stack: On the device that shall compute.
+        traces: Where to read.
+        plan: Sequences and settings.
+        out: The run's folder.
 
     Returns:
         Number of training tokens; 0 if the form has nothing to train.
@@ -145,25 +154,70 @@ def fit_stack(
     """
     if not list(stack.parameters()):
         return 0
-    config = plan.config
-    data = RoutingDataModule(
-        traces, plan.spec, plan.split, batch_size=config.batch_size, seed=config.seed
+    if stack.form.is_closed_form:
+        train = PairedShards(traces, plan.spec, plan.split.train, cache_bytes=0)
+        set_to_ridge(stack, PreparedShards.streamed(stack, train))
+        stack.eval().requires_grad_(False)
+        return train.num_tokens
+    fitting, choosing = (
+        PreparedShards(stack, PairedShards(traces, plan.spec, sequences, cache_bytes=0))
+        for sequences in split_off_validation(plan.split.train)
     )
-    num_steps = config.epochs * data.num_batches
-    module = EstimatorModule(stack, learning_rate=config.learning_rate, num_steps=num_steps)
+    train_stack(stack, fitting, choosing, plan.config, out)
+    return fitting.num_tokens
+
+
+def train_stack(
+    stack: EstimatorStack,
+    fitting: Shards[PreparedBatch],
+    choosing: Shards[PreparedBatch],
+    config: FitConfig,
+    out: Path,
+) -> None:
+    """Train by gradient steps, and keep the start of each layer where that did not pay.
+
+    Args:
+        stack: Trained in place, on the device it lives on.
+        fitting: Tokens to train on.
+        choosing: Tokens to choose by; all layers keep what training gave if there are none.
+        config: How to train.
+        out: Folder of the log and of the checkpoint that an interrupted fit goes on from.
+
+    Raises:
+        KeyboardInterrupt: If the user interrupts; the last epoch's checkpoint remains.
+    """
+    if config.init == "ridge" and has_ridge_start(stack):
+        set_to_ridge(stack, (fitting.read(shard_idx) for shard_idx in fitting.rows))
+    start = {name: value.clone() for name, value in stack.form.state_dict().items()}
+    data = RoutingDataModule(fitting, choosing, batch_size=config.batch_size, seed=config.seed)
+    module = EstimatorModule(
+        stack,
+        learning_rate=config.learning_rate,
+        num_steps=config.epochs * data.num_batches,
+        loss=config.loss,
+    )
+    _run_trainer(module, data, config.epochs, out, stack.input.device.type)
+    stack.eval().requires_grad_(False)
+    if choosing.rows:
+        keep_better_pairs(stack, start, choosing)
+
+
+def _run_trainer(
+    module: EstimatorModule, data: RoutingDataModule, epochs: int, out: Path, accelerator: str
+) -> None:
     checkpoint = out / CHECKPOINT_PATH
     keep_last = ModelCheckpoint(
         dirpath=checkpoint.parent, filename=checkpoint.stem, enable_version_counter=False
     )
     trainer = Trainer(
-        accelerator=device.type,
+        accelerator=accelerator,
         devices=1,
-        max_epochs=config.epochs,
+        max_epochs=epochs,
         logger=CSVLogger(out, name="logs"),
         callbacks=[keep_last],
         num_sanity_val_steps=0,
         reload_dataloaders_every_n_epochs=1,
-        log_every_n_steps=10,
+        log_every_n_steps=LOG_STEPS,
         enable_model_summary=False,
     )
     resume_from = checkpoint if checkpoint.is_file() else None
@@ -171,8 +225,44 @@ def fit_stack(
         trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
     except SystemExit as ended:  # Lightning's answer to Ctrl+C
         raise KeyboardInterrupt("the same command with --resume goes on.") from ended
-    stack.eval().requires_grad_(False)
-    return data.train.num_tokens
+
+
+@torch.no_grad()
+def keep_better_pairs(
+    stack: EstimatorStack, start: Mapping[str, Tensor], choosing: Shards[PreparedBatch]
+) -> list[bool]:
+    """Give back to each pair the parameters it started with, if they have the better recall.
+
+    Args:
+        stack: As trained; changed in place. Pairs that share parameters are left alone.
+        start: The form's parameters before training, by name.
+        choosing: Tokens to choose by.
+
+    Returns:
+        Per pair, whether training paid.
+    """
+    trained = {name: value.clone() for name, value in stack.form.state_dict().items()}
+    num_pairs = len(stack.target_layers)
+    if any(len(value) != num_pairs for value in trained.values()):
+        return [True] * num_pairs
+    after = recall_of(stack, choosing)
+    stack.form.load_state_dict(start)
+    before = recall_of(stack, choosing)
+    paid = [new >= old for new, old in zip(after, before, strict=True)]
+    mask = torch.tensor(paid, device=stack.input.device)
+    for name, parameter in stack.form.named_parameters():
+        parameter[mask] = trained[name][mask]
+    return paid
+
+
+def recall_of(stack: EstimatorStack, shards: Shards[PreparedBatch]) -> list[float]:
+    """Recall at budget K of a stack on prepared tokens, per pair."""
+    meter = RecallMeter(len(stack.target_layers), stack.geometry.top_k)
+    for batch in BatchStream(shards, MEASURE_BATCH):
+        here = batch.to(stack.input.device)
+        logits = stack.form(here.features.float(), here.anchor_logits)
+        meter.update(stack.ranking(logits), here.target_ids, here.target_gate_weights)
+    return meter.compute().recall_at_k
 
 
 def measure_run(
@@ -186,7 +276,7 @@ def measure_run(
     geometry, spec = traces.geometry, plan.spec
     budgets = default_budgets(geometry.top_k, geometry.num_experts)
     held_out = PairedShards(
-        traces, spec, plan.split.held_out, source_fields=ALL_SOURCE_FIELDS, cache_bytes=0
+        traces, spec, plan.split.held_out, source_fields=baseline_fields(spec), cache_bytes=0
     )
     predictors = build_baselines(traces, spec, plan.split, vectors, device)
     predictors["estimator"] = predictor_of(stack.to(device))

@@ -18,6 +18,7 @@ from foreroute.estimators.artifacts import (
     write_tensors,
 )
 from foreroute.estimators.types import NormKind
+from foreroute.train.losses import LossName
 from foreroute.train.split import SequenceSplit
 
 FORMAT_VERSION = 1
@@ -27,6 +28,7 @@ TENSORS_NAME = "estimators.safetensors"
 CHECKPOINT_PATH = Path("checkpoints", "last.ckpt")
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
+InitName = Literal["ridge", "zero"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,10 @@ class FitConfig:
     """Tokens per optimizer step."""
     learning_rate: float = 3e-3
     """AdamW's, at the first step; follows a cosine to zero."""
+    loss: LossName = "kl"
+    """What training makes small."""
+    init: InitName = "ridge"
+    """Where `low-rank` starts: from the ridge solution, or from the next router alone."""
     seed: int = 0
     """Of the initial parameters and of the order of tokens."""
 

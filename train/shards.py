@@ -13,7 +13,8 @@ from foreroute.estimators import SOURCE_FIELDS, EstimatorSpec, SourceState, sour
 from foreroute.train.split import rows_of
 
 CACHE_BYTES = 2 << 30
-ALL_SOURCE_FIELDS = SourceState._fields
+BASE_SOURCE_FIELDS = ("residual", "router_input", "expert_ids", "gate_weights")
+"""What all traces hold."""
 TARGET_FIELDS = ("router_logits", "expert_ids", "gate_weights")
 
 
@@ -51,6 +52,19 @@ class RoutingBatch(NamedTuple):
         return [field for field in (*self.source, *self[1:]) if field is not None]
 
 
+def require_recorded(spec: EstimatorSpec) -> None:
+    """Refuse a horizon that is not recorded for the input.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if spec.input_kind == "attention-readout" and spec.horizon != 1:
+        raise ValueError(
+            f"Readouts are recorded of the next MoE layer only, so attention-readout input takes "
+            f"horizon 1, not {spec.horizon}; choose --input quasi-hidden for larger horizons."
+        )
+
+
 class PairedShards:
     """The tokens of a range of sequences, shard by shard, layers stacked as they are paired.
 
@@ -79,6 +93,7 @@ class PairedShards:
         self.source_layers = tuple(geometry.layer_indices[position] for position in sources)
         self.target_layers = spec.target_layers
         self._source_fields = source_fields or SOURCE_FIELDS[spec.input_kind]
+        require_recorded(spec)
         self._free_bytes = cache_bytes
         self._cache: dict[int, RoutingBatch] = {}
         self.rows: dict[int, slice] = {}

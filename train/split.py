@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 HELD_OUT_SHARE = 0.1
+VALIDATION_SHARE = 0.06
+"""Of the training sequences."""
 MIN_SEQUENCES = 3
 
 
@@ -54,6 +56,21 @@ def split_sequences(num_sequences: int, held_out_share: float = HELD_OUT_SHARE) 
     num_held_out = min(max(1, round(num_sequences * held_out_share)), num_sequences - 2)
     num_train = num_sequences - num_held_out - 1
     return SequenceSplit(train=range(num_train), held_out=range(num_train + 1, num_sequences))
+
+
+def split_off_validation(train: range) -> tuple[range, range]:
+    """Set aside the last training sequences to choose by, less the one next to the others.
+
+    Args:
+        train: Training sequences.
+
+    Returns:
+        Sequences to fit on, and sequences to choose by; the latter is empty if there are too few.
+    """
+    if len(train) < MIN_SEQUENCES:
+        return train, train[len(train) :]
+    parts = split_sequences(len(train), VALIDATION_SHARE)
+    return train[parts.train.start : parts.train.stop], train[parts.held_out.start :]
 
 
 def rows_of(sequences: range, first_sequence: int, sequence_offsets: Tensor) -> slice:

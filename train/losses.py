@@ -1,0 +1,117 @@
+"""What training makes small: how far predicted logits are from what the true routers did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from foreroute.estimators import EstimatorStack, selection_scores
+from foreroute.estimators.types import GateFamily
+from foreroute.train.prepared import PreparedBatch
+
+LossName = Literal["kl", "boundary", "gate-mass"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterRule:
+    """How the target routers choose experts by their logits."""
+
+    family: GateFamily
+    """How scores follow from logits."""
+    selection_bias: Tensor | None
+    """Added to the scores where experts are chosen, [P, 1, E]; None if there is none."""
+
+    @classmethod
+    def of(cls, stack: EstimatorStack) -> RouterRule:
+        """The rule of a stack's target layers, on its device."""
+        bias = stack.input.selection_bias
+        return cls(
+            family=stack.geometry.gate_family,
+            selection_bias=None if bias is None else bias.unsqueeze(1),
+        )
+
+    def ranking(self, logits: Tensor) -> Tensor:
+        """Scores in whose order the routers choose, [P, T, E], float32."""
+        if self.selection_bias is None:
+            return logits
+        return selection_scores(logits, self.family, self.selection_bias)
+
+
+Loss = Callable[[Tensor, PreparedBatch, RouterRule], Tensor]
+"""Of predicted logits [P, T, E] float32, on tokens: mean over tokens, [P], float32."""
+
+
+def kl_to_router(predicted_logits: Tensor, router_logits: Tensor) -> Tensor:
+    """Divergence of the predicted from the true routing distribution, per layer pair.
+
+    Args:
+        predicted_logits: [P, T, E], float.
+        router_logits: True logits, [P, T, E], float.
+
+    Returns:
+        KL(softmax(true) || softmax(predicted)) in nats, mean over tokens, [P], float32.
+    """
+    predicted = functional.log_softmax(predicted_logits.float(), dim=-1)
+    true = functional.log_softmax(router_logits.float(), dim=-1)
+    divergence = functional.kl_div(predicted, true, reduction="none", log_target=True)
+    return divergence.sum(dim=-1).mean(dim=-1)
+
+
+def kl_to_scores(predicted_logits: Tensor, router_logits: Tensor) -> Tensor:
+    """Divergence of each expert's predicted from its true sigmoid score, per layer pair.
+
+    Scores that are right rank right, whatever selection bias is added to both.
+
+    Args:
+        predicted_logits: [P, T, E], float.
+        router_logits: True logits, [P, T, E], float.
+
+    Returns:
+        Sum over experts of KL(Bernoulli(true) || Bernoulli(predicted)) in nats, mean over tokens,
+        [P], float32.
+    """
+    predicted, logits = predicted_logits.float(), router_logits.float()
+    true = logits.sigmoid()
+    excess = functional.softplus(predicted) - functional.softplus(logits)
+    return (excess - true * (predicted - logits)).sum(dim=-1).mean(dim=-1)
+
+
+def kl(predicted_logits: Tensor, target: PreparedBatch, rule: RouterRule) -> Tensor:
+    """Divergence from the routers' softmax, or from each sigmoid score where routers have those."""
+    divergence = kl_to_scores if rule.family.startswith("sigmoid") else kl_to_router
+    return divergence(predicted_logits, target.target_logits)
+
+
+def boundary(predicted_logits: Tensor, target: PreparedBatch, rule: RouterRule) -> Tensor:
+    """Pairwise logistic loss between the true top K and the K strongest other experts.
+
+    Each of the K chosen experts should rank above each of the K others that are predicted highest.
+    """
+    scores = rule.ranking(predicted_logits)
+    ids = target.target_ids.long()
+    chosen = scores.gather(-1, ids)  # [P, T, K]
+    others = scores.scatter(-1, ids, -torch.inf)
+    num_others = min(ids.shape[-1], scores.shape[-1] - ids.shape[-1])
+    strongest = others.topk(num_others, dim=-1).values  # [P, T, K]
+    margins = chosen.unsqueeze(-1) - strongest.unsqueeze(-2)  # [P, T, K, K]
+    return functional.softplus(-margins).mean(dim=(-3, -2, -1))
+
+
+def gate_mass(predicted_logits: Tensor, target: PreparedBatch, rule: RouterRule) -> Tensor:
+    """Divergence of the predicted softmax from the gate weights of the top K, made to sum to 1.
+
+    Experts that were not chosen have no share in the target.
+    """
+    weights = target.target_gate_weights.float()
+    share = weights / weights.sum(dim=-1, keepdim=True)
+    predicted = functional.log_softmax(predicted_logits, dim=-1)
+    chosen = predicted.gather(-1, target.target_ids.long())  # [P, T, K]
+    return functional.kl_div(chosen, share, reduction="none").sum(dim=-1).mean(dim=-1)
+
+
+LOSSES: dict[LossName, Loss] = {"kl": kl, "boundary": boundary, "gate-mass": gate_mass}
