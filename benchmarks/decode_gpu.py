@@ -1,88 +1,66 @@
 """Decode on one GPU at the shapes of known models: what each way of loading experts costs.
 
-    python benchmarks/decode_gpu.py --routes qwen3-30b-a3b.route.csv --shapes qwen3-30b-a3b
+    python benchmarks/decode_gpu.py --routes qwen3-30b-a3b.route.csv --json decode_gpu.json
 
 Weights are RANDOM and routing is REPLAYED from a recorded route file; predictions of a given recall
 are the recorded truth with wrong guesses drawn from the layer's popularity (near misses). The
-prediction's own arithmetic runs all the same. Checks correctness first; prints one table.
+prediction's own arithmetic runs all the same. Every graph's logits are compared bit for bit with
+the all-resident graph's, and its layer with transformers' own experts.
+
+Rows are written after every cell. `--tiny` runs the whole script on a CPU, with small sizes.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
+import contextlib
+import re
 import statistics
+import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from accelerate_offload import experts_offloaded
+from decode_profile import print_summary, profile_steps
+from decode_steps import DecodeSteps, EagerSteps, GraphSteps, tokens_within
+from partial_results import PartialResults
+from random_shapes import (
+    POOL_BYTES,
+    SHAPES,
+    TINY_POOL_BYTES,
+    HostPool,
+    build,
+    free_memory,
+    label_of,
+    put_experts_back,
+    settings_of,
+)
+from replayed_routing import (
+    Replay,
+    fit_routes,
+    near_miss_predictions,
+    random_routes,
+    read_routes,
+)
+from torch import Tensor
 
-from foreroute.data.adapters import MoEModel, discover
-from foreroute.data.adapters.seam import HANDLER_ATTRIBUTE, is_experts_module
-from foreroute.estimators.artifacts import package_versions
+from foreroute.data.adapters import ExpertsView, stock_experts_function
 from foreroute.runtime import Engine, EngineConfig
+from foreroute.runtime.config import parse_slots
 from foreroute.runtime.graph_engine import GraphEngine
-from foreroute.runtime.host_store import HostExpertStore, RowLayout, allocate_host
 from foreroute.runtime.offload import OffloadedModel
-from foreroute.runtime.prefetch import Prefetcher
 
-DEVICE = torch.device("cuda")
-POOL_LAYERS = 8
-"""Host memory holds the experts of so many layers; the others share them (same bytes moved)."""
-WARM_UP_TOKENS = 8
-EAGER_TOKENS = 24
+WARM_UP_TOKENS = 32
+NO_CACHE_WARM_UP_TOKENS = 4
+EAGER_TOKENS = 16
+ACCELERATE_TOKENS = 2
 TIMELINE_TOKENS = 3
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "qwen3-30b-a3b": {
-        "model_type": "qwen3_moe",
-        "hidden_size": 2048,
-        "moe_intermediate_size": 768,
-        "intermediate_size": 6144,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "num_experts": 128,
-        "num_experts_per_tok": 6,
-        "norm_topk_prob": True,
-        "vocab_size": 151936,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-    },
-    "gpt-oss-20b": {
-        "model_type": "gpt_oss",
-        "hidden_size": 2880,
-        "intermediate_size": 2880,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "num_local_experts": 32,
-        "num_experts_per_tok": 4,
-        "vocab_size": 201088,
-        "sliding_window": 128,
-    },
-    "mixtral-8x7b": {
-        "model_type": "mixtral",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-        "vocab_size": 32000,
-        "sliding_window": None,
-    },
-}
+EAGER_SLOTS = 25
+"""Per cent; the host-driven and the profiled arms run at this one alone."""
 
 
 @dataclass(frozen=True)
@@ -95,335 +73,367 @@ class Cell:
     """Per cent of the experts resident."""
     arm: str
     tpot_ms_median: float
+    tpot_ms_mean: float
     tpot_ms_p95: float
     bytes_per_token: float
+    """Over the link, per decode step (all sequences of the batch together)."""
+    prefetched_bytes_per_token: float
+    wasted_bytes_per_token: float
     hit_rate: float
     link_gb_s: float
+    resident_floor_ms: float | None
+    """All-resident TPOT of this shape and batch."""
+    copy_floor_ms: float
+    """Bytes per token over the measured link."""
+    is_bit_equal: bool | None
+    """Whether the logits were the all-resident graph's; None where that is not claimed."""
     tokens: int
+    warm_up_tokens: int
 
 
-def read_routes(path: Path) -> Tensor:
-    """Decode steps of a route file, [steps, layers, k] int64, most weighted expert first."""
-    steps: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-    with path.open() as file:
-        rows = (line for line in file if not line.startswith("#"))
-        for row in csv.DictReader(rows):
-            if row["phase"] == "1":
-                steps[int(row["step"])][int(row["layer"])].append(int(row["expert"]))
-    num_layers = max(len(layers) for layers in steps.values())
-    whole = [steps[s] for s in sorted(steps) if len(steps[s]) == num_layers]
-    return torch.tensor([[step[layer] for layer in sorted(step)] for step in whole])
+@dataclass(frozen=True)
+class Arm:
+    """One way to load experts."""
+
+    name: str
+    config: EngineConfig
+    recall: float | None = None
+    """Of the replayed predictions."""
+    warm_up_tokens: int = WARM_UP_TOKENS
 
 
-def fit_routes(routes: Tensor, moe: MoEModel, batch: int) -> Tensor:
-    """Routes for another shape: first layers, ids folded to its experts, the first distinct top-k.
-
-    Returns:
-        [steps, layers, batch, top_k]; sequence b starts 17 b steps into the recording.
-    """
-    geometry = moe.geometry
-    layers = routes[:, : geometry.num_layers] % geometry.num_experts
-    fitted = torch.empty(*layers.shape[:2], geometry.top_k, dtype=torch.long)
-    for step, per_layer in enumerate(layers.tolist()):
-        for layer, ids in enumerate(per_layer):
-            every = list(dict.fromkeys([*ids, *range(geometry.num_experts)]))
-            fitted[step, layer] = torch.tensor(every[: geometry.top_k])
-    return torch.stack([fitted.roll(-17 * b, dims=0) for b in range(batch)], dim=2)
-
-
-def near_miss_predictions(routes: Tensor, num_experts: int, recall: float) -> Tensor:
-    """The true experts with a share replaced by others, drawn from the layer's popularity."""
-    generator = torch.Generator().manual_seed(0)
-    predictions = routes.clone()
-    for layer in range(routes.shape[1]):
-        popularity = torch.bincount(routes[:, layer].flatten(), minlength=num_experts) + 0.05
-        flat = predictions[:, layer].flatten(0, 1)  # [steps * batch, top_k]
-        is_wrong = torch.rand(flat.shape, generator=generator) > recall
-        for row in is_wrong.any(-1).nonzero().flatten().tolist():
-            weights = popularity.clone()
-            weights[flat[row]] = 0
-            count = int(is_wrong[row].sum())
-            flat[row, is_wrong[row]] = torch.multinomial(weights, count, generator=generator)
-        predictions[:, layer] = flat.view(predictions[:, layer].shape)
-    return predictions
-
-
-def build(shape: str) -> OffloadedModel:
-    """A model of that shape with random weights, its experts pinned on the host."""
-    settings = dict(SHAPES[shape])
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    experts = [module for module in model.modules() if is_experts_module(module)]
-    layouts = [RowLayout.of(module) for module in experts]
-    num_experts = next(iter(experts[0].parameters())).shape[0]
-    for module in experts:
-        for name, _ in list(module.named_parameters(recurse=False)):
-            del module._parameters[name]
-    model.to_empty(device=DEVICE)
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.02) if parameter.dim() > 1 else parameter.data.fill_(1.0)
-    for name, module in list(model.named_modules()):
-        if name.endswith("rotary_emb"):  # its frequencies are no parameters
-            parent = model.get_submodule(name.rpartition(".")[0])
-            setattr(parent, name.rpartition(".")[2], type(module)(config=config).to(DEVICE))
-    rows = _random_rows(num_experts, layouts)
-    store = HostExpertStore.__new__(HostExpertStore)
-    store.is_pinned, store.layouts, store.rows = True, layouts, rows
-    return OffloadedModel(discover(model.eval(), f"{shape} (random weights)"), store, DEVICE)
-
-
-def _random_rows(num_experts: int, layouts: list[RowLayout]) -> list[Tensor]:
-    pool = []
-    for layout in layouts[:POOL_LAYERS]:
-        rows = allocate_host(num_experts, layout.row_bytes, is_pinned=True)
-        for start in range(0, num_experts, 8):
-            part = rows[start : start + 8]
-            noise = torch.randn(part.nbytes // 2, device=DEVICE, dtype=torch.bfloat16) * 0.02
-            part.copy_(noise.view(torch.uint8).view(part.shape))
-        pool.append(rows)
-    return [pool[i % len(pool)] for i in range(len(layouts))]
-
-
-class Replay:
-    """Puts recorded routing (and predictions) in place of the random model's own."""
-
-    def __init__(self, engine: Engine, routes: Tensor, predictions: Tensor | None) -> None:
-        self._routes, self._predictions = routes.to(DEVICE), None
-        self._ids = self._routes[0].clone()  # [layers, batch, top_k], read by the graph
-        position = {layer.layer_idx: i for i, layer in enumerate(engine.layers)}
-        for moe_layer, own in zip(engine.offloaded.moe.layers, engine.layers, strict=True):
-            handler = self._handler(own, self._ids[position[own.layer_idx]])
-            moe_layer.experts.__dict__[HANDLER_ATTRIBUTE] = handler
-        if predictions is not None:
-            self._predictions = predictions.to(DEVICE)
-            self._predicted = self._predictions[0].clone()
-            for run in (engine._run, getattr(engine, "_device_run", engine._run)):
-                run.prefetcher = _Replayed(run.prefetcher, engine, self._predicted, position)
-
-    def _handler(self, own: Any, ids: Tensor) -> Callable[..., Tensor]:
-        def handler(experts: nn.Module, hidden: Tensor, true: Tensor, weights: Tensor) -> Tensor:
-            is_decode = len(hidden) == len(ids)
-            return own(experts, hidden, ids if is_decode else true, weights)  # type: ignore[no-any-return]
-
-        return handler
-
-    def set_step(self, step: int) -> None:
-        """Route the next decode step as the recording did."""
-        self._ids.copy_(self._routes[step % len(self._routes)])
-        if self._predictions is not None:
-            self._predicted.copy_(self._predictions[step % len(self._predictions)])
-
-
-class _Replayed(Prefetcher):
-    """Computes the real prediction, then hands out the replayed one."""
-
-    def __init__(
-        self, inner: Any, engine: Engine, predicted: Tensor, position: dict[int, int]
-    ) -> None:
-        self._inner, self._predicted, self._position = inner, predicted, position
-
-    def target_of(self, source_layer: int) -> int | None:
-        return self._inner.target_of(source_layer)  # type: ignore[no-any-return]
-
-    def predict(self, source_layer: int, **states: Tensor) -> tuple[Tensor, Tensor]:
-        logits, _ = self._inner.predict(source_layer, **states)
-        return logits, self._predicted[self._position[self.target_of(source_layer) or 0]]
-
-
-def link_bandwidth(rows: Tensor) -> float:
-    """GB/s of plain pinned copies of whole experts."""
-    target = torch.empty_like(rows, device=DEVICE)
-    for _ in range(2):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        target.copy_(rows, non_blocking=True)
-        torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-    return rows.nbytes / seconds / 1e9
-
-
-def time_graph(engine: GraphEngine, replay: Replay, batch: int, context: int, tokens: int) -> Any:
-    """Milliseconds of each decode step, by device events."""
-    graph = engine.graph_for(batch, context)
-    graph.begin(torch.ones(batch, context - 10, dtype=torch.long, device=DEVICE))
-    last = torch.zeros(batch, dtype=torch.long, device=DEVICE)
-    for step in range(WARM_UP_TOKENS):
-        replay.set_step(step)
-        graph.replay(last)
-    engine.reset_stats()
-    events = []
-    for step in range(WARM_UP_TOKENS, WARM_UP_TOKENS + tokens):
-        replay.set_step(step)
-        if step % 8 == 0:  # stay at the context asked for
-            graph.begin(torch.ones(batch, context - 10, dtype=torch.long, device=DEVICE))
-        pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        pair[0].record()
-        last = graph.replay(last).argmax(-1)
-        pair[1].record()
-        events.append(pair)
-        engine._count_step()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in events]
-
-
-def profile(engine: GraphEngine, replay: Replay, path: Path) -> None:
-    """Write a Chrome trace of a few tokens, and print which kernels a token takes."""
-    graph = engine.graph_for(1, 1)
-    graph.begin(torch.ones(1, graph.length - 10, dtype=torch.long, device=DEVICE))
-    last = torch.zeros(1, dtype=torch.long, device=DEVICE)
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
-        for step in range(TIMELINE_TOKENS):
-            replay.set_step(step + 40)
-            graph.replay(last)
-        torch.cuda.synchronize()
-    profiler.export_chrome_trace(str(path))
-    kernels = [e for e in profiler.key_averages() if e.device_time_total > 0]
-    print(f"kernels per token: {sum(e.count for e in kernels) / TIMELINE_TOKENS:.0f}")
-    for e in sorted(kernels, key=lambda e: -e.device_time_total)[:22]:
-        per_token = e.count / TIMELINE_TOKENS
-        print(f"{e.device_time_total / e.count:8.1f} us x {per_token:6.1f} a token  {e.key[:90]}")
-
-
-def time_eager(engine: Engine, replay: Replay, batch: int, context: int, tokens: int) -> Any:
-    """Milliseconds of each decode step with a token read on the host, by the clock."""
-    from transformers import StaticCache
-
-    cache = StaticCache(config=engine.model.config, max_cache_len=context + 64)
-    last = torch.zeros(batch, 1, dtype=torch.long, device=DEVICE)
-    times = []
-    for step in range(WARM_UP_TOKENS + tokens):
-        if step == WARM_UP_TOKENS:
-            engine.reset_stats()
-        replay.set_step(step)
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        logits = engine(input_ids=last, past_key_values=cache, use_cache=True).logits
-        last = logits[:, -1].argmax(-1, keepdim=True)
-        last.tolist()
-        times.append(1e3 * (time.perf_counter() - start))
-    return times[WARM_UP_TOKENS:]
-
-
-def arms(slots: int, recalls: list[float]) -> Iterator[tuple[str, EngineConfig, float | None]]:
-    """Name, configuration and predicted recall of each arm at one slot count."""
+def arms_at(slots: int, batch: int, recalls: list[float]) -> Iterator[Arm]:
+    """All arms of an engine at one share of slots."""
     share = f"{slots}%"
     if slots == 100:
-        yield "resident", EngineConfig(expert_slots=share), None
+        yield Arm("resident", EngineConfig(expert_slots=share))
         return
-    yield "on-demand", EngineConfig(expert_slots=share), None
+    yield Arm("on-demand", EngineConfig(expert_slots=share))
     for recall in recalls:
         name = "prefetch-perfect" if recall == 1 else f"prefetch-{recall:g}"
-        yield name, EngineConfig(expert_slots=share, policy="prefetch"), recall
-    yield "eager-lru", EngineConfig(expert_slots=share, decide_on="host"), None
-    if slots == 25:
-        yield "eager-no-cache", EngineConfig(expert_slots=share, cache="none"), None
+        yield Arm(name, EngineConfig(expert_slots=share, policy="prefetch"), recall)
+    if slots == EAGER_SLOTS and batch == 1:
+        yield Arm("eager-lru", EngineConfig(expert_slots=share, decide_on="host"))
+        no_cache = EngineConfig(expert_slots=share, cache="none")
+        yield Arm("eager-no-cache", no_cache, warm_up_tokens=NO_CACHE_WARM_UP_TOKENS)
 
 
-def measure(
-    offloaded: OffloadedModel, shape: str, args: argparse.Namespace, batch: int, slots: int
-) -> Iterator[Cell]:
-    """All arms of one shape, batch and slot count."""
-    geometry = offloaded.moe.geometry
-    routes = fit_routes(read_routes(args.routes), offloaded.moe, batch)
-    bandwidth = link_bandwidth(offloaded.store.rows[0])
-    for name, config, recall in arms(slots, args.recalls):
-        predictions = (
-            near_miss_predictions(routes, geometry.num_experts, recall) if recall else None
-        )
-        try:
-            with Engine.open(offloaded, config) as engine:
-                if slots == 100:
-                    engine.fill_slots()
-                replay = Replay(engine, routes, predictions)
-                is_graph = isinstance(engine, GraphEngine)
-                tokens = args.tokens if is_graph else min(args.tokens, EAGER_TOKENS)
-                timer = time_graph if is_graph else time_eager
-                times = sorted(timer(engine, replay, batch, args.context, tokens))
-                stats = engine.stats()
-                if args.timelines and is_graph and batch == 1 and slots in (25, 100):
-                    args.timelines.mkdir(parents=True, exist_ok=True)
-                    profile(engine, replay, args.timelines / f"{shape}-{slots}-{name}.json.gz")
-                if is_graph and slots < 100:
-                    engine.check_integrity()
-        except torch.cuda.OutOfMemoryError:
-            print(f"{shape} batch {batch} slots {slots} % {name}: does not fit this GPU")
-            continue
-        finally:
-            torch.cuda.empty_cache()
-        yield Cell(
-            shape=shape,
-            batch=batch,
-            slots=slots,
-            arm=name,
-            tpot_ms_median=statistics.median(times),
-            tpot_ms_p95=times[int(0.95 * (len(times) - 1))],
-            bytes_per_token=stats.bytes_per_token,
-            hit_rate=stats.hit_rate,
-            link_gb_s=bandwidth,
-            tokens=len(times),
-        )
-
-
-def main() -> None:
-    """Run the shapes asked for."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--routes", type=Path, required=True)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4])
-    parser.add_argument("--slots", nargs="+", type=int, default=[100, 10, 25, 40, 60])
-    parser.add_argument("--recalls", nargs="+", type=float, default=[0.89, 1.0])
-    parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=112)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--timelines", type=Path, help="folder for Chrome traces of a few tokens")
-    args = parser.parse_args()
-    cells: list[Cell] = []
-    for shape in args.shapes:
+def link_bandwidth(rows: Tensor, device: torch.device) -> float:
+    """GB/s of plain pinned copies of one layer's experts, the better of two."""
+    target = torch.empty_like(rows, device=device)
+    best = 0.0
+    for _ in range(2):
+        _synchronize(device)
         start = time.perf_counter()
-        offloaded = build(shape)
-        print(f"{shape}: built in {time.perf_counter() - start:.0f} s", flush=True)
-        floors: dict[int, float] = {}
+        target.copy_(rows, non_blocking=True)
+        _synchronize(device)
+        best = max(best, rows.nbytes / (time.perf_counter() - start) / 1e9)
+    return best
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def difference_from_stock(engine: Engine, num_tokens: int) -> float:
+    """How far the first layer's output lies from transformers' own eager experts, relatively.
+
+    Args:
+        engine: Open, with enough slots for the tokens.
+        num_tokens: Tokens, of random router inputs and random experts.
+    """
+    own, moe_layer = engine.layers[0], engine.offloaded.moe.layers[0]
+    geometry, store = engine.geometry, engine.offloaded.store
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(num_tokens, geometry.num_experts, generator=generator)
+    ids = noise.topk(geometry.top_k, dim=-1).indices.to(engine.device)
+    hidden = torch.randn(num_tokens, geometry.hidden_size, generator=generator)
+    hidden = hidden.to(engine.device, torch.bfloat16)
+    weights = torch.full(ids.shape, 1 / geometry.top_k, device=engine.device, dtype=hidden.dtype)
+    engine._run.is_prefill = False
+    if isinstance(engine, GraphEngine):
+        engine._device_run.is_prefill = False
+    got = own(moe_layer.experts, hidden, ids, weights).float()
+    rows = store.rows[0].to(engine.device)
+    view = ExpertsView(moe_layer.experts, store.layouts[0].views(rows))
+    stock = stock_experts_function("batched_mm", moe_layer.experts)
+    expected = stock(view, hidden, ids, weights).float()  # type: ignore[arg-type]
+    return float((got - expected).abs().max() / expected.abs().max())
+
+
+class ShapeBenchmark:
+    """All cells of one shape."""
+
+    def __init__(
+        self, args: argparse.Namespace, results: PartialResults, shape: str, pool: HostPool
+    ) -> None:
+        """Build the model.
+
+        Args:
+            args: The command line.
+            results: Where rows go.
+            shape: Which.
+            pool: Where experts lie.
+        """
+        self.args, self.results, self.pool = args, results, pool
+        self.label = label_of(shape, layers=args.layers, is_tiny=args.tiny)
+        settings = settings_of(shape, layers=args.layers, is_tiny=args.tiny)
+        with results.phase(f"{self.label}: build"):
+            self.offloaded: OffloadedModel = build(settings, self.label, pool, args.device)
+        geometry = self.offloaded.moe.geometry
+        self.device = self.offloaded.device
+        self.link_gb_s = link_bandwidth(self.offloaded.store.rows[0], self.device)
+        self.recorded = (
+            read_routes(args.routes)
+            if args.routes
+            else random_routes(96, geometry.num_layers, geometry.num_experts, geometry.top_k)
+        )
+        self._resident_ms: dict[int, float] = {}
+        self._resident_logits: dict[int, Tensor] = {}
+
+    def run(self) -> None:
+        """Every cell that is asked for and that time allows."""
+        args, results = self.args, self.results
         for batch in args.batches:
             for slots in args.slots:
-                for cell in measure(offloaded, shape, args, batch, slots):
-                    cells.append(cell)
-                    if cell.arm == "resident":
-                        floors[batch] = cell.tpot_ms_median
-                    print_row(cell, floors.get(batch))
-                    if args.json:
-                        write(args.json, cells)
-        offloaded.store.close()
-        del offloaded
-        torch.cuda.empty_cache()
+                if reason := self._why_not(slots):
+                    results.skip(f"{self.label} batch {batch} slots {slots} %", reason)
+                    continue
+                for arm in arms_at(slots, batch, args.recalls):
+                    name = f"{self.label} batch {batch} slots {slots} % {arm.name}"
+                    if not self._is_wanted(arm.name) or results.skip_if_spent(name):
+                        continue
+                    with results.phase(f"{self.label}: {arm.name}"), results.cell(name):
+                        self._measure(arm, batch, slots)
+                    free_memory()
+        name = f"{self.label} batch 1 accelerate"
+        if self._is_wanted("accelerate") and not results.skip_if_spent(name):
+            with results.phase(f"{self.label}: accelerate"), results.cell(name):
+                self._measure_accelerate()
+
+    def profile(self) -> None:
+        """Trace a few tokens all resident, and of each arm at 25 %; batch 1."""
+        share = EAGER_SLOTS
+        for arm in [*arms_at(100, 1, []), *arms_at(share, 1, self.args.recalls)]:
+            name = f"{self.label} {arm.config.expert_slots} {arm.name}"
+            if not self._is_wanted(arm.name) or arm.name.startswith("eager"):
+                continue
+            if self.results.skip_if_spent(f"profile of {name}"):
+                continue
+            with self.results.phase("profiles"), self.results.cell(f"profile of {name}"):
+                self._profile(arm, name)
+            free_memory()
+
+    def _profile(self, arm: Arm, name: str) -> None:
+        with self._opened(arm, 1) as (engine, replay):
+            steps = self._steps(engine, 1)
+            self._warm_up(steps, replay, WARM_UP_TOKENS)
+            file = re.sub(r"[^\w.]+", "-", name) + ".json.gz"
+            found = profile_steps(steps, replay, self.args.timelines / file, TIMELINE_TOKENS)
+        print_summary(name, found)
+        profiles = self.results.content.setdefault("profiles", [])
+        profiles.append({"arm": name, "chrome_trace": file, **found})
+        self.results.write()
+
+    @contextlib.contextmanager
+    def _opened(self, arm: Arm, batch: int) -> Iterator[tuple[Engine, Replay]]:
+        """An engine of that arm, its routing replayed."""
+        routes = fit_routes(self.recorded, self.offloaded.moe, batch)
+        num_experts = self.offloaded.moe.geometry.num_experts
+        predictions = near_miss_predictions(routes, num_experts, arm.recall) if arm.recall else None
+        with Engine.open(self.offloaded, arm.config) as engine:
+            if arm.name == "resident":
+                engine.fill_slots()
+                with self.results.cell(f"{self.label} batch {batch}, against stock experts"):
+                    self._check_against_stock(engine, batch)
+            yield engine, Replay(engine, routes, predictions)
+
+    def _is_wanted(self, arm: str) -> bool:
+        return any(fnmatch(arm, pattern) for pattern in self.args.arms)
+
+    def _why_not(self, slots: int) -> str | None:
+        geometry = self.offloaded.moe.geometry
+        try:
+            parse_slots(f"{slots}%", num_experts=geometry.num_experts, top_k=geometry.top_k)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def _measure(self, arm: Arm, batch: int, slots: int) -> None:
+        with self._opened(arm, batch) as (engine, replay):
+            steps = self._steps(engine, batch)
+            is_graph = isinstance(steps, GraphSteps)
+            logits, ms_per_token = self._warm_up(steps, replay, arm.warm_up_tokens)
+            engine.reset_stats()
+            most = self.args.tokens if is_graph else min(self.args.tokens, EAGER_TOKENS)
+            num_tokens = tokens_within(self.args.cell_seconds, ms_per_token, most)
+            times = steps.time(replay, arm.warm_up_tokens, num_tokens)
+            stats = engine.stats()
+            if arm.name == "resident":
+                self._resident_ms[batch] = statistics.median(times)
+                self._resident_logits[batch] = logits
+            elif is_graph:
+                for layer in (engine.layers[0], engine.layers[-1]):
+                    layer.check_integrity()  # type: ignore[attr-defined]
+        self._add(
+            arm.name,
+            batch,
+            slots,
+            times,
+            warm_up_tokens=arm.warm_up_tokens,
+            bytes_per_token=stats.bytes_per_token,
+            prefetched_bytes_per_token=stats.decode.prefetched_bytes / num_tokens,
+            wasted_bytes_per_token=stats.wasted_bytes_per_token,
+            hit_rate=stats.hit_rate,
+            is_bit_equal=self._is_bit_equal(batch, logits) if is_graph else None,
+        )
+
+    def _steps(self, engine: Engine, batch: int) -> DecodeSteps:
+        context = self.args.context
+        if isinstance(engine, GraphEngine):
+            return GraphSteps(engine, batch, context)
+        return EagerSteps(engine, engine.model.config, batch, context, self.device)
+
+    def _warm_up(
+        self, steps: DecodeSteps, replay: Replay | None, num_tokens: int
+    ) -> tuple[Tensor, float]:
+        """The last logits, and milliseconds per token."""
+        steps.run(replay, 1)  # compiles what is not compiled yet
+        _synchronize(self.device)
+        start = time.perf_counter()
+        logits = steps.run(replay, num_tokens)
+        _synchronize(self.device)
+        assert logits is not None
+        return logits, 1e3 * (time.perf_counter() - start) / num_tokens
+
+    def _check_against_stock(self, engine: Engine, batch: int) -> None:
+        difference = difference_from_stock(engine, batch)
+        checks = self.results.content.setdefault("difference_from_stock_experts", {})
+        checks[f"{self.label} batch {batch}"] = difference
+        print(f"{self.label} b{batch}: a layer differs from stock experts by {difference:.2e}")
+
+    def _is_bit_equal(self, batch: int, logits: Tensor) -> bool | None:
+        resident = self._resident_logits.get(batch)
+        return None if resident is None else torch.equal(logits, resident)
+
+    def _measure_accelerate(self) -> None:
+        put_experts_back(self.offloaded, self.pool)
+        moe = self.offloaded.moe
+        experts = [layer.experts for layer in moe.layers]
+        moved = sum(p.nbytes for module in experts for p in module.parameters())
+        with experts_offloaded(moe.model, experts, self.device):
+            steps = EagerSteps(moe.model, moe.model.config, 1, self.args.context, self.device)
+            steps.run(None, 1)
+            times = steps.time(None, 1, ACCELERATE_TOKENS)
+        self._add(
+            "accelerate",
+            1,
+            0,
+            times,
+            warm_up_tokens=1,
+            bytes_per_token=float(moved),
+            prefetched_bytes_per_token=0.0,
+            wasted_bytes_per_token=0.0,
+            hit_rate=0.0,
+            is_bit_equal=None,
+        )
+
+    def _add(self, arm: str, batch: int, slots: int, times: list[float], **values: object) -> None:
+        ordered, resident_ms = sorted(times), self._resident_ms.get(batch)
+        cell = Cell(
+            shape=self.label,
+            batch=batch,
+            slots=slots,
+            arm=arm,
+            tpot_ms_median=statistics.median(times),
+            tpot_ms_mean=statistics.fmean(times),
+            tpot_ms_p95=ordered[round(0.95 * (len(times) - 1))],
+            link_gb_s=self.link_gb_s,
+            resident_floor_ms=resident_ms,
+            copy_floor_ms=values["bytes_per_token"] / self.link_gb_s / 1e6,  # type: ignore[operator]
+            tokens=len(times),
+            **values,  # type: ignore[arg-type]
+        )
+        self.results.add(asdict(cell))
+        print_row(cell)
 
 
-def print_row(cell: Cell, resident_ms: float | None) -> None:
+def print_row(cell: Cell) -> None:
     """One line of the table, beside the floor of doing compute and copies one after the other."""
-    copy_ms = cell.bytes_per_token / cell.link_gb_s / 1e6
-    serial = "" if resident_ms is None else f"  / serial floor {resident_ms + copy_ms:7.2f}"
+    floor = cell.resident_floor_ms
+    serial = (
+        ""
+        if floor is None
+        else f" floor {floor + cell.copy_floor_ms:.2f}"
+        f" mean {cell.tpot_ms_mean / (floor + cell.copy_floor_ms):4.2f} x"
+    )
+    equal = {True: "", False: " LOGITS DIFFER", None: ""}[cell.is_bit_equal]
     print(
-        f"{cell.shape:14} b{cell.batch} {cell.slots:3} %  {cell.arm:18}"
-        f" TPOT {cell.tpot_ms_median:8.2f} (p95 {cell.tpot_ms_p95:8.2f}) ms"
-        f"  {cell.bytes_per_token / 1e6:7.0f} MB = {copy_ms:6.2f} ms copying{serial}"
-        f"  hit {cell.hit_rate:.3f}",
+        f"{cell.shape[:12]} b{cell.batch} {cell.slots:3} % {cell.arm:16}"
+        f"{cell.tpot_ms_median:8.2f} ms (mean {cell.tpot_ms_mean:.2f}, p95 {cell.tpot_ms_p95:.2f})"
+        f" {cell.bytes_per_token / 1e6:6.0f} MB hit {cell.hit_rate or 0:.3f}{serial}{equal}",
         flush=True,
     )
 
 
-def write(path: Path, cells: list[Cell]) -> None:
-    """The result so far, as JSON."""
-    content = {
-        "device": torch.cuda.get_device_name(),
-        "versions": package_versions() | {"cuda": torch.version.cuda},
-        "weights": "random",
-        "routing": "replayed",
-        "rows": [asdict(cell) for cell in cells],
-    }
-    path.write_text(json.dumps(content, indent=1) + "\n")
+def parse_arguments() -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--routes", type=Path, help="route file to replay; drawn at random with --tiny")
+    add("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    add("--layers", type=int, help="decoder layers; rows say it")
+    add("--batches", nargs="+", type=int, default=[1, 4])
+    add("--slots", nargs="+", type=int, default=[100, 25, 10, 40, 60], help="per cent, 100 first")
+    add("--recalls", nargs="+", type=float, default=[0.89, 1.0])
+    add("--arms", nargs="+", default=["*"], help="patterns of the arms to run, such as prefetch-*")
+    add("--context", type=int, default=512)
+    add("--tokens", type=int, default=96, help="measured in a cell, after the warm-up")
+    add("--cell-seconds", type=float, default=4, help="measure fewer tokens than --tokens if slow")
+    add("--minutes", type=float, default=9, help="begin no cell after so many")
+    add("--json", type=Path)
+    add("--timelines", type=Path, help="folder for Chrome traces of a few tokens")
+    add("--tiny", action="store_true", help="small sizes on the CPU: a test of this script")
+    args = parser.parse_args()
+    if args.tiny:
+        args.tokens, args.context = min(args.tokens, 8), 64
+    elif not args.routes:
+        parser.error("--routes FILE is needed, a recorded route (see docs/gpu.md); or --tiny")
+    elif not torch.cuda.is_available():
+        parser.error("PyTorch finds no CUDA device here; --tiny tests the script on a CPU")
+    args.device = "cpu" if args.tiny else "cuda"
+    return args
+
+
+def main() -> int:
+    """Run the shapes asked for."""
+    args = parse_arguments()
+    routing = f"replayed from {args.routes.name}" if args.routes else "drawn at random"
+    results = PartialResults(
+        args.json,
+        args.minutes,
+        weights="random",
+        routing=f"{routing}; for other shapes its ids are folded to their experts",
+        predictions="the recorded truth, wrong guesses drawn from the layer's popularity",
+        host_memory=f"a pinned pool of {POOL_BYTES >> 30} GiB that layers share round robin",
+        context=args.context,
+        command=" ".join(sys.argv),
+    )
+    with results.phase("host pool"):
+        pool = HostPool(TINY_POOL_BYTES if args.tiny else POOL_BYTES, torch.device(args.device))
+    for shape in args.shapes:
+        if not results.skip_if_spent(shape):
+            with results.cell(shape):
+                ShapeBenchmark(args, results, shape, pool).run()
+            free_memory()
+    if args.timelines and not results.skip_if_spent("profiles"):
+        # last: once the profiler has run, launches stay slower
+        with results.cell("profiles"):
+            ShapeBenchmark(args, results, args.shapes[0], pool).profile()
+    pool.close()
+    return results.finish()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""The GPU benchmarks run to their end on a CPU, and what they replay and count is right."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import decode_profile
+import partial_results
+import random_shapes
+import replayed_routing
+
+BENCHMARKS = Path(partial_results.__file__).parent
+
+
+def run_script(name: str, *flags: str) -> str:
+    command = [sys.executable, str(BENCHMARKS / name), "--tiny", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_route_file_is_read_and_folded_to_another_shape(tmp_path: Path) -> None:
+    header = "turn,phase,step,layer,slot,expert,weight,residency,expert_bytes"
+    rows = [(1, 0, (5, 9)), (1, 1, (2, 6)), (2, 0, (1, 3)), (2, 1, (0, 4)), (3, 0, (7, 7))]
+    lines = [f"0,1,{s},{la},{i},{e},0.5,0,1" for s, la, es in rows for i, e in enumerate(es)]
+    path = tmp_path / "route.csv"
+    path.write_text("\n".join(["# a comment", header, "0,0,0,0,0,1,1,0,1", *lines]) + "\n")
+    routes = replayed_routing.read_routes(path)
+    assert routes.tolist() == [[[5, 9], [2, 6]], [[1, 3], [0, 4]]]  # step 3 is not whole
+    moe = SimpleNamespace(geometry=SimpleNamespace(num_layers=2, num_experts=4, top_k=2))
+    fitted = replayed_routing.fit_routes(routes, moe, batch=2)
+    assert fitted[0, :, 0].tolist() == [[1, 0], [2, 0]]  # 5 and 9 are both expert 1 of 4
+    assert torch.equal(fitted[0, :, 1], fitted[17 % 2, :, 0])
+
+
+@pytest.mark.parametrize("recall", [0.5, 1.0])
+def test_replayed_predictions_have_the_recall_asked_for(recall: float) -> None:
+    routes = replayed_routing.random_routes(400, 2, 32, 4).unsqueeze(2)
+    predicted = replayed_routing.near_miss_predictions(routes, 32, recall)
+    is_hit = (predicted.unsqueeze(-1) == routes.unsqueeze(-2)).any(-1)
+    assert abs(is_hit.float().mean().item() - recall) < 0.03
+    assert (predicted.sort(-1).values.diff(dim=-1) > 0).all()  # no expert twice
+
+
+def test_layers_share_the_pool_and_rows_lie_in_it() -> None:
+    pool = random_shapes.HostPool(4096, torch.device("cpu"))
+    rows = pool.rows(num_layers=5, num_experts=4, row_bytes=512)
+    assert [r.data_ptr() == rows[0].data_ptr() for r in rows] == [True, False, True, False, True]
+    assert rows[0].shape == (4, 512)
+    with pytest.raises(ValueError, match="8,192 bytes; the pool has 4,096"):
+        pool.rows(num_layers=1, num_experts=16, row_bytes=512)
+
+
+def test_a_shape_with_fewer_layers_says_so() -> None:
+    assert random_shapes.label_of("mixtral-8x7b") == "mixtral-8x7b (16 of 32 layers)"
+    assert random_shapes.label_of("qwen3-30b-a3b") == "qwen3-30b-a3b"
+    assert random_shapes.label_of("qwen3-30b-a3b", layers=12).endswith("(12 of 48 layers)")
+
+
+def event(name: str, kind: str, start: int, end: int) -> SimpleNamespace:
+    span = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
+    return SimpleNamespace(name=name, device_type=SimpleNamespace(name=kind), time_range=span)
+
+
+def test_a_profile_counts_launches_and_waits_within_steps_alone() -> None:
+    found = decode_profile.summary(
+        [
+            event(decode_profile.STEP_NAME, "CPU", 0, 10),
+            event(decode_profile.STEP_NAME, "CPU", 20, 30),
+            event("cudaGraphLaunch", "CPU", 1, 2),
+            event("cudaGraphLaunch", "CPU", 21, 22),
+            event("cudaLaunchKernel", "CPU", 3, 4),
+            event("cudaLaunchKernel", "CPU", 12, 13),  # between two steps
+            event("cudaStreamSynchronize", "CPU", 25, 26),
+            event("cudaDeviceSynchronize", "CPU", 40, 50),
+            event("gemv", "CUDA", 2, 8),
+            event("gemv", "CUDA", 22, 28),
+        ],
+        num_tokens=2,
+    )
+    assert found["graph_launches_per_token"] == 1
+    assert found["kernel_launches_outside_graph_per_token"] == 0.5
+    assert found["waits_for_the_device"] == 1
+    assert found["greatest"] == [{"kernel": "gemv", "us_per_token": 6.0, "count_per_token": 1.0}]
+
+
+def test_a_failed_cell_is_written_down_and_the_next_one_runs(tmp_path: Path) -> None:
+    results = partial_results.PartialResults(tmp_path / "r.json", minutes=1)
+    with results.cell("first"):
+        raise RuntimeError("broken")
+    results.add({"arm": "second"})
+    assert results.finish() == 1
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert written["failed"] == ["first: RuntimeError: broken"]
+    assert written["rows"] == [{"arm": "second"}]
+
+
+def test_no_cell_begins_after_the_time_is_over(tmp_path: Path) -> None:
+    results = partial_results.PartialResults(tmp_path / "r.json", minutes=0)
+    assert results.skip_if_spent("late")
+    assert json.loads((tmp_path / "r.json").read_text())["skipped"] == [
+        "late: the 0 minutes are over"
+    ]
+
+
+def test_the_decode_benchmark_runs_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "decode.json"
+    flags = ["--shapes", "qwen3-30b-a3b", "mixtral-8x7b", "--slots", "100", "25", "--batches", "1"]
+    run_script("decode_gpu.py", *flags, "--json", str(path), "--timelines", str(tmp_path / "t"))
+    written = json.loads(path.read_text())
+    of_one = {r["arm"] for r in written["rows"] if "qwen3" in r["shape"]}
+    assert of_one == {
+        *("resident", "on-demand", "prefetch-0.89", "prefetch-perfect"),
+        *("eager-lru", "eager-no-cache", "accelerate"),
+    }
+    assert max(written["difference_from_stock_experts"].values()) == 0  # the same code on a CPU
+    assert len(list((tmp_path / "t").glob("*.json.gz"))) == 4
+
+
+def test_the_ttft_benchmark_runs_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "ttft.json"
+    run_script("ttft_gpu.py", "--json", str(path))
+    rows = json.loads(path.read_text())["rows"]
+    assert [r["arm"] for r in rows[::2]] == ["resident", "streamed, 25% slots", "accelerate"]
+    assert all(r["bytes_per_prompt"] > 0 for r in rows[2:])
