@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from foreroute.data.adapters import MoELayer
 from foreroute.runtime.host_store import RowLayout
+from foreroute.runtime.kernels.activation import ExpertForm
 from foreroute.runtime.kernels.fetch import fetch
 from foreroute.runtime.kernels.plan import ResidencyTables, ScoreRule, plan
-from foreroute.runtime.kernels.products import ExpertForm, expert_products
+from foreroute.runtime.kernels.products import expert_products
 from foreroute.runtime.prefetch import Prefetcher
 from foreroute.runtime.prefill import StreamedPrefill
 
@@ -123,11 +124,8 @@ class DeviceLayer:
         fetch(self.rows, self.slots, source, target, num_blocks=num_blocks)
 
     def _multiply(self, hidden: Tensor, ids: Tensor, gate_weights: Tensor, output: Tensor) -> None:
-        form = self._run.form
-        width = self.weights["down_proj"].shape[1 if form.is_transposed else 2]
-        inner = torch.empty(ids.numel(), width, dtype=torch.float32, device=hidden.device)
-        slot_of = self.tables.slot_of
-        expert_products(hidden, ids, gate_weights, slot_of, self.weights, form, inner, output)
+        form, slot_of = self._run.form, self.tables.slot_of
+        expert_products(hidden, ids, gate_weights, slot_of, self.weights, form, output)
 
     def _look_ahead(self, router_input: Tensor, expert_ids: Tensor, gate_weights: Tensor) -> None:
         """Predict the target layer's experts and load them, on the stream beside the compute."""

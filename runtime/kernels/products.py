@@ -2,57 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-Activation = Literal["silu", "gelu-tanh", "relu-squared", "clamped-swish"]
-_ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu-tanh", "relu-squared", "clamped-swish")
+from foreroute.runtime.kernels.activation import (
+    ACTIVATIONS,
+    ExpertForm,
+    activate,
+    activate_reference,
+)
+from foreroute.runtime.kernels.transposed import transposed_products
+
 # Fastest of those tried on an H100 at Qwen3-30B-A3B's shape: few rows, each read all at once.
 UP_ROWS, UP_COLUMNS, UP_WARPS = 1, 2048, 2
 DOWN_ROWS, DOWN_COLUMNS, DOWN_WARPS = 2, 1024, 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExpertForm:
-    """How an experts module computes; enough for every layout transformers has."""
-
-    activation: Activation
-    has_gate: bool = True
-    """activation(gate) * up; without, activation(up)."""
-    is_interleaved: bool = False
-    """Rows of gate and up alternate, rather than all gate rows first."""
-    is_transposed: bool = False
-    """Weights are stored [in, out]."""
-    alpha: float = 1.0
-    """`clamped-swish`: gate * sigmoid(alpha * gate), times up + 1."""
-    limit: float = 0.0
-    """`clamped-swish`: gate is at most this, up lies within +-this."""
-
-
-@triton.jit
-def _activate(gate, up, alpha, limit, ACTIVATION: tl.constexpr, HAS_GATE: tl.constexpr):
-    if ACTIVATION == 3:
-        gate = tl.minimum(gate, limit)
-        up = tl.minimum(tl.maximum(up, -limit), limit)
-        value = gate * tl.sigmoid(gate * alpha) * (up + 1)
-    else:
-        source = gate if HAS_GATE else up
-        if ACTIVATION == 0:
-            value = source * tl.sigmoid(source)
-        elif ACTIVATION == 1:
-            inner = 0.7978845608028654 * (source + 0.044715 * source * source * source)
-            value = source * tl.sigmoid(2 * inner)  # 0.5 (1 + tanh(x)) = sigmoid(2 x)
-        else:
-            positive = tl.maximum(source, 0.0)
-            value = positive * positive
-        if HAS_GATE:
-            value = value * up
-    return value
 
 
 @triton.jit
@@ -68,7 +33,6 @@ def _up_kernel(
     top_k,
     slot_stride,
     row_stride,
-    column_stride,
     up_offset,
     bias_slot_stride,
     bias_row_stride,
@@ -94,7 +58,7 @@ def _up_kernel(
         mask = is_row[:, None] & is_column[None, :]
         state = tl.load(hidden + (pair // top_k) * depth + columns, mask=is_column, other=0.0)
         state = state.to(tl.float32)[None, :]
-        where = base + columns[None, :] * column_stride
+        where = base + columns[None, :]
         if HAS_GATE:
             gate += tl.sum(tl.load(where, mask=mask, other=0.0).to(tl.float32) * state, 1)
         up += tl.sum(tl.load(where + up_offset, mask=mask, other=0.0).to(tl.float32) * state, 1)
@@ -103,7 +67,7 @@ def _up_kernel(
         if HAS_GATE:
             gate += tl.load(where_bias, mask=is_row, other=0.0).to(tl.float32)
         up += tl.load(where_bias + bias_up_offset, mask=is_row, other=0.0).to(tl.float32)
-    value = _activate(gate, up, alpha, limit, ACTIVATION, HAS_GATE)
+    value = activate(gate, up, alpha, limit, ACTIVATION, HAS_GATE)
     tl.store(inner + pair * width + rows, value, mask=is_row)
 
 
@@ -120,7 +84,6 @@ def _down_kernel(
     depth,
     slot_stride,
     row_stride,
-    column_stride,
     bias_slot_stride,
     TOP_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -141,7 +104,7 @@ def _down_kernel(
             is_column = columns < width
             mask = is_row[:, None] & is_column[None, :]
             state = tl.load(inner + pair * width + columns, mask=is_column, other=0.0)[None, :]
-            weights = tl.load(base + columns[None, :] * column_stride, mask=mask, other=0.0)
+            weights = tl.load(base + columns[None, :], mask=mask, other=0.0)
             value += tl.sum(weights.to(tl.float32) * state, 1)
         if HAS_BIAS:
             where_bias = bias + slot * bias_slot_stride + rows
@@ -157,7 +120,6 @@ def expert_products(
     slot_of: Tensor,
     weights: dict[str, Tensor],
     form: ExpertForm,
-    inner: Tensor,
     output: Tensor,
 ) -> None:
     """Compute experts that are resident; deterministic, sums in float32 in a fixed order.
@@ -169,16 +131,19 @@ def expert_products(
         slot_of: [E] int32, all asked experts resident.
         weights: The slots' parameters by name as the experts module has them, [S, ...].
         form: How the module computes.
-        inner: Scratch, [T * K, I] float32.
         output: Written, [T, D].
     """
+    if form.is_transposed:
+        transposed_products(hidden, expert_ids, gate_weights, slot_of, weights, form, output)
+        return
     num_tokens, depth = hidden.shape
-    top_k, width = expert_ids.shape[-1], inner.shape[-1]
-    first = weights["gate_up_proj" if form.has_gate else "up_proj"]
-    first_bias = weights.get("gate_up_proj_bias" if form.has_gate else "up_proj_bias")
-    row, column = (2, 1) if form.is_transposed else (1, 2)
+    name = "gate_up_proj" if form.has_gate else "up_proj"
+    first, first_bias = weights[name], weights.get(f"{name}_bias")
+    second, second_bias = weights["down_proj"], weights.get("down_proj_bias")
+    top_k, width = expert_ids.shape[-1], second.shape[2]
+    inner = hidden.new_empty((expert_ids.numel(), width), dtype=torch.float32)
     step = 2 if form.is_interleaved else 1
-    row_stride = first.stride(row)
+    row_stride = first.stride(1)
     apart = (1 if form.is_interleaved else width) if form.has_gate else 0
     _up_kernel[(triton.cdiv(width, UP_ROWS), num_tokens * top_k)](
         hidden,
@@ -192,21 +157,19 @@ def expert_products(
         top_k,
         first.stride(0),
         row_stride * step,
-        first.stride(column),
         row_stride * apart,
         0 if first_bias is None else first_bias.stride(0),
         step,
         apart,
         form.alpha,
         form.limit,
-        ACTIVATION=_ACTIVATIONS.index(form.activation),
+        ACTIVATION=ACTIVATIONS.index(form.activation),
         HAS_GATE=form.has_gate,
         HAS_BIAS=first_bias is not None,
         ROWS=UP_ROWS,
         COLUMNS=min(UP_COLUMNS, triton.next_power_of_2(depth)),
         num_warps=UP_WARPS,
     )
-    second, second_bias = weights["down_proj"], weights.get("down_proj_bias")
     _down_kernel[(triton.cdiv(depth, DOWN_ROWS), num_tokens)](
         inner,
         gate_weights,
@@ -218,8 +181,7 @@ def expert_products(
         width,
         depth,
         second.stride(0),
-        second.stride(row),
-        second.stride(column),
+        second.stride(1),
         0 if second_bias is None else second_bias.stride(0),
         TOP_K=top_k,
         HAS_BIAS=second_bias is not None,
@@ -252,22 +214,3 @@ def expert_products_reference(
     if "down_proj_bias" in weights:
         outputs = outputs + weights["down_proj_bias"][slots].float()
     return (outputs * gate_weights.float().unsqueeze(-1)).sum(1)
-
-
-def activate_reference(inner: Tensor, form: ExpertForm) -> Tensor:
-    """The form's activation in plain PyTorch: [.., 2 * I] (or [.., I] ungated) to [.., I]."""
-    functional = torch.nn.functional
-    gate = up = inner
-    if form.has_gate and form.is_interleaved:
-        gate, up = inner[..., ::2], inner[..., 1::2]
-    elif form.has_gate:
-        gate, up = inner.chunk(2, dim=-1)
-    if form.activation == "clamped-swish":
-        gate, up = gate.clamp(max=form.limit), up.clamp(-form.limit, form.limit)
-        return gate * torch.sigmoid(form.alpha * gate) * (up + 1)
-    activated = {
-        "silu": functional.silu,
-        "gelu-tanh": lambda x: functional.gelu(x, approximate="tanh"),
-        "relu-squared": lambda x: functional.relu(x).square(),
-    }[form.activation](gate)
-    return activated * up if form.has_gate else activated
