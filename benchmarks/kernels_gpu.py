@@ -1,0 +1,239 @@
+"""Microseconds of each decode kernel on a GPU, at the shapes of known models.
+
+    python benchmarks/kernels_gpu.py [--tune] [--json FILE]
+
+Each kernel runs many times in one CUDA graph, over weights larger than the second-level cache, as
+in a decode step. Tensors are RANDOM. `--tune` also tries other tile sizes of the expert products.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from foreroute.runtime.host_store import allocate_host
+from foreroute.runtime.kernels import products, transposed
+from foreroute.runtime.kernels.activation import ExpertForm
+from foreroute.runtime.kernels.attention import decode_attention
+from foreroute.runtime.kernels.cache import store_token
+from foreroute.runtime.kernels.fetch import fetch
+from foreroute.runtime.kernels.plan import ResidencyTables, lrfu, plan
+from foreroute.runtime.kernels.products import expert_products
+from foreroute.runtime.kernels.rotary import rotate
+from foreroute.runtime.kernels.top_k import softmax_top_k
+
+DEVICE = torch.device("cuda")
+CALLS, REPEATS = 48, 7
+CONTEXT = 768
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the kernels of one model see."""
+
+    name: str
+    hidden: int
+    width: int
+    experts: int
+    top_k: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    form: ExpertForm
+    has_bias: bool = False
+
+
+QWEN3 = Shape("qwen3-30b-a3b", 2048, 768, 128, 8, 32, 4, 128, ExpertForm(activation="silu"))
+GPT_OSS = Shape(
+    "gpt-oss-20b",
+    2880,
+    2880,
+    32,
+    4,
+    64,
+    8,
+    64,
+    ExpertForm(
+        activation="clamped-swish", is_interleaved=True, is_transposed=True, alpha=1.702, limit=7.0
+    ),
+    has_bias=True,
+)
+MIXTRAL = Shape("mixtral-8x7b", 4096, 14336, 8, 2, 32, 8, 128, ExpertForm(activation="silu"))
+
+
+def microseconds(call: Callable[[int], object]) -> float:
+    """Time per call, median of several replays of a graph of many; `call` is given its number."""
+    call(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(CALLS):
+            call(i)
+    graph.replay()
+    times = []
+    for _ in range(REPEATS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        graph.replay()
+        torch.cuda.synchronize()
+        times.append(1e6 * (time.perf_counter() - start) / CALLS)
+    return statistics.median(times)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Normal noise on the device."""
+    return torch.randn(*shape, device=DEVICE, dtype=dtype)
+
+
+class Experts:
+    """Slots with enough random experts that none is in the cache when its turn comes."""
+
+    def __init__(self, shape: Shape) -> None:
+        """Allocate the slots."""
+        self.shape = shape
+        gated = 2 * shape.width if shape.form.has_gate else shape.width
+        first, second = (gated, shape.hidden), (shape.hidden, shape.width)
+        if shape.form.is_transposed:
+            first, second = first[::-1], second[::-1]
+        bytes_each = 2 * (gated + shape.width) * shape.hidden
+        self.bytes_per_call = bytes_each * shape.top_k
+        self.num_slots = max(shape.top_k * 3, shape.experts)
+        self.weights = {
+            "gate_up_proj": random(self.num_slots, *first),
+            "down_proj": random(self.num_slots, *second),
+        }
+        if shape.has_bias:
+            self.weights["gate_up_proj_bias"] = random(self.num_slots, gated)
+            self.weights["down_proj_bias"] = random(self.num_slots, shape.hidden)
+        self.slot_of = torch.arange(self.num_slots, dtype=torch.int32, device=DEVICE)
+        self.hidden = random(1, shape.hidden)
+        self.gates = torch.full((1, shape.top_k), 1 / shape.top_k, device=DEVICE)
+        self.output = torch.empty_like(self.hidden)
+        steps = torch.arange(CALLS * shape.top_k, device=DEVICE).view(CALLS, 1, shape.top_k)
+        self.ids = steps % self.num_slots
+
+    def run(self, i: int) -> None:
+        """One token's experts."""
+        expert_products(
+            self.hidden,
+            self.ids[i],
+            self.gates,
+            self.slot_of,
+            self.weights,
+            self.shape.form,
+            self.output,
+        )
+
+
+def around_the_experts(shape: Shape) -> dict[str, float]:
+    """Attention, cache, rotation, routing and planning."""
+    q = random(1, 1, shape.heads * shape.head_dim).view(1, 1, shape.heads, -1).transpose(1, 2)
+    k = random(1, shape.kv_heads, 1, shape.head_dim)
+    keys = random(8, 1, shape.kv_heads, CONTEXT, shape.head_dim)
+    values = random(8, 1, shape.kv_heads, CONTEXT, shape.head_dim)
+    mask = torch.ones(1, 1, 1, CONTEXT, dtype=torch.bool, device=DEVICE)
+    at = torch.tensor([CONTEXT - 1], device=DEVICE)
+    cos, sin = random(2, 1, 1, shape.head_dim)
+    logits = random(1, shape.experts)
+    tables = ResidencyTables.empty(shape.experts, shape.experts, DEVICE)
+    source, target = torch.empty(2, shape.top_k, dtype=torch.int32, device=DEVICE)
+    plan(torch.arange(shape.experts, device=DEVICE), tables, lrfu(20.0), *_scratch(shape.experts))
+    ids = torch.arange(shape.top_k, device=DEVICE).view(1, -1)
+    rows = allocate_host(1, 1 << 20, is_pinned=True)
+    slots = torch.empty(1, 1 << 20, dtype=torch.uint8, device=DEVICE)
+    source.fill_(-1)
+    return {
+        "attention": microseconds(
+            lambda i: decode_attention(q, keys[i % 8], values[i % 8], mask, scaling=0.1)
+        ),
+        "store key and value": microseconds(
+            lambda i: store_token(k, k, keys[i % 8], values[i % 8], at)
+        ),
+        "rotary": microseconds(lambda i: rotate(q, k, cos, sin)),
+        "softmax and top-k": microseconds(
+            lambda i: softmax_top_k(logits, shape.top_k, renormalise=True)
+        ),
+        "plan, all resident": microseconds(lambda i: plan(ids, tables, lrfu(20.0), source, target)),
+        "fetch of nothing": microseconds(
+            lambda i: fetch(rows, slots, source, target, num_blocks=32)
+        ),
+    }
+
+
+def _scratch(count: int) -> list[Tensor]:
+    return [torch.empty(count, dtype=torch.int32, device=DEVICE) for _ in range(2)]
+
+
+def fetch_bandwidth(expert_bytes: int) -> dict[str, float]:
+    """GB/s of the fetch kernel for one, two and four experts, by blocks per expert."""
+    rows = allocate_host(16, expert_bytes // 8 * 8, is_pinned=True)
+    slots = torch.empty(16, rows.shape[1], dtype=torch.uint8, device=DEVICE)
+    found = {}
+    for count, blocks in itertools.product((1, 2, 4), (8, 16, 32, 64)):
+        ids = torch.arange(count, dtype=torch.int32, device=DEVICE)
+        us = microseconds(lambda i: fetch(rows, slots, ids, ids, num_blocks=blocks))  # noqa: B023
+        found[f"fetch {count} experts, {blocks} blocks each: GB/s"] = (
+            count * rows.shape[1] / us / 1e3
+        )
+    return found
+
+
+def tune(experts: Experts) -> dict[str, float]:
+    """Time of the products with other tiles."""
+    found = {}
+    if experts.shape.form.is_transposed:
+        names = ("UP_OUTPUTS", "UP_DEPTH", "UP_WARPS", "DOWN_OUTPUTS", "DOWN_DEPTH", "DOWN_WARPS")
+        module = transposed
+        tiles = [(64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 8), (32, 128, 4), (32, 256, 8)]
+    else:
+        names = ("UP_ROWS", "UP_COLUMNS", "UP_WARPS", "DOWN_ROWS", "DOWN_COLUMNS", "DOWN_WARPS")
+        module = products  # type: ignore[assignment]
+        tiles = [(1, 1024, 2), (1, 2048, 2), (1, 2048, 4), (2, 1024, 4), (2, 2048, 4), (4, 1024, 4)]
+    before = [getattr(module, name) for name in names]
+    for half, offset in (("up", 0), ("down", 3)):
+        for tile in tiles:
+            for name, value in zip(names[offset : offset + 3], tile, strict=True):
+                setattr(module, name, value)
+            found[f"products with {half} tile {tile}"] = microseconds(experts.run)
+        for name, value in zip(names, before, strict=True):
+            setattr(module, name, value)
+    return found
+
+
+def main() -> None:
+    """Print one table per shape."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    results: dict[str, dict[str, float]] = {}
+    for shape in (QWEN3, GPT_OSS, MIXTRAL):
+        experts = Experts(shape)
+        found = around_the_experts(shape)
+        found["expert products"] = us = microseconds(experts.run)
+        found["expert products: GB/s of weights"] = experts.bytes_per_call / us / 1e3
+        if args.tune:
+            found |= tune(experts)
+        del experts
+        torch.cuda.empty_cache()
+        if shape is QWEN3:
+            found |= fetch_bandwidth(6 * shape.hidden * shape.width)
+        results[shape.name] = found
+        print(shape.name)
+        for name, value in found.items():
+            print(f"  {name:50} {value:9.1f}")
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
