@@ -24,8 +24,8 @@ from foreroute.train.datamodule import BatchStream
 from foreroute.train.fit import choose_device, train_estimator
 from foreroute.train.losses import kl_to_router
 from foreroute.train.module import EstimatorModule
-from foreroute.train.prepared import PreparedShards, prepare
-from foreroute.train.ridge import NormalEquations, set_to_ridge
+from foreroute.train.prepared import PreparedShards
+from foreroute.train.ridge import NormalEquations
 from foreroute.train.run import FitConfig, load_run
 from foreroute.train.shards import PairedShards, RoutingBatch
 from foreroute.train.split import rows_of, split_sequences

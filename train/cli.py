@@ -9,16 +9,8 @@ from typing import Any
 
 from foreroute.estimators import InputKind
 from foreroute.estimators.console import run_command
-from foreroute.train.run import DeviceChoice, FitConfig
-
-TABLE_BASELINES = (
-    "frequency",
-    "previous-token",
-    "next-router",
-    "residual-next-router",
-    "quasi-hidden",
-    "ridge",
-)
+from foreroute.train.losses import LossName
+from foreroute.train.run import DeviceChoice, FitConfig, InitName
 
 
 def train(
@@ -34,6 +26,8 @@ def train(
     epochs: int = FitConfig.epochs,
     batch_size: int = FitConfig.batch_size,
     learning_rate: float = FitConfig.learning_rate,
+    loss: LossName = FitConfig.loss,
+    init: InitName = FitConfig.init,
     device: DeviceChoice = "auto",
     seed: int = FitConfig.seed,
     overwrite: bool = False,
@@ -45,14 +39,18 @@ def train(
         traces: Folder that collect-traces wrote.
         out: Folder of the run, made new.
         layers: Layers to predict, as the model counts them: all, 3, 3,4 or 3-7.
-        form: Estimator form: next-router, low-rank, linear or mlp.
-        input: State at the source layer that is read.
-        horizon: Distance from source to target layer, in MoE layers.
-        rank: Rank of the correction (low-rank only).
-        width: Hidden units (mlp only).
+        form: Estimator form: next-router, low-rank, ridge, linear, mlp, mlp-free or shared-mlp.
+        input: State at the source layer that is read. The last two must have been recorded
+            (collect-traces --record readout,layer-input).
+        horizon: Distance from source to target layer, in MoE layers; 0 with pre-attention only.
+        rank: Rank of the correction (low-rank and ridge only).
+        width: Hidden units (mlp, mlp-free and shared-mlp only).
         epochs: Passes over the training tokens.
         batch_size: Tokens per optimizer step.
         learning_rate: At the first step; follows a cosine to zero.
+        loss: What training makes small: kl to the routers' distribution; boundary, ranking the true
+            top K above the strongest others; gate-mass, kl to the gate weights of the top K.
+        init: Where low-rank starts: ridge (closed form), or zero (the next router alone).
         device: Where to compute; auto takes a GPU if there is one.
         seed: Of the initial parameters and of the order of tokens.
         overwrite: Replace the folder if it is there already.
@@ -72,7 +70,14 @@ def train(
         width=width,
         target_layers=targets,
     )
-    config = FitConfig(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
+    config = FitConfig(
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        loss=loss,
+        init=init,
+        seed=seed,
+    )
     metrics = train_estimator(
         traces, spec, config, out, device=device, overwrite=overwrite, resume=resume
     )
@@ -92,10 +97,10 @@ def _quieten_lightning() -> None:
 def _print_tables(metrics: dict[str, Any]) -> None:
     """Print the trained form beside the baselines, then all there is about the trained form."""
     ours, top_k, form = metrics["estimator"], metrics["top_k"], metrics["form"]
-    others = {name: metrics["baselines"][name] for name in TABLE_BASELINES}
+    others = [(name, found) for name, found in metrics["baselines"].items() if name != "random"]
     beside = [
         (name, result["per_layer"]["recall_at_k"], result["recall_at_k"])
-        for name, result in {form: ours, **others}.items()
+        for name, result in [(form, ours), *others]
     ]
     title = (
         f"recall@{top_k}(budget={top_k}) on {metrics['num_held_out_tokens']:,} held-out tokens, "
