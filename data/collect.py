@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
 from foreroute.data.adapters import (
+    MoEModel,
     discover,
     load_model,
     load_tokenizer,
@@ -19,14 +21,131 @@ from foreroute.data.adapters import (
 )
 from foreroute.data.collection import Collection
 from foreroute.data.corpus import Split
-from foreroute.data.manifest import MANIFEST_FILE, TraceManifest
+from foreroute.data.layout import OPTIONAL_FIELDS
+from foreroute.data.manifest import MANIFEST_FILE, Source, Speculation, TraceManifest
 from foreroute.data.traces import Traces
 from foreroute.estimators.artifacts import package_versions, require_free
 from foreroute.estimators.byte_sizes import parse_bytes
 
 logger = logging.getLogger(__name__)
 
+LOADING_FLAGS = ("dtype", "device", "trust_remote_code")
 FREE_FORMS_ONLY = "Only estimators without an anchor (linear, mlp-free) can be trained on them."
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectRequest:
+    """What a user asks for, checked before anything is loaded; fields as `collect_traces` says."""
+
+    model: str
+    dataset: str
+    out: Path
+    tokens: int
+    split: str
+    sequence_length: int
+    generated_share: float
+    source: str
+    generate: int
+    tokens_per_sequence: int | None
+    record: str
+    states_dtype: str
+    batch_size: int
+    shard_tokens: int
+    max_bytes: str | None
+    seed: int
+    overwrite: bool
+    speculation: Speculation | None = None
+    """Under what the model generates, where an engine runs it."""
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            ValueError: If one cannot be used.
+        """
+        for name in ("tokens", "sequence_length", "batch_size", "shard_tokens", "generate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.tokens_per_sequence is not None and self.tokens_per_sequence < 1:
+            raise ValueError(
+                f"tokens_per_sequence must be at least 1, not {self.tokens_per_sequence}."
+            )
+        if not 0 <= self.generated_share <= 1:
+            raise ValueError(
+                f"generated_share must be between 0 and 1, not {self.generated_share}."
+            )
+        if self.source == "generated" and self.generated_share:
+            raise ValueError(
+                "--generated-share mixes text and continuation; with --source generated give "
+                "--generate instead."
+            )
+        if self.source == "generated" and self.generate >= self.sequence_length:
+            raise ValueError(
+                f"--generate {self.generate} leaves no prompt in sequences of "
+                f"{self.sequence_length} tokens; raise --sequence-length or lower --generate."
+            )
+        for name, value, known in (
+            ("split", self.split, get_args(Split)),
+            ("source", self.source, get_args(Source)),
+        ):
+            if value not in known:
+                raise ValueError(f"Unknown {name} {value!r}; known: {', '.join(known)}.")
+        _parse_record(self.record)
+        if self.max_bytes is not None:
+            parse_bytes(self.max_bytes)
+        if self.states_dtype != "int8":
+            resolve_dtype(self.states_dtype)
+
+    def manifest(self, moe: MoEModel) -> TraceManifest:
+        """The manifest of traces of a model, before anything is recorded."""
+        anchors = moe.found_anchors
+        is_generated = self.source == "generated"
+        manifest = TraceManifest(
+            geometry=moe.geometry,
+            model=self.model,
+            dataset=self.dataset,
+            split=self.split,
+            tokens=self.tokens,
+            sequence_length=self.sequence_length,
+            generated_share=self.generated_share,
+            source=self.source,  # type: ignore[arg-type]
+            generate=self.generate if is_generated else 0,
+            speculation=self.speculation,
+            tokens_per_sequence=self.tokens_per_sequence or 0,
+            record=_parse_record(self.record),
+            dtype=_name_of(moe.model.dtype),
+            states_dtype=self._stored_dtype(moe.model.dtype),
+            device=moe.model.device.type,
+            batch_size=self.batch_size,
+            shard_sequences=1,
+            seed=self.seed,
+            norm_kind=anchors.norm_kind if anchors else "none",
+            norm_eps=anchors.norm_eps if anchors else 0.0,
+            has_selection_bias=anchors is not None and anchors.selection_bias is not None,
+            anchors_problem=moe.anchors_problem,
+            command="",
+            versions=package_versions(),
+        )
+        per_shard = max(1, self.shard_tokens // manifest.stored_length)
+        manifest = dataclasses.replace(manifest, shard_sequences=per_shard)
+        return dataclasses.replace(manifest, command=_command(manifest))
+
+    def require_free(self) -> None:
+        """Refuse a folder that holds anything but traces to go on with.
+
+        Raises:
+            ValueError: If it does, and `overwrite` is off.
+        """
+        if not (self.out / MANIFEST_FILE).is_file():
+            require_free(self.out, overwrite=self.overwrite)
+
+    def _stored_dtype(self, model_dtype: torch.dtype) -> str:
+        if self.states_dtype == "int8":
+            return "int8"
+        dtype = resolve_dtype(self.states_dtype)
+        if not isinstance(dtype, torch.dtype):
+            dtype = torch.bfloat16 if model_dtype == torch.float32 else model_dtype
+        return _name_of(dtype)
 
 
 def collect_traces(
@@ -37,7 +156,11 @@ def collect_traces(
     tokens: int = 200_000,
     split: str = "train",
     sequence_length: int = 512,
+    source: str = "dataset",
+    generate: int = 256,
     generated_share: float = 0.0,
+    tokens_per_sequence: int | None = None,
+    record: str = "",
     dtype: str = "auto",
     states_dtype: str = "auto",
     device: str = "auto",
@@ -48,7 +171,7 @@ def collect_traces(
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> Traces:
-    """Record what a Mixture-of-Experts model routes on a dataset.
+    """Record what a Mixture-of-Experts model routes on a dataset, or on what it makes of it.
 
     Killed at any point, the same command goes on at the first unfinished shard.
 
@@ -58,17 +181,23 @@ def collect_traces(
         out: Folder the traces go to.
         tokens: Tokens to record, rounded up to whole sequences.
         split: `train` or `held-out`; documents are assigned by a hash of their names.
-        sequence_length: Tokens per sequence.
+        sequence_length: Tokens per sequence, prompt and continuation together.
+        source: `dataset` records its text; `generated` takes the start of each sequence as prompt
+            and records what the model generates after it, while it does.
+        generate: Tokens to generate, and to record, of each sequence (source generated only).
         generated_share: Share of each sequence, 0 to 1, that is the model's own sampled
-            continuation, recorded while it generates.
+            continuation, recorded after the text it continues (source dataset only).
+        tokens_per_sequence: Record only so many tokens of each sequence, at random positions.
+        record: More to record, a comma list: layer-input (the residual that enters a layer),
+            readout (the next layer's attention, run early).
         dtype: The model's dtype: auto (what the checkpoint asks for), float32, bfloat16, float16.
-        states_dtype: Dtype in which residual and router_input are stored; auto is the model's, or
-            bfloat16 where the model's is float32.
+        states_dtype: Dtype in which states are stored; auto is the model's, or bfloat16 where the
+            model's is float32; int8 has one scale per token.
         device: auto, cpu or cuda.
         batch_size: Sequences per forward pass.
         shard_tokens: Tokens per shard, rounded down to whole sequences.
         max_bytes: Stop cleanly before the traces exceed this (500MB, 2GiB).
-        seed: Seed of the sampled continuations.
+        seed: Seed of the sampled continuations and positions.
         overwrite: Replace traces that lie at `out` already.
         trust_remote_code: Run code that came with the checkpoint.
 
@@ -80,65 +209,40 @@ def collect_traces(
         ValueError: If an argument, the model or the dataset cannot be used, the disk is too small,
             or `out` holds something else. Nothing is written then.
     """
-    _require_positive(
-        tokens=tokens,
-        sequence_length=sequence_length,
-        batch_size=batch_size,
-        shard_tokens=shard_tokens,
-    )
-    if not 0 <= generated_share <= 1:
-        raise ValueError(f"generated_share must be between 0 and 1, not {generated_share}.")
-    if split not in get_args(Split):
-        raise ValueError(f"Unknown split {split!r}; known: {', '.join(get_args(Split))}.")
-    byte_limit = None if max_bytes is None else parse_bytes(max_bytes)
-    stored_dtype = resolve_dtype(states_dtype)
-    if not (out / MANIFEST_FILE).is_file():
-        require_free(out, overwrite=overwrite)
-    moe = discover(
-        load_model(
-            model,
-            dtype=dtype,
-            device=resolve_device(device),
-            trust_remote_code=trust_remote_code,
-        ),
+    asked = {name: value for name, value in locals().items() if name not in LOADING_FLAGS}
+    request = CollectRequest(**asked)
+    request.require_free()
+    loaded = load_model(
         model,
+        dtype=dtype,
+        device=resolve_device(device),
+        trust_remote_code=trust_remote_code,
     )
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    return collect_from(discover(loaded, model), tokenizer, request)
+
+
+def collect_from(moe: MoEModel, tokenizer: Any, request: CollectRequest) -> Traces:
+    """Record from a model that is loaded; it may be one that an engine runs.
+
+    Raises:
+        ValueError: As `collect_traces`.
+    """
     logger.info("Model: %s", moe.geometry.describe())
-    anchors = moe.found_anchors
-    if anchors is None:
+    if moe.found_anchors is None:
         logger.info("No copies of its routers: %s. %s", moe.anchors_problem, FREE_FORMS_ONLY)
-    if not isinstance(stored_dtype, torch.dtype):
-        stored_dtype = torch.bfloat16 if moe.model.dtype == torch.float32 else moe.model.dtype
-    manifest = TraceManifest(
-        geometry=moe.geometry,
-        model=model,
-        dataset=dataset,
-        split=split,
-        tokens=tokens,
-        sequence_length=sequence_length,
-        generated_share=generated_share,
-        dtype=_name_of(moe.model.dtype),
-        states_dtype=_name_of(stored_dtype),
-        device=moe.model.device.type,
-        batch_size=batch_size,
-        shard_sequences=max(1, shard_tokens // sequence_length),
-        seed=seed,
-        norm_kind=anchors.norm_kind if anchors else "none",
-        norm_eps=anchors.norm_eps if anchors else 0.0,
-        has_selection_bias=anchors is not None and anchors.selection_bias is not None,
-        anchors_problem=moe.anchors_problem,
-        command="",
-        versions=package_versions(),
-    )
-    manifest = dataclasses.replace(manifest, command=_command(manifest))
-    return Collection(moe, tokenizer, manifest, out).run(byte_limit, overwrite=overwrite)
+    byte_limit = None if request.max_bytes is None else parse_bytes(request.max_bytes)
+    collection = Collection(moe, tokenizer, request.manifest(moe), request.out)
+    return collection.run(byte_limit, overwrite=request.overwrite)
 
 
-def _require_positive(**numbers: int) -> None:
-    for name, number in numbers.items():
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, not {number}.")
+def _parse_record(text: str) -> tuple[str, ...]:
+    """Optional fields of `RoutingRecord` that a comma list names, in the order they are stored."""
+    asked = {part.strip().replace("-", "_") for part in text.split(",") if part.strip()}
+    if asked - set(OPTIONAL_FIELDS):
+        known = ", ".join(OPTIONAL_FIELDS).replace("_", "-")
+        raise ValueError(f"Unknown --record {text!r}; known: {known}.")
+    return tuple(name for name in OPTIONAL_FIELDS if name in asked)
 
 
 def _name_of(dtype: torch.dtype) -> str:
@@ -150,5 +254,17 @@ def _command(manifest: TraceManifest) -> str:
     flags = "model dataset tokens split sequence_length generated_share dtype states_dtype"
     typed = [(name.replace("_", "-"), str(getattr(manifest, name))) for name in flags.split()]
     typed += [("batch-size", str(manifest.batch_size)), ("seed", str(manifest.seed))]
-    typed.append(("shard-tokens", str(manifest.shard_sequences * manifest.sequence_length)))
-    return shlex.join(["collect-traces", *[part for n, v in typed for part in (f"--{n}", v)]])
+    typed.append(("shard-tokens", str(manifest.shard_sequences * manifest.stored_length)))
+    if manifest.source != "dataset":
+        typed += [("source", manifest.source), ("generate", str(manifest.generate))]
+    if manifest.tokens_per_sequence:
+        typed.append(("tokens-per-sequence", str(manifest.tokens_per_sequence)))
+    if manifest.record:
+        typed.append(("record", ",".join(manifest.record).replace("_", "-")))
+    name = ["collect-traces"]
+    if manifest.speculation:
+        name = ["foreroute", "collect"]
+        given = dataclasses.asdict(manifest.speculation)
+        shown = ("bundle", "on_miss", "weights", "expert_slots")
+        typed += [(flag.replace("_", "-"), str(given[flag])) for flag in shown if given[flag]]
+    return shlex.join([*name, *[part for n, v in typed for part in (f"--{n}", v)]])

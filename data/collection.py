@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import logging
@@ -20,15 +21,17 @@ from foreroute.data.adapters import MoEModel
 from foreroute.data.batch import RecordedBatch, record_batch
 from foreroute.data.corpus import documents, token_sequences, windows
 from foreroute.data.disk import free_bytes
+from foreroute.data.early_attention import find_early_attention
 from foreroute.data.layout import shard_bytes
 from foreroute.data.manifest import MANIFEST_FILE, StopReason, TraceManifest, read_manifest
-from foreroute.data.recorder import RoutingRecorder
+from foreroute.data.recorder import EarlyReadout, RoutingRecorder
 from foreroute.data.trace_writer import TraceWriter
 from foreroute.data.traces import Traces
 from foreroute.estimators.byte_sizes import format_bytes
 
 logger = logging.getLogger(__name__)
 
+READOUT_TOKENS = 4096  # that the default vectors of a readout are means over, at least
 CHARACTERS_PER_TOKEN = 4  # of usual text, so that a piece of a document is about one sequence
 
 
@@ -41,7 +44,8 @@ class Collection:
         self._manifest = manifest
         self._out = out
         self._states_dtype: torch.dtype = getattr(torch, manifest.states_dtype)
-        self._num_sequences = math.ceil(manifest.tokens / manifest.sequence_length)
+        self._readout: EarlyReadout | None = None
+        self._num_sequences = math.ceil(manifest.tokens / manifest.stored_length)
         self._num_shards = math.ceil(self._num_sequences / manifest.shard_sequences)
 
     def run(self, byte_limit: int | None, *, overwrite: bool) -> Traces:
@@ -53,17 +57,62 @@ class Collection:
             logger.info("%s is complete already; nothing to do.", self._out)
             return Traces.open(self._out)
         self._require_room(num_shards, done)
-        sequences = self._sequences(skip=done * self._manifest.shard_sequences)
+        sequences = self.prompts(skip=done * self._manifest.shard_sequences)
+        self.prepare_readout(Traces(self._out, begun, None).readout_vectors if begun else None)
         if begun:
             logger.info("Going on after %d of %d shards.", done, num_shards)
             writer = TraceWriter(self._out, begun)
         else:
-            writer = TraceWriter.begin(
-                self._out, self._manifest, self._moe.found_anchors, overwrite=overwrite
-            )
+            writer = self.begin(overwrite=overwrite)
         self.record(writer, sequences, num_shards)
         writer.finish(self._stop_reason(writer.manifest, num_shards))
         return Traces.open(self._out)
+
+    def begin(self, *, overwrite: bool) -> TraceWriter:
+        """Make the folder; `prepare_readout` was called before.
+
+        Raises:
+            ValueError: If something is there already and `overwrite` is off.
+        """
+        vectors = self._readout.vectors if self._readout else None
+        num_tokens = self._num_readout_prompts * self._prompt_length if self._readout else 0
+        return TraceWriter.begin(
+            self._out,
+            dataclasses.replace(self._manifest, readout_tokens=num_tokens),
+            self._moe.found_anchors,
+            overwrite=overwrite,
+            readout_vectors=vectors,
+        )
+
+    def prepare_readout(self, stored_vectors: Callable[[], Tensor] | None = None) -> None:
+        """Find what a readout needs, if one is recorded, and measure its default vectors.
+
+        Args:
+            stored_vectors: Gives the vectors of an earlier attempt, [L, E, D]; if None they are
+                measured on the first prompts, in passes of which nothing is stored.
+
+        Raises:
+            ValueError: If the model's layers do not allow it; one line says which.
+        """
+        if "readout" not in self._manifest.record:
+            return
+        sites = find_early_attention(self._moe)
+        vectors = stored_vectors() if stored_vectors else self._measured_vectors()
+        self._readout = EarlyReadout(sites=sites, vectors=vectors.to(self._moe.model.device))
+
+    @property
+    def _num_readout_prompts(self) -> int:
+        return min(math.ceil(READOUT_TOKENS / self._prompt_length), self._num_sequences)
+
+    def _measured_vectors(self) -> Tensor:
+        prompts = list(itertools.islice(self.prompts(skip=0), self._num_readout_prompts))
+        with RoutingRecorder(self._moe, self._states_dtype) as recorder:
+            for start in range(0, len(prompts), self._manifest.batch_size):
+                some = torch.tensor(prompts[start : start + self._manifest.batch_size])
+                record_batch(self._moe.model, recorder, some, some.shape[1], torch.Generator())
+            sums = recorder.take_expert_sums().values()
+        means = [total / count.clamp(min=1).unsqueeze(-1) for total, count in sums]
+        return torch.stack(means).cpu()  # [L, E, D]
 
     def _begun(self, *, overwrite: bool) -> TraceManifest | None:
         """The manifest of the same run's earlier attempt, if there was one."""
@@ -79,9 +128,10 @@ class Collection:
         per_shard = self._manifest.shard_sequences
         sizes = [per_shard] * (num_sequences // per_shard)
         sizes += [num_sequences % per_shard] * (num_sequences % per_shard > 0)
-        length = self._manifest.sequence_length
+        length, record = self._manifest.stored_length, self._manifest.record
         return sum(
-            shard_bytes(self._moe.geometry, self._states_dtype, n, n * length) for n in sizes
+            shard_bytes(self._moe.geometry, self._states_dtype, n, n * length, record)
+            for n in sizes
         )
 
     def _num_shards_within(self, byte_limit: int | None) -> int:
@@ -110,7 +160,7 @@ class Collection:
         per_shard = self._manifest.shard_sequences
         sequences = min(self._num_sequences, num_shards * per_shard) - done * per_shard
         needed, free = self._bytes_of(sequences), free_bytes(self._out)
-        per_token = needed / (sequences * self._manifest.sequence_length)
+        per_token = needed / (sequences * self._manifest.stored_length)
         logger.info(
             "Size: about %s to write (%s a token); %s free on the disk.",
             *(format_bytes(size) for size in (needed, per_token, free)),
@@ -118,15 +168,19 @@ class Collection:
         if needed > free:
             raise ValueError(
                 f"The traces take about {format_bytes(needed)}, but only {format_bytes(free)} are "
-                f"free at {self._out}. Lower --tokens, take --states-dtype bfloat16, or set "
+                f"free at {self._out}. Lower --tokens, take --states-dtype int8, or set "
                 "--max-bytes."
             )
 
-    def _sequences(self, skip: int) -> Iterator[list[int]]:
-        """The prompts still to record; the first is made at once, so that no text fails early."""
+    @property
+    def _prompt_length(self) -> int:
         manifest = self._manifest
-        generated = round(manifest.sequence_length * manifest.generated_share)
-        length = max(1, manifest.sequence_length - generated)
+        generated = manifest.generate or round(manifest.sequence_length * manifest.generated_share)
+        return max(1, manifest.sequence_length - generated)
+
+    def prompts(self, skip: int) -> Iterator[list[int]]:
+        """The prompts still to record; the first is made at once, so that no text fails early."""
+        manifest, length = self._manifest, self._prompt_length
         texts = windows(
             lambda: documents(manifest.dataset, manifest.split),  # type: ignore[arg-type]
             num_characters=CHARACTERS_PER_TOKEN * manifest.sequence_length,
@@ -149,9 +203,9 @@ class Collection:
         with (
             Progress(console=Console(stderr=True)) as progress,
             _Background(threaded=self._moe.model.device.type != "cpu") as background,
-            RoutingRecorder(self._moe, self._states_dtype) as recorder,
+            self.recorder() as recorder,
         ):
-            bar = progress.add_task("recording tokens", total=most * manifest.sequence_length)
+            bar = progress.add_task("recording tokens", total=most * manifest.stored_length)
             progress.advance(bar, writer.manifest.num_tokens)
             for shard_idx in range(len(writer.manifest.shards), num_shards):
                 prompts = list(itertools.islice(sequences, manifest.shard_sequences))
@@ -159,20 +213,57 @@ class Collection:
                     return
                 background.wait()
                 shard = writer.begin_shard(len(prompts))
-                for start in range(0, len(prompts), manifest.batch_size):
-                    some = torch.tensor(prompts[start : start + manifest.batch_size])  # [B, P]
-                    first_idx = shard_idx * manifest.shard_sequences + start
-                    background.run(shard.add_batch, self._recorded(recorder, some, first_idx))
-                    progress.advance(bar, len(some) * manifest.sequence_length)
+                for batch in self.batches(recorder, prompts, shard_idx):
+                    background.run(shard.add_batch, batch)
+                    progress.advance(bar, batch.token_ids.numel())
                 background.run(writer.finish_shard, shard, recorder.take_expert_sums())
 
-    def _recorded(
-        self, recorder: RoutingRecorder, prompts: Tensor, first_idx: int
-    ) -> RecordedBatch:
-        """Record one batch; its content depends on nothing that came before it."""
-        generator = _generator(self._manifest.seed, first_idx)
-        length = self._manifest.sequence_length
-        return record_batch(self._moe.model, recorder, prompts, length, generator)
+    def recorder(self) -> RoutingRecorder:
+        """A recorder of what the manifest asks for."""
+        is_int8 = self._states_dtype == torch.int8  # rounded later: a record has no scales
+        return RoutingRecorder(
+            self._moe,
+            None if is_int8 else self._states_dtype,
+            with_layer_input="layer_input" in self._manifest.record,
+            readout=self._readout,
+        )
+
+    def batches(
+        self, recorder: RoutingRecorder, prompts: list[list[int]], shard_idx: int
+    ) -> Iterator[RecordedBatch]:
+        """Record one shard; a batch depends on nothing that came before it.
+
+        Args:
+            recorder: Open.
+            prompts: The shard's.
+            shard_idx: 0.. in recording order.
+        """
+        manifest = self._manifest
+        for start in range(0, len(prompts), manifest.batch_size):
+            some = torch.tensor(prompts[start : start + manifest.batch_size])  # [B, P]
+            first_idx = shard_idx * manifest.shard_sequences + start
+            yield record_batch(
+                self._moe.model,
+                recorder,
+                some,
+                manifest.sequence_length,
+                _generator(f"{manifest.seed}/{first_idx}"),
+                self._positions(len(some), first_idx),
+            )
+
+    def _positions(self, num_sequences: int, first_idx: int) -> Tensor | None:
+        """Which tokens to keep, [B, N], ascending; None for all."""
+        manifest = self._manifest
+        first = manifest.sequence_length - manifest.generate if manifest.generate else 0
+        num_there = manifest.sequence_length - first
+        if manifest.stored_length == manifest.sequence_length:
+            return None
+        if manifest.stored_length == num_there:
+            return torch.arange(first, manifest.sequence_length).expand(num_sequences, -1)
+        generator = _generator(f"{manifest.seed}/{first_idx}/positions")
+        drawn = torch.rand(num_sequences, num_there, generator=generator)
+        chosen: Tensor = drawn.topk(manifest.stored_length).indices.sort().values
+        return chosen + first
 
     def _stop_reason(self, recorded: TraceManifest, num_shards: int) -> StopReason:
         num_sequences = sum(shard.num_sequences for shard in recorded.shards)
@@ -214,7 +305,7 @@ class _Background:
             running.result()
 
 
-def _generator(seed: int, sequence_idx: int) -> torch.Generator:
-    """Draws for the batch that begins with this sequence, the same whenever it is recorded."""
-    digest = hashlib.sha256(f"{seed}/{sequence_idx}".encode()).digest()
+def _generator(label: str) -> torch.Generator:
+    """Draws that follow from a label alone, the same whenever a batch is recorded."""
+    digest = hashlib.sha256(label.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -132,7 +132,10 @@ class RowFile(Protocol):
         """Add the next rows of some of the tensors, converted to the dtype of the layout."""
 
 
-class ShardRows:
+File = TypeVar("File", bound=RowFile)
+
+
+class ShardRows(Generic[File]):
     """Turns one shard's batches into rows of its files."""
 
     def __init__(
@@ -140,7 +143,7 @@ class ShardRows:
         manifest: TraceManifest,
         num_sequences: int,
         shard_idx: int,
-        open_file: Callable[[str, Layout], RowFile],
+        open_file: Callable[[str, Layout], File],
     ) -> None:
         """Begin an empty shard.
 
@@ -187,10 +190,8 @@ class ShardRows:
             self.files[layer_path(layer_idx, self.shard_idx)].append(tensors)
 
 
-class ShardWriter(ShardRows):
+class ShardWriter(ShardRows[ShardFile]):
     """Takes one shard's batches as they are recorded, and puts them on the disk."""
-
-    files: dict[str, ShardFile]
 
     def __init__(self, folder: Path, manifest: TraceManifest, num_sequences: int) -> None:
         self._folder = folder
