@@ -27,3 +27,14 @@ def experts_offloaded(model: nn.Module, experts: list[nn.Module], device: Any) -
         yield
     finally:
         remove_hook_from_submodules(model)
+
+
+def move_all_but(model: nn.Module, experts: list[nn.Module], device: Any) -> None:
+    """Move a model's parameters and buffers to a device, those of its experts modules excepted."""
+    left = set(experts)
+    for module in model.modules():
+        if module not in left:
+            for name, parameter in module.named_parameters(recurse=False):
+                getattr(module, name).data = parameter.data.to(device)
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))

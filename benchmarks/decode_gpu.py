@@ -27,6 +27,7 @@ import torch
 from accelerate_offload import experts_offloaded
 from decode_profile import print_summary, profile_steps
 from decode_steps import DecodeSteps, EagerSteps, GraphSteps, tokens_within
+from link import link_bandwidth, synchronize
 from partial_results import PartialResults
 from random_shapes import (
     POOL_BYTES,
@@ -116,24 +117,6 @@ def arms_at(slots: int, batch: int, recalls: list[float]) -> Iterator[Arm]:
         yield Arm("eager-lru", EngineConfig(expert_slots=share, decide_on="host"))
         no_cache = EngineConfig(expert_slots=share, cache="none")
         yield Arm("eager-no-cache", no_cache, warm_up_tokens=NO_CACHE_WARM_UP_TOKENS)
-
-
-def link_bandwidth(rows: Tensor, device: torch.device) -> float:
-    """GB/s of plain pinned copies of one layer's experts, the better of two."""
-    target = torch.empty_like(rows, device=device)
-    best = 0.0
-    for _ in range(2):
-        _synchronize(device)
-        start = time.perf_counter()
-        target.copy_(rows, non_blocking=True)
-        _synchronize(device)
-        best = max(best, rows.nbytes / (time.perf_counter() - start) / 1e9)
-    return best
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def difference_from_stock(engine: Engine, num_tokens: int) -> float:
@@ -300,10 +283,10 @@ class ShapeBenchmark:
     ) -> tuple[Tensor, float]:
         """The last logits, and milliseconds per token."""
         steps.run(replay, 1)  # compiles what is not compiled yet
-        _synchronize(self.device)
+        synchronize(self.device)
         start = time.perf_counter()
         logits = steps.run(replay, num_tokens)
-        _synchronize(self.device)
+        synchronize(self.device)
         assert logits is not None
         return logits, 1e3 * (time.perf_counter() - start) / num_tokens
 

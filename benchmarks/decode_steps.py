@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
+from link import synchronize
 from replayed_routing import Replay
 from torch import Tensor
 from transformers import StaticCache
@@ -132,16 +133,12 @@ class EagerSteps(DecodeSteps):
         times = []
         for idx in range(first, first + num_tokens):
             self._prepare(replay, idx)
-            self._synchronize()
+            synchronize(self.device)
             start = time.perf_counter()
             self.step()
             self.last.tolist()
             times.append(1e3 * (time.perf_counter() - start))
         return times
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 def tokens_within(seconds: float, ms_per_token: float, most: int) -> int:

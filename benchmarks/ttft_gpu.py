@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate_offload import experts_offloaded
+from link import synchronize
 from partial_results import PartialResults
 from random_shapes import (
     POOL_BYTES,
@@ -64,8 +65,7 @@ def time_prompts(run: Any, prompts: torch.Tensor, repeats: int) -> list[float]:
     """
     times = []
     for prompt in prompts[: repeats + 1]:
-        if prompt.is_cuda:
-            torch.cuda.synchronize()
+        synchronize(prompt.device)
         start = time.perf_counter()
         with torch.no_grad():
             output = run(input_ids=prompt[None], use_cache=True, logits_to_keep=1)

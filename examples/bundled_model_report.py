@@ -419,6 +419,8 @@ def training_section(record: dict[str, Any]) -> list[str]:
     """What the model was trained on, how, and for how long."""
     data, run, machine = record["data"], record["training"], record["environment"]
     limited = f"Limited by --max-documents {data['max_documents']}."
+    packages = f"""Train holds {data["package_files"]:,} files ({data["package_bytes"]:,} bytes) of
+        installed packages besides; the tokenizer did not see those."""
     return [
         "## Training",
         paragraph(f"""Text: the standard library's source of Python {machine["python"]}, without
@@ -426,7 +428,8 @@ def training_section(record: dict[str, Any]) -> list[str]:
         Train: {data["train_files"]:,} files, {data["train_bytes"]:,} bytes,
         {data["train_tokens"]:,} tokens. Held-out: {data["held_out_files"]:,} files,
         {data["held_out_bytes"]:,} bytes, {data["held_out_tokens"]:,} tokens. {data["split_rule"]}
-        The tokenizer saw train files only. {limited if data["max_documents"] else ""}"""),
+        The tokenizer saw train files only. {limited if data["max_documents"] else ""}
+        {packages if data["package_files"] else ""}"""),
         paragraph(f"""{run["seconds"]:.0f} s on {machine["device"]} (weights and products in
         {run["compute_dtype"]}, AdamW on float32 copies): {run["steps"]:,} steps,
         {run["tokens"]:,} tokens, {run["epochs"]:.2f} epochs, {run["tokens_per_second"]:,.0f}

@@ -9,12 +9,14 @@ holds the model, the tokenizer, training.json with what was measured, and a mode
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import math
 import shlex
 import shutil
 import sys
+import sysconfig
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -49,6 +51,8 @@ MAX_WRITTEN_DIFFERENCE = 0.02
 """Nats per token by which rounding to bfloat16 may move the held-out loss."""
 SAMPLE_PROMPT = "def read_lines(path):"
 BYTE_TOKENS = 256
+DOCUMENTS_AT_ONCE = 256
+LONGEST_PACKAGE_FILE = 200_000
 
 
 class TrainingResult(NamedTuple):
@@ -88,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--aux-loss", type=float, default=0.02, help="weight of the load-balancing loss")
     add("--dropout", type=float, default=0.1, help="on embeddings, attention and expert outputs")
     add("--max-documents", type=int, default=0, help="train on the first so many files; 0: all")
+    add("--package-megabytes", type=float, default=0, help="also train on installed packages' code")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--seed", type=int, default=0, help="of weights, windows and dropout")
     return parser
@@ -96,6 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
 def find_mistake(args: argparse.Namespace) -> str | None:
     """What is wrong with the arguments, as one line; None where nothing is."""
     may_be_zero = {"batch_size", "eval_tokens", "max_documents", "aux_loss", "dropout", "seed"}
+    may_be_zero.add("package_megabytes")
     for name, value in vars(args).items():
         is_number = isinstance(value, int | float)
         flag = name.replace("_", "-")
@@ -147,6 +153,29 @@ def read_documents(max_documents: int) -> tuple[list[Document], list[Document]]:
     return train, held_out
 
 
+def package_documents(megabytes: float) -> list[Document]:
+    """Python files of the packages installed beside this interpreter, tests excluded.
+
+    They come in hash order, a sample of all packages, up to so many megabytes of text; long files
+    (tables, mostly) are left out.
+    """
+    root = Path(sysconfig.get_path("purelib"))
+    names = [
+        path.relative_to(root).as_posix()
+        for path in (root.rglob("*.py") if megabytes else ())
+        if not {"test", "tests", "testing"}.intersection(path.parts)
+    ]
+    found, size = [], 0
+    for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        if size >= 1e6 * megabytes:
+            break
+        text = (root / name).read_text(encoding="utf-8", errors="replace")
+        if text.strip() and len(text) <= LONGEST_PACKAGE_FILE:
+            found.append(Document(name, text))
+            size += num_bytes(found[-1])
+    return found
+
+
 def train_tokenizer(documents: Sequence[Document], vocab_size: int) -> Tokenizer:
     """Byte-level BPE, lossless on any text, with `<eos>` as token 0."""
     tokenizer = Tokenizer(models.BPE())
@@ -176,15 +205,22 @@ def pack(
     Returns:
         The stream.
     """
-    token_ids, document_ids, kinds = [[EOS_ID]], [[0]], [[report.Kind.UNKNOWN]]
-    for document_idx, document in enumerate(documents):
-        encoding = tokenizer.encode(document.text)
-        num_tokens = len(encoding.ids)
-        known = report.token_kinds(document.text, encoding.offsets) if has_kinds else None
-        token_ids += [encoding.ids, [EOS_ID]]
-        document_ids.append([document_idx] * (num_tokens + 1))
-        kinds.append([report.Kind.UNKNOWN] * num_tokens if known is None else known)
-        kinds.append([report.Kind.UNKNOWN])
+    token_ids, document_ids, kinds = (
+        [np.array([value])] for value in (EOS_ID, 0, int(report.Kind.UNKNOWN))
+    )
+    for start in range(0, len(documents), DOCUMENTS_AT_ONCE):
+        some = documents[start : start + DOCUMENTS_AT_ONCE]
+        encodings = tokenizer.encode_batch([document.text for document in some])
+        for document_idx, (document, encoding) in enumerate(
+            zip(some, encodings, strict=True), start
+        ):
+            num_tokens = len(encoding.ids)
+            kinds_here = np.full(num_tokens + 1, report.Kind.UNKNOWN)
+            if has_kinds:
+                kinds_here[:-1] = report.token_kinds(document.text, encoding.offsets)
+            token_ids.append(np.array([*encoding.ids, EOS_ID]))
+            document_ids.append(np.full(num_tokens + 1, document_idx))
+            kinds.append(kinds_here)
     return report.Stream(
         torch.from_numpy(np.concatenate(token_ids).astype(np.int64)).to(device),
         num_bytes=sum(num_bytes(document) for document in documents),
@@ -526,8 +562,9 @@ def describe_data(
     train: report.Stream,
     held_out: report.Stream,
     max_documents: int,
+    package_documents: Sequence[Document],
 ) -> dict[str, Any]:
-    """Size and origin of the text."""
+    """Size and origin of the text; `train_files` counts those of the standard library alone."""
     return {
         "train_files": len(train_documents),
         "train_bytes": train.num_bytes,
@@ -538,6 +575,8 @@ def describe_data(
         "split_rule": "A file is held out if the SHA-256 of its path below the library's root, "
         f"as a fraction of its range, is under {HELD_OUT_SHARE}.",
         "max_documents": max_documents,
+        "package_files": len(package_documents),
+        "package_bytes": sum(map(num_bytes, package_documents)),
         "held_out_names": [document.name for document in held_out_documents],
     }
 
@@ -553,7 +592,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     train_documents, held_out_documents = read_documents(args.max_documents)
     logger.info("training the tokenizer on %d files", len(train_documents))
     tokenizer = train_tokenizer(train_documents, args.vocab)
-    train = pack(train_documents, tokenizer, args.device)
+    extra = package_documents(args.package_megabytes)
+    train = pack([*train_documents, *extra], tokenizer, args.device)
+    logger.info("%s tokens to train on", f"{len(train.token_ids):,}")
     held_out = pack(held_out_documents, tokenizer, args.device, has_kinds=True)
     if min(len(train.token_ids), len(held_out.token_ids)) <= args.sequence_length + 1:
         raise ValueError(f"--sequence-length {args.sequence_length} is longer than the text")
@@ -576,7 +617,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "command": shlex.join(["python", *sys.argv]),
         "model": report.describe_model(written, args.out),
         "data": describe_data(
-            train_documents, held_out_documents, train, held_out, args.max_documents
+            train_documents, held_out_documents, train, held_out, args.max_documents, extra
         ),
         "training": describe_run(args, result, experts),
         "loss": loss,

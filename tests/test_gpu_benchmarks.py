@@ -12,6 +12,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import decode_profile
+import end_to_end_gpu
+import installed_prose
 import partial_results
 import random_shapes
 import replayed_routing
@@ -130,3 +132,35 @@ def test_the_ttft_benchmark_runs_to_its_end(tmp_path: Path) -> None:
     rows = json.loads(path.read_text())["rows"]
     assert [r["arm"] for r in rows[::2]] == ["resident", "streamed, 25% slots", "accelerate"]
     assert all(r["bytes_per_prompt"] > 0 for r in rows[2:])
+
+
+def test_tokens_count_as_the_same_up_to_the_first_difference() -> None:
+    reference = [[1, 2, 3, 4], [5, 6, 7, 8]]
+    assert end_to_end_gpu.same_share([[1, 2, 9, 4], [5, 6, 7, 8]], reference) == 6 / 8
+    assert end_to_end_gpu.same_share([[1, 2]], reference) == 1.0  # a shorter run
+    assert end_to_end_gpu.same_share([[1]], []) is None
+
+
+def test_lists_of_versions_are_not_taken_for_prose() -> None:
+    prose = "This package reads the files of the old format and writes the new one. " * 40
+    assert installed_prose.is_prose(prose)
+    assert not installed_prose.is_prose(prose[:200])
+    assert not installed_prose.is_prose("numpy==2.1.3; the >= 3.11\n" * 100)
+
+
+@pytest.mark.slow
+def test_the_end_to_end_benchmark_runs_to_its_end_and_keeps_what_is_there(tmp_path: Path) -> None:
+    path, work = tmp_path / "end.json", tmp_path / "work"
+    run_script("end_to_end_gpu.py", "--work", str(work), "--json", str(path))
+    first = json.loads(path.read_text())
+    trained = (work / "model" / "training.json").stat().st_mtime_ns
+    assert [r["arm"] for r in first["rows"]] == [
+        *("resident", "on-demand", "prefetch-next-router", "prefetch-trained"),
+        *("eager-lru", "eager-no-cache"),
+        *("on-demand", "prefetch-next-router", "prefetch-trained", "accelerate"),
+    ]
+    assert all(r["same_tokens"] == 1 for r in first["rows"])  # one arithmetic on a CPU
+    assert first["recall_at_k"].keys() >= {"previous-token", "next-router"}
+    run_script("end_to_end_gpu.py", "--work", str(work), "--json", str(path))
+    assert (work / "model" / "training.json").stat().st_mtime_ns == trained
+    assert json.loads(path.read_text())["recall_at_k"] == first["recall_at_k"]

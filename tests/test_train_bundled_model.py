@@ -187,3 +187,10 @@ def test_a_tiny_run_writes_a_model_that_loads(tmp_path: Path) -> None:
     card = (out / "README.md").read_text()
     assert f"{record['loss']['held_out_bits_per_byte']:.4f}" in card
     assert record["command"] in card
+
+
+def test_package_code_comes_in_one_order_up_to_the_limit(script: ModuleType) -> None:
+    some, more = script.package_documents(0.1), script.package_documents(0.2)
+    assert more[: len(some)] == some
+    assert sum(map(script.num_bytes, some[:-1])) < 1e5 <= sum(map(script.num_bytes, some))
+    assert script.package_documents(0) == []
