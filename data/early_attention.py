@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from foreroute.data.adapters import MoELayer, MoEModel, first_tensor
-from foreroute.data.adapters.probe import Call, is_same_memory, probe
+from foreroute.data.adapters.probe import Call, is_same_memory
 
 TOLERANCE = 2e-2  # of the largest residual: two ways to round in bfloat16
+PROBE_TOKENS = 5
 CACHE_NAME = "past_key_values"
 HIDDEN_NAME = "hidden_states"
 
@@ -74,41 +77,67 @@ def find_early_attention(moe: MoEModel) -> dict[int, EarlyAttention]:
     Raises:
         ValueError: If a layer is not `x + attention(norm(x))`, then its MoE; says which.
     """
-    with torch.no_grad():
-        observed, calls = probe(moe.model, [layer.experts for layer in moe.layers])
-        found = {}
-        for layer in moe.layers[1:]:
-            site = _site(decoder_layer(moe, layer), calls, observed[layer.experts].residual)
-            if site is None:
-                raise ValueError(
-                    f"readout cannot be recorded from {moe.geometry.model_name} "
-                    f"({moe.geometry.model_type}): decoder layer {layer.layer_idx} is not "
-                    "x + attention(norm(x)) before its experts. Leave readout out of --record."
-                )
-            found[layer.layer_idx] = site
+    tokens = torch.arange(3, 3 + PROBE_TOKENS, device=moe.model.device).unsqueeze(0)
+    watchers = [_Watcher(moe, layer) for layer in moe.layers[1:]]
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for watcher in watchers:
+            stack.enter_context(watcher)
+        moe.model(input_ids=tokens, use_cache=False)
+    found = {}
+    for layer, watcher in zip(moe.layers[1:], watchers, strict=True):
+        site = watcher.site()
+        if site is None:
+            raise ValueError(
+                f"readout cannot be recorded from {moe.geometry.model_name} "
+                f"({moe.geometry.model_type}): decoder layer {layer.layer_idx} is not "
+                "x + attention(norm(x)) before its experts. Leave readout out of --record."
+            )
+        found[layer.layer_idx] = site
     return found
 
 
-def _site(decoder: nn.Module, calls: Sequence[Call], residual: Tensor) -> EarlyAttention | None:
-    """Norm and attention of a decoder layer, if running them again gives its true residual."""
-    children = set(decoder.children())
-    own = next(call for call in calls if call.module is decoder)
-    layer_input = first_tensor(own.arguments, own.settings)
-    inside = [call for call in calls if call.module in children]
-    norm = next((call for call in inside if _reads(call, layer_input)), None)
-    if norm is None or not isinstance(norm.output, Tensor):
-        return None
-    attention = next((call for call in inside if _reads(call, norm.output)), None)
-    if attention is None or not hasattr(attention.module, "layer_idx"):
-        return None
-    site = EarlyAttention(input_norm=norm.module, attention=attention.module)
-    true_input, settings = split_input(attention.arguments, attention.settings)
-    try:
-        again = site.run(layer_input, true_input, settings).flatten(0, -2)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-        return None
-    is_equal = torch.allclose(again, residual, atol=TOLERANCE * float(residual.abs().max()))
-    return site if is_equal else None
+class _Watcher(contextlib.ExitStack):
+    """While open, sees what one decoder layer reads, its children do, and its router's norm reads.
+
+    Keeps the tensors, so that no memory is used twice, and copies of those that a model may change.
+    """
+
+    def __init__(self, moe: MoEModel, layer: MoELayer) -> None:
+        super().__init__()
+        self._calls: list[Call] = []
+        self._read: dict[str, tuple[Tensor, Tensor]] = {}  # the tensor itself, and a copy
+        decoder = decoder_layer(moe, layer)
+        for child in decoder.children():
+            self.callback(child.register_forward_hook(self._see_call, with_kwargs=True).remove)
+        for name, module in {"layer": decoder, "experts": layer.residual_source}.items():
+            hook = functools.partial(self._see_input, name)
+            self.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+    def _see_call(self, module: nn.Module, arguments: Any, settings: Any, output: Any) -> None:
+        self._calls.append(Call(module, arguments, settings, output))
+
+    def _see_input(self, name: str, _: nn.Module, arguments: Any, settings: Any) -> None:
+        tensor = first_tensor(arguments, settings)
+        self._read[name] = tensor, tensor.clone()
+
+    def site(self) -> EarlyAttention | None:
+        """Norm and attention of the layer, if running them again gives its true residual."""
+        (own, layer_input), (_, residual) = self._read["layer"], self._read["experts"]
+        norm = next((call for call in self._calls if _reads(call, own)), None)
+        if norm is None or not isinstance(norm.output, Tensor):
+            return None
+        attention = next((call for call in self._calls if _reads(call, norm.output)), None)
+        if attention is None or not hasattr(attention.module, "layer_idx"):
+            return None
+        site = EarlyAttention(input_norm=norm.module, attention=attention.module)
+        true_input, settings = split_input(attention.arguments, attention.settings)
+        try:
+            again = site.run(layer_input, true_input, settings).flatten(0, -2)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            return None
+        residual = residual.flatten(0, -2)
+        is_equal = torch.allclose(again, residual, atol=TOLERANCE * float(residual.abs().max()))
+        return site if is_equal else None
 
 
 def split_input(
