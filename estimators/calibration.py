@@ -35,6 +35,16 @@ def decision_margins(scores: Tensor, top_k: int) -> Tensor:
     return scores - best[..., -2:].mean(dim=-1, keepdim=True)
 
 
+def uncalibrated(scores: Tensor, top_k: int) -> Tensor:
+    """Probabilities as if scores were log-odds already: the sigmoid of the decision margin.
+
+    Args:
+        scores: What experts are ranked by, [..., E], float.
+        top_k: K.
+    """
+    return decision_margins(scores, top_k).sigmoid()
+
+
 def near_decision(
     probabilities: Tensor, true_ids: Tensor, scores: Tensor, top_k: int
 ) -> tuple[Tensor, Tensor]:

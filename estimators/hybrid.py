@@ -49,28 +49,29 @@ class HybridStack(EstimatorStack):
         self.calibration = None
 
     @property
+    def parts(self) -> tuple[EstimatorStack, ...]:
+        """The stacks it is made of."""
+        return tuple(cast(EstimatorStack, stack) for stack in self.stacks)
+
+    @property
     def input_fields(self) -> tuple[str, ...]:
         """Fields of `SourceState` that any of the pairs reads, each once."""
-        used = (self._stack(at).input_fields for at in sorted(set(self.stack_of)))
+        used = (self.parts[at].input_fields for at in sorted(set(self.stack_of)))
         return tuple(dict.fromkeys(name for names in used for name in names))
 
     def with_trained(self, is_trained: Sequence[bool]) -> EstimatorStack:
         """The same estimators (tensors are shared) with the form used for other pairs."""
-        stacks = [self._stack(at).with_trained(is_trained) for at in range(len(self.stacks))]
-        other = HybridStack(stacks, self.stack_of)
+        other = HybridStack([part.with_trained(is_trained) for part in self.parts], self.stack_of)
         other.calibration = self.calibration
         return other
 
     def ranking(self, logits: Tensor, source_layer: int | None = None) -> Tensor:
         """See `EstimatorStack.ranking`; a selection bias is the model's, so any stack will do."""
-        return self._stack(0).ranking(logits, source_layer)
-
-    def _stack(self, at: int) -> EstimatorStack:
-        return cast(EstimatorStack, self.stacks[at])
+        return self.parts[0].ranking(logits, source_layer)
 
     def _logits(self, source: SourceState, pairs: slice) -> Tensor:
         used = self.stack_of[pairs]
         if len(set(used)) == 1:
-            return self._stack(used[0])._logits(source, pairs)
-        logits = {at: self._stack(at)._logits(source, pairs) for at in set(used)}
+            return self.parts[used[0]]._logits(source, pairs)
+        logits = {at: self.parts[at]._logits(source, pairs) for at in set(used)}
         return torch.stack([logits[at][pair] for pair, at in enumerate(used)])

@@ -246,8 +246,14 @@ class EstimatorStack(nn.Module):
     def with_trained(self, is_trained: Sequence[bool]) -> EstimatorStack:
         """The same estimators (tensors are shared) with the form used for other pairs."""
         other = copy.copy(self)
+        other._modules = self._modules.copy()  # its calibration may become another
         other.is_trained = tuple(is_trained)
         return other
+
+    @property
+    def parts(self) -> tuple[EstimatorStack, ...]:
+        """The stacks that hold its tensors: itself alone, unless it is a hybrid."""
+        return (self,)
 
     @property
     def input_fields(self) -> tuple[str, ...]:

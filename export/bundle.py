@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from foreroute.estimators import EstimatorSpec, EstimatorStack, MoEGeometry
 from foreroute.estimators.artifacts import (
@@ -19,11 +20,35 @@ from foreroute.estimators.artifacts import (
     write_json,
     write_tensors,
 )
+from foreroute.estimators.calibration import Calibration
+from foreroute.estimators.expected_cost import FetchCosts
+from foreroute.estimators.hybrid import HybridStack
+from foreroute.estimators.inputs import ANCHOR_BUFFERS
 from foreroute.estimators.types import NormKind
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 TENSORS_NAME = "estimators.safetensors"
+CALIBRATION_PREFIX = "calibration."
+ANCHORS_PREFIX = "anchors."
+INPUT_PREFIX = "input."
+ANCHOR_NAMES = tuple(INPUT_PREFIX + name for name in ANCHOR_BUFFERS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CandidateEntry:
+    """One way to predict a layer that export compared."""
+
+    run: str
+    """Folder name of the run."""
+    form: str
+    """The run's form, or `next-router` for the training-free logits of its input."""
+    input_kind: str
+    """State at the source layer that is read."""
+    expected_cost: float
+    """Copies of one expert per token, under the rule of prefetching; see `FetchCosts`."""
+    recall_at_k: float
+    """On the same tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +60,50 @@ class PairEntry:
     target_layer: int
     """Decoder layer index it predicts."""
     form: str
-    """The form in use: the trained one, or `next-router` where training did not pay."""
+    """The form in use: a trained one, or `next-router` where training did not pay."""
     recall_at_k: float
-    """Of the form in use, on held-out tokens, from the written files."""
+    """Of the form in use, on held-out tokens that chose nothing, from the written files."""
     training_free_recall_at_k: float
     """The same for the training-free logits of the same input."""
     budget: int
     """Experts predicted per token for both figures."""
+    stack: int = 0
+    """Which of the bundle's stacks predicts it."""
+    expected_cost: float | None = None
+    """Of the form in use, on the same tokens, in copies of one expert per token."""
+    calibration_error: float | None = None
+    """Of its probabilities, on the same tokens."""
+    uncalibrated_error: float | None = None
+    """The same for the sigmoid of the decision margin."""
+    compared: tuple[CandidateEntry, ...] = ()
+    """What the form was chosen from, measured on the tokens that chose."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PairEntry:
+        """Rebuild from `dataclasses.asdict`."""
+        compared = tuple(CandidateEntry(**entry) for entry in values["compared"])
+        return cls(**(values | {"compared": compared}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationEntry:
+    """How the probabilities came about."""
+
+    method: str
+    """`temperature` or `isotonic`: the better one."""
+    compared: dict[str, float]
+    """Calibration error of each on the tokens that chose, mean over layers and candidates."""
+    num_fit_tokens: int
+    """Held-out tokens they were fitted on."""
+    num_choose_tokens: int
+    """Held-out tokens that chose between them, and each layer's form."""
+    costs: FetchCosts
+    """What a prefetch was taken to gain and lose."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CalibrationEntry:
+        """Rebuild from `dataclasses.asdict`."""
+        return cls(**(values | {"costs": FetchCosts(**values["costs"])}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,20 +112,22 @@ class BundleManifest:
 
     geometry: MoEGeometry
     """The model it fits."""
-    spec: EstimatorSpec
-    """What is predicted from what, in which form."""
+    specs: tuple[EstimatorSpec, ...]
+    """What is predicted from what, in which form: one for each stack of estimators."""
     pairs: tuple[PairEntry, ...]
-    """One entry per target layer, in the spec's order."""
+    """One entry per target layer, in the specs' order."""
+    calibration: CalibrationEntry | None
+    """None if its estimators give no probabilities."""
     norm_kind: NormKind
     """The norm in front of the model's routers."""
     norm_eps: float
     """Added to that norm's variance."""
     num_held_out_tokens: int
-    """Tokens the recall figures are measured on."""
+    """Tokens the pairs' figures are measured on."""
     tensors_sha256: str
     """Of `estimators.safetensors`."""
     provenance: dict[str, Any]
-    """Where it comes from: run, traces, tokens."""
+    """Where it comes from: runs, traces, tokens."""
     versions: dict[str, str]
     """Of Python and packages when it was written."""
     format_version: int = FORMAT_VERSION
@@ -73,17 +137,18 @@ class BundleManifest:
         """JSON-ready form; `from_dict` reverses it."""
         return dataclasses.asdict(self) | {
             "geometry": self.geometry.to_dict(),
-            "spec": self.spec.to_dict(),
-            "pairs": [dataclasses.asdict(pair) for pair in self.pairs],
+            "specs": [spec.to_dict() for spec in self.specs],
         }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> BundleManifest:
         """Rebuild from `to_dict`'s output."""
+        fitted = values["calibration"]
         parts = {
             "geometry": MoEGeometry.from_dict(values["geometry"]),
-            "spec": EstimatorSpec.from_dict(values["spec"]),
-            "pairs": tuple(PairEntry(**pair) for pair in values["pairs"]),
+            "specs": tuple(EstimatorSpec.from_dict(spec) for spec in values["specs"]),
+            "pairs": tuple(PairEntry.from_dict(pair) for pair in values["pairs"]),
+            "calibration": None if fitted is None else CalibrationEntry.from_dict(fitted),
         }
         return cls(**(values | parts))
 
@@ -115,23 +180,39 @@ def save_bundle(
     *,
     num_held_out_tokens: int,
     provenance: dict[str, Any],
+    calibration: CalibrationEntry | None = None,
 ) -> BundleManifest:
     """Write a stack's tensors and manifest into a folder that exists.
 
     Args:
         folder: Where the two files go.
-        stack: The estimators; each pair's `form` decides whether it is used when loaded.
+        stack: The estimators, with their calibration if they have one; each pair's `form` and
+            `stack` decide what is used when loaded.
         pairs: What to say about each pair, in the stack's order.
-        num_held_out_tokens: Tokens the recall figures are measured on.
+        num_held_out_tokens: Tokens the pairs' figures are measured on.
         provenance: Where the estimators come from, JSON-ready.
+        calibration: How their probabilities came about.
+
+    Raises:
+        ValueError: If only one of calibration and what is said about it is there.
     """
-    write_tensors(folder / TENSORS_NAME, stack.to_tensors())
+    fitted = stack.calibration
+    if (fitted is None) != (calibration is None):
+        raise ValueError("Expected a calibration and its entry, or neither.")
+    tensors = {} if fitted is None else _prefixed(CALIBRATION_PREFIX, fitted.to_tensors())
+    for at, part in enumerate(stack.parts):
+        anchors, own = _apart(part.to_tensors())
+        tensors |= _prefixed(ANCHORS_PREFIX, _without_prefix(INPUT_PREFIX, anchors)) | _prefixed(
+            f"{at}.", own
+        )
+    write_tensors(folder / TENSORS_NAME, tensors)
     manifest = BundleManifest(
         geometry=stack.geometry,
-        spec=stack.spec,
+        specs=tuple(part.spec for part in stack.parts),
         pairs=tuple(pairs),
-        norm_kind=stack.input.norm_kind,
-        norm_eps=stack.input.norm_eps,
+        calibration=calibration,
+        norm_kind=stack.parts[0].input.norm_kind,
+        norm_eps=stack.parts[0].input.norm_eps,
         num_held_out_tokens=num_held_out_tokens,
         tensors_sha256=sha256_of(folder / TENSORS_NAME),
         provenance=provenance,
@@ -167,15 +248,45 @@ def load_bundle(path: Path | str, device: str | torch.device = "cpu") -> Bundle:
         raise ValueError(
             f"{tensors_path} is damaged (its sha256 is not the manifest's). Export it again."
         )
-    stack = EstimatorStack.from_tensors(
-        manifest.geometry,
-        manifest.spec,
-        tensors,
-        norm_kind=manifest.norm_kind,
-        norm_eps=manifest.norm_eps,
-        is_trained=[pair.form == manifest.spec.form for pair in manifest.pairs],
-    )
+    stack = _build_stack(manifest, tensors)
     return Bundle(manifest=manifest, stack=stack.to(device).eval().requires_grad_(False))
+
+
+def _build_stack(manifest: BundleManifest, tensors: dict[str, Tensor]) -> EstimatorStack:
+    anchors = _prefixed(INPUT_PREFIX, _without_prefix(ANCHORS_PREFIX, tensors))
+    stacks = [
+        EstimatorStack.from_tensors(
+            manifest.geometry,
+            spec,
+            anchors | _without_prefix(f"{at}.", tensors),
+            norm_kind=manifest.norm_kind,
+            norm_eps=manifest.norm_eps,
+            is_trained=[pair.form == spec.form or pair.stack != at for pair in manifest.pairs],
+        )
+        for at, spec in enumerate(manifest.specs)
+    ]
+    stack = stacks[0]
+    if len(stacks) > 1:
+        stack = HybridStack(stacks, [pair.stack for pair in manifest.pairs])
+    if manifest.calibration is not None:
+        fitted = _without_prefix(CALIBRATION_PREFIX, tensors)
+        stack.calibration = Calibration(**fitted, top_k=manifest.geometry.top_k)
+    return stack
+
+
+def _apart(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The model's own tensors, the same in every stack, and the rest."""
+    anchors = {name: t for name in ANCHOR_NAMES if (t := tensors.get(name)) is not None}
+    return anchors, {name: t for name, t in tensors.items() if name not in anchors}
+
+
+def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def _without_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
 
 def _read_manifest(path: Path) -> BundleManifest:

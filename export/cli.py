@@ -3,23 +3,48 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from foreroute.estimators.console import run_command
+from foreroute.estimators.expected_cost import FetchCosts
 from foreroute.export.bundle import BundleManifest
 
 
-def export(*, run: Path, out: Path, traces: Path | None = None, overwrite: bool = False) -> None:
-    """Write a finished run's estimators as a bundle, measured again from the written files.
+def export(
+    *,
+    run: Path,
+    out: Path,
+    also: str = "",
+    saved: float = FetchCosts.saved,
+    delay: float = FetchCosts.delay,
+    traces: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a finished run's estimators as a calibrated bundle, measured from the written files.
+
+    Each layer gets the form that costs least on held-out tokens: the run's, the training-free next
+    router, or another run's. Costs count what the runtime's rule of prefetching would miss and
+    fetch for nothing, in copies of one expert.
 
     Args:
         run: Folder that train-estimator finished.
         out: Folder of the bundle, made new.
-        traces: Where the run's traces lie now, if they have moved.
+        also: Further runs on the same traces to choose each layer from; a comma list.
+        saved: What a right prefetch saves, in copies of one expert.
+        delay: What a wrong one costs.
+        traces: Where the runs' traces lie now, if they have moved.
         overwrite: Replace the folder if it is there already.
     """
     from foreroute.export.export import export_estimator
 
-    manifest = export_estimator(run, out, traces_path=traces, overwrite=overwrite)
+    manifest = export_estimator(
+        run,
+        out,
+        also=[Path(part.strip()) for part in also.split(",") if part.strip()],
+        costs=FetchCosts(saved=saved, delay=delay),
+        traces_path=traces,
+        overwrite=overwrite,
+    )
     _print_table(manifest)
     print(out)
 
@@ -29,18 +54,34 @@ def _print_table(manifest: BundleManifest) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    top_k = manifest.geometry.top_k
+    top_k, fitted = manifest.geometry.top_k, manifest.calibration
+    assert fitted is not None
     table = Table(
-        title=f"recall@{top_k}(budget={top_k}) measured again on "
-        f"{manifest.num_held_out_tokens:,} held-out tokens",
+        title=f"recall@{top_k}(budget={top_k}), cost in copies per token, error of the "
+        f"probabilities ({fitted.method}), on {manifest.num_held_out_tokens:,} held-out tokens",
         box=SIMPLE_HEAD,
         title_justify="left",
+        pad_edge=False,
+        show_edge=False,
     )
-    for name in ("source layer", "target layer", "form", "recall", "training-free recall"):
-        table.add_column(name, justify="left" if name == "form" else "right")
+    columns = ("layer", "form", "input", "recall", "training\nfree", "cost")
+    for name in (*columns, "error\nbefore", "error\nafter"):
+        justify: Literal["left", "right"] = "left" if name in ("form", "input") else "right"
+        table.add_column(name, justify=justify, no_wrap=True)
     for pair in manifest.pairs:
-        recall = (f"{pair.recall_at_k:.3f}", f"{pair.training_free_recall_at_k:.3f}")
-        table.add_row(str(pair.source_layer), str(pair.target_layer), pair.form, *recall)
+        figures = (
+            pair.recall_at_k,
+            pair.training_free_recall_at_k,
+            pair.expected_cost,
+            pair.uncalibrated_error,
+            pair.calibration_error,
+        )
+        table.add_row(
+            str(pair.target_layer),
+            pair.form,
+            manifest.specs[pair.stack].input_kind,
+            *(f"{figure:.3f}" for figure in figures),
+        )
     Console().print(table)
 
 

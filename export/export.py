@@ -1,14 +1,17 @@
-"""Turns a finished run into a bundle, measured again from the files just written."""
+"""Turns finished runs into a bundle, measured again from the files just written."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 from foreroute.data.manifest import MANIFEST_FILE
 from foreroute.data.traces import Traces
-from foreroute.estimators import TRAINING_FREE_FORM
 from foreroute.estimators.artifacts import new_folder, require_free, sha256_of, write_command
+from foreroute.estimators.calibration import uncalibrated
+from foreroute.estimators.expected_cost import FetchCosts
 from foreroute.export.bundle import (
     Bundle,
     BundleManifest,
@@ -17,7 +20,9 @@ from foreroute.export.bundle import (
     save_bundle,
     save_manifest,
 )
-from foreroute.train.measure import measure, predictor_of
+from foreroute.export.choose import Choice, choose
+from foreroute.train.calibrate import split_held_out
+from foreroute.train.measure import Probabilities, judge, measure, predictor_of
 from foreroute.train.run import FinishedRun, load_run
 from foreroute.train.shards import PairedShards
 
@@ -26,43 +31,67 @@ RECALL_TOLERANCE = 1e-3
 
 
 def export_estimator(
-    run: Path, out: Path, *, traces_path: Path | None = None, overwrite: bool = False
+    run: Path,
+    out: Path,
+    *,
+    also: Sequence[Path] = (),
+    costs: FetchCosts | None = None,
+    traces_path: Path | None = None,
+    overwrite: bool = False,
 ) -> BundleManifest:
-    """Write a bundle; layers where training did not pay are exported as training-free.
+    """Write a bundle: calibrated, each layer in the form that costs least on held-out tokens.
+
+    The held-out sequences are split: the first half calibrates and chooses, the second half gives
+    the figures in the manifest.
 
     Args:
         run: Folder that `train-estimator` finished.
         out: The bundle's folder; appears only when the bundle is whole and measured.
-        traces_path: The traces the run was trained on, if they have moved.
+        also: Further runs, on the same traces, layers and horizon, to choose each layer from.
+        costs: What a prefetch gains and loses; one copy each if None.
+        traces_path: The traces the runs were trained on, if they have moved.
         overwrite: Replace a folder that is there already.
 
     Returns:
         The bundle's manifest.
 
     Raises:
-        FileNotFoundError: If the run or its traces are missing.
-        ValueError: If something is damaged, or recall is not what the run says.
+        FileNotFoundError: If a run or its traces are missing.
+        ValueError: If something is damaged, runs do not belong together, there are too few held-out
+            sequences, or recall is not what a run says.
     """
     require_free(out, overwrite=overwrite)
-    finished = load_run(run)
+    runs = {folder.name: load_run(folder) for folder in (run, *also)}
+    if len(runs) <= len(also):
+        raise ValueError(
+            f"Expected runs of different names, got {', '.join(map(str, runs))} twice."
+        )
+    finished = runs[run.name]
+    for name, other in runs.items():
+        require_comparable(finished, other, name)
     traces = open_traces(finished, traces_path)
+    for name, other in runs.items():
+        check_claims(other, traces, name)
+    parts = split_held_out(finished.plan.split.held_out)
+    choice = choose(runs, traces, parts, costs or FetchCosts())
     with new_folder(out, overwrite=overwrite) as partial:
         save_bundle(
             partial,
-            finished.stack,
-            claimed_pairs(finished),
-            num_held_out_tokens=finished.metrics["num_held_out_tokens"],
+            choice.stack,
+            _entries(choice),
+            num_held_out_tokens=0,
             provenance={
-                "run": str(run),
+                "runs": {
+                    name: str(folder) for name, folder in zip(runs, (run, *also), strict=True)
+                },
                 "traces": finished.plan.traces,
                 "traces_sha256": finished.plan.traces_sha256,
                 "num_train_tokens": finished.metrics["num_train_tokens"],
             },
+            calibration=choice.calibration,
         )
         bundle = load_bundle(partial)
-        manifest = dataclasses.replace(
-            bundle.manifest, pairs=measured_pairs(bundle, finished, traces)
-        )
+        manifest = measure_bundle(bundle, traces, parts.report)
         save_manifest(partial, manifest)
         write_command(partial)
     return manifest
@@ -88,50 +117,104 @@ def open_traces(finished: FinishedRun, traces_path: Path | None) -> Traces:
     return traces
 
 
-def claimed_pairs(finished: FinishedRun) -> list[PairEntry]:
-    """What the run's metrics say about each pair, all of them in the trained form."""
-    top_k = finished.plan.geometry.top_k
-    recall = finished.metrics["estimator"]["per_layer"]["recall_at_k"]
-    layers = zip(finished.stack.source_layers, finished.stack.target_layers, recall, strict=True)
+def require_comparable(finished: FinishedRun, other: FinishedRun, name: str) -> None:
+    """Refuse a run whose layers cannot be exchanged with the first run's.
+
+    Raises:
+        ValueError: If traces, horizon, layers or held-out sequences differ; names which.
+    """
+    ours, theirs = (
+        {
+            "traces": plan.traces_sha256,
+            "horizon": plan.spec.horizon,
+            "layers": plan.spec.target_layers,
+            "held-out sequences": plan.split.held_out,
+        }
+        for plan in (finished.plan, other.plan)
+    )
+    changed = [what for what in ours if ours[what] != theirs[what]]
+    if changed:
+        raise ValueError(
+            f"Run {name} has other {' and '.join(changed)} than the first run; only runs on the "
+            "same ones can be compared. Train it again like the first, or leave it out."
+        )
+
+
+def check_claims(finished: FinishedRun, traces: Traces, name: str) -> None:
+    """Measure a run as its files have it.
+
+    Raises:
+        ValueError: If its recall is not what its metrics say.
+    """
+    plan, stack = finished.plan, finished.stack
+    held_out = PairedShards(traces, plan.spec, plan.split.held_out, cache_bytes=0)
+    top_k = plan.geometry.top_k
+    measured = measure({name: predictor_of(stack)}, held_out, plan.geometry, (top_k,))[name]
+    claims = finished.metrics["estimator"]["per_layer"]["recall_at_k"]
+    rows = zip(stack.target_layers, measured.recall_at_k, claims, strict=True)
+    for layer, recall, claimed in rows:
+        if abs(recall - claimed) > RECALL_TOLERANCE:
+            raise ValueError(
+                f"Run {name}, layer {layer}: the written files reach recall {recall:.4f} on the "
+                f"held-out tokens, the run's metrics say {claimed:.4f}. Train again."
+            )
+
+
+def measure_bundle(bundle: Bundle, traces: Traces, sequences: range) -> BundleManifest:
+    """Measure a bundle as loaded, on sequences that chose nothing.
+
+    Returns:
+        Its manifest with the pairs' figures.
+    """
+    stack, manifest = bundle.stack, bundle.manifest
+    assert stack.calibration is not None
+    assert manifest.calibration is not None
+    geometry, spec = manifest.geometry, manifest.specs[0]
+    held_out = PairedShards(
+        traces, spec, sequences, source_fields=stack.input_fields, cache_bytes=0
+    )
+    predictors = {"chosen": predictor_of(stack)}
+    if traces.anchors is not None:
+        predictors["free"] = predictor_of(stack.with_trained([False] * len(manifest.pairs)))
+    recalls = measure(predictors, held_out, geometry, (geometry.top_k,))
+    free = recalls.get("free", recalls["chosen"])
+    before_fit = functools.partial(uncalibrated, top_k=geometry.top_k)
+    methods: dict[str, Probabilities] = {"before": before_fit, "after": stack.calibration}
+    judged = judge(
+        {"chosen": (predictors["chosen"], methods)}, held_out, geometry, manifest.calibration.costs
+    )
+    before, after = judged["chosen", "before"], judged["chosen", "after"]
+    pairs = tuple(
+        dataclasses.replace(
+            pair,
+            recall_at_k=recalls["chosen"].recall_at_k[at],
+            training_free_recall_at_k=free.recall_at_k[at],
+            expected_cost=after.expected_cost[at],
+            calibration_error=after.calibration_error[at],
+            uncalibrated_error=before.calibration_error[at],
+        )
+        for at, pair in enumerate(manifest.pairs)
+    )
+    return dataclasses.replace(manifest, pairs=pairs, num_held_out_tokens=held_out.num_tokens)
+
+
+def _entries(choice: Choice) -> list[PairEntry]:
+    """What is known about each pair before the written files are measured."""
+    stack = choice.stack
+    used = sorted({candidate.run_idx for candidate in choice.chosen})
+    layers = zip(stack.source_layers, stack.target_layers, strict=True)
     return [
         PairEntry(
             source_layer=source,
             target_layer=target,
-            form=finished.plan.spec.form,
-            recall_at_k=claimed,
+            form=candidate.form,
+            recall_at_k=0.0,
             training_free_recall_at_k=0.0,
-            budget=top_k,
+            budget=stack.geometry.top_k,
+            stack=used.index(candidate.run_idx),
+            compared=compared,
         )
-        for source, target, claimed in layers
+        for (source, target), candidate, compared in zip(
+            layers, choice.chosen, choice.compared, strict=True
+        )
     ]
-
-
-def measured_pairs(bundle: Bundle, finished: FinishedRun, traces: Traces) -> tuple[PairEntry, ...]:
-    """Measure a bundle as loaded, and choose each pair's form.
-
-    Raises:
-        ValueError: If its recall is not what the run's metrics say.
-    """
-    geometry, spec = bundle.manifest.geometry, bundle.manifest.spec
-    free = bundle.stack.with_trained([False] * len(spec.target_layers))
-    held_out = PairedShards(traces, spec, finished.plan.split.held_out, cache_bytes=0)
-    predictors = {"trained": predictor_of(bundle.stack), "free": predictor_of(free)}
-    measured = measure(predictors, held_out, geometry, (geometry.top_k,))
-    trained_recall, free_recall = measured["trained"].recall_at_k, measured["free"].recall_at_k
-    entries = zip(bundle.manifest.pairs, trained_recall, free_recall, strict=True)
-    return tuple(_measured(claimed, trained, free) for claimed, trained, free in entries)
-
-
-def _measured(claimed: PairEntry, trained: float, free: float) -> PairEntry:
-    """One pair's entry after measuring; the trained form must be strictly better to be used."""
-    if abs(trained - claimed.recall_at_k) > RECALL_TOLERANCE:
-        raise ValueError(
-            f"Layer {claimed.target_layer}: the written files reach recall {trained:.4f} on the "
-            f"held-out tokens, the run's metrics say {claimed.recall_at_k:.4f}. Train again."
-        )
-    return dataclasses.replace(
-        claimed,
-        form=claimed.form if trained > free else TRAINING_FREE_FORM,
-        recall_at_k=max(trained, free),
-        training_free_recall_at_k=free,
-    )

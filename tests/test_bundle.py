@@ -13,7 +13,17 @@ from foreroute.estimators import (
     MoEGeometry,
     SourceState,
 )
-from foreroute.export.bundle import MANIFEST_NAME, TENSORS_NAME, PairEntry, load_bundle, save_bundle
+from foreroute.estimators.calibration import Calibration
+from foreroute.estimators.expected_cost import FetchCosts
+from foreroute.estimators.hybrid import HybridStack
+from foreroute.export.bundle import (
+    MANIFEST_NAME,
+    TENSORS_NAME,
+    CalibrationEntry,
+    PairEntry,
+    load_bundle,
+    save_bundle,
+)
 
 GEOMETRY = MoEGeometry(
     model_type="toy",
@@ -106,7 +116,7 @@ def test_a_cut_off_file_is_named(folder) -> None:
 def test_a_damaged_manifest_is_named(folder) -> None:
     path = folder / MANIFEST_NAME
     values = json.loads(path.read_text())
-    path.write_text(json.dumps({k: v for k, v in values.items() if k != "spec"}))
+    path.write_text(json.dumps({k: v for k, v in values.items() if k != "specs"}))
     with pytest.raises(ValueError, match=f"{MANIFEST_NAME} is damaged"):
         load_bundle(folder)
     path.write_text("{")
@@ -115,6 +125,54 @@ def test_a_damaged_manifest_is_named(folder) -> None:
     path.write_text(json.dumps(values | {"format_version": 99}))
     with pytest.raises(ValueError, match="format version 99"):
         load_bundle(folder)
+
+
+def test_a_bundle_of_the_version_before_is_refused_in_one_line(folder) -> None:
+    path = folder / MANIFEST_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 1}))
+    with pytest.raises(ValueError, match=r"version 1; .* version 2\. Export the bundle again\.$"):
+        load_bundle(folder)
+
+
+def test_probabilities_come_back_bit_equal(stack, folder) -> None:
+    entries = load_bundle(folder).manifest.pairs
+    said = CalibrationEntry(
+        method="isotonic",
+        compared={"isotonic": 0.01},
+        num_fit_tokens=5,
+        num_choose_tokens=6,
+        costs=FetchCosts(delay=0.5),
+    )
+    logits = torch.randn(2, 5, 8)
+    with pytest.raises(ValueError, match="or neither"):
+        save_bundle(folder, stack, entries, num_held_out_tokens=7, provenance={}, calibration=said)
+    table = torch.rand(2, 9).sort(dim=1).values
+    stack.calibration = Calibration(torch.randn(2), torch.rand(2) + 1, table, 2)
+    save_bundle(folder, stack, entries, num_held_out_tokens=7, provenance={}, calibration=said)
+    bundle = load_bundle(folder)
+    assert bundle.manifest.calibration == said
+    assert torch.equal(bundle.stack.probabilities(logits), stack.probabilities(logits))
+
+
+def test_stacks_of_several_forms_come_back_bit_equal(stack, folder) -> None:
+    first, second = load_bundle(folder).manifest.pairs
+    other = dataclasses.replace(stack.spec, form="linear", input_kind="residual")
+    tensors = {name: t for name, t in stack.to_tensors().items() if name.startswith("input.")}
+    tensors.pop("input.default_vectors")
+    tensors |= {"form.weight": torch.randn(2, 16, 8), "form.bias": torch.randn(2, 1, 8)}
+    linear = EstimatorStack.from_tensors(GEOMETRY, other, tensors, norm_kind="layer", norm_eps=1e-5)
+    hybrid = HybridStack([stack, linear], (0, 1))
+    entries = [first, dataclasses.replace(second, form="linear", stack=1)]
+    save_bundle(folder, hybrid, entries, num_held_out_tokens=7, provenance={})
+    loaded = load_bundle(folder).stack
+    source = SourceState(
+        residual=torch.randn(2, 6, 16),
+        expert_ids=torch.rand(2, 6, 8).topk(2).indices,
+        gate_weights=torch.rand(2, 6, 2),
+    )
+    assert torch.equal(loaded(source), hybrid(source))
+    assert torch.equal(loaded(source)[1], linear(source)[1])
+    assert loaded.is_trained == (True, True)
 
 
 def test_missing_parts_are_named(folder, tmp_path) -> None:

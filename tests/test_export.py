@@ -1,18 +1,23 @@
 """Exporting measures what was written, and leaves nothing half-written."""
 
+import dataclasses
 import json
 import shutil
 
 import pytest
 import torch
 
+from foreroute.data.traces import Traces
 from foreroute.estimators import EstimatorSpec
 from foreroute.estimators.artifacts import read_json, write_json, write_tensors
 from foreroute.export.bundle import load_bundle
 from foreroute.export.cli import export
 from foreroute.export.export import export_estimator
+from foreroute.train.calibrate import split_held_out
 from foreroute.train.fit import train_estimator
+from foreroute.train.measure import measure, predictor_of
 from foreroute.train.run import FitConfig, load_run
+from foreroute.train.shards import PairedShards
 
 SPEC = EstimatorSpec(form="low-rank", rank=8, target_layers=(1, 2, 3))
 
@@ -36,11 +41,19 @@ def test_a_bundle_holds_what_the_run_trained(run, tmp_path) -> None:
     trained = load_run(run).stack.to_tensors()
     for name, tensor in bundle.stack.to_tensors().items():
         assert torch.equal(tensor, trained[name])
-    metrics = read_json(run / "metrics.json")
-    assert manifest.num_held_out_tokens == metrics["num_held_out_tokens"]
-    free = metrics["baselines"]["quasi-hidden"]["per_layer"]["recall_at_k"]
-    assert [pair.training_free_recall_at_k for pair in manifest.pairs] == pytest.approx(free)
     assert (tmp_path / "bundle" / "command.txt").is_file()
+
+
+def test_figures_are_measured_on_sequences_that_chose_nothing(run, tmp_path) -> None:
+    manifest = export_estimator(run, tmp_path / "bundle")
+    plan = load_run(run).plan
+    parts = split_held_out(plan.split.held_out)
+    assert manifest.num_held_out_tokens == 64 * len(parts.report)
+    assert manifest.calibration.num_fit_tokens == 64 * len(parts.calibrate)
+    assert manifest.calibration.num_choose_tokens == 64 * len(parts.choose)
+    free = dataclasses.replace(plan.spec, form="next-router")
+    recall = measured_recall(load_run(run), parts.report, free)
+    assert [pair.training_free_recall_at_k for pair in manifest.pairs] == pytest.approx(recall)
 
 
 def test_layers_where_training_did_not_pay_are_training_free(run, tmp_path) -> None:
@@ -50,29 +63,72 @@ def test_layers_where_training_did_not_pay_are_training_free(run, tmp_path) -> N
     tensors["form.up"][1] = 50 * torch.randn_like(tensors["form.up"][1])
     write_tensors(run / "estimators.safetensors", tensors)
     metrics = finished.metrics
-    with pytest.raises(ValueError, match=r"Layer 2: the written files reach recall 0\."):
+    with pytest.raises(ValueError, match=r"Run run, layer 2: the written files reach recall 0\."):
         export_estimator(run, tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
     assert not list(tmp_path.glob("bundle*"))
-    metrics["estimator"]["per_layer"]["recall_at_k"][1] = measured_recall(run, tmp_path)
+    damaged = load_run(run)
+    recall = measured_recall(damaged, damaged.plan.split.held_out, damaged.plan.spec)
+    metrics["estimator"]["per_layer"]["recall_at_k"][1] = recall[1]
     write_json(run / "metrics.json", metrics)
     manifest = export_estimator(run, tmp_path / "bundle")
     assert manifest.pairs[1].form == "next-router"
-    assert manifest.pairs[1].recall_at_k == manifest.pairs[1].training_free_recall_at_k
+    free, trained = manifest.pairs[1].compared
+    assert (free.form, trained.form) == ("next-router", "low-rank")
+    assert free.expected_cost < trained.expected_cost
     assert load_bundle(tmp_path / "bundle").stack.is_trained[1] is False
 
 
-def measured_recall(run, tmp_path) -> float:
-    from foreroute.data.traces import Traces
-    from foreroute.train.measure import measure, predictor_of
-    from foreroute.train.shards import PairedShards
-
-    finished = load_run(run)
+def measured_recall(finished, sequences, spec) -> list[float]:
     traces = Traces.open(finished.plan.traces)
-    held_out = PairedShards(traces, finished.plan.spec, finished.plan.split.held_out)
-    predictors = {"damaged": predictor_of(finished.stack)}
-    result = measure(predictors, held_out, traces.geometry, (2,))
-    return result["damaged"].recall_at_k[1]
+    stack = finished.stack
+    if spec.form == "next-router":
+        stack = stack.with_trained([False] * len(spec.target_layers))
+    held_out = PairedShards(traces, finished.plan.spec, sequences)
+    return measure({"it": predictor_of(stack)}, held_out, traces.geometry, (2,))["it"].recall_at_k
+
+
+@pytest.fixture(scope="module")
+def other_run(tiny_traces, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "other"
+    spec = dataclasses.replace(SPEC, form="linear", input_kind="residual")
+    train_estimator(tiny_traces, spec, FitConfig(epochs=1, batch_size=128), out, device="cpu")
+    return out
+
+
+def test_each_layer_is_taken_from_the_run_that_costs_least(run, other_run, tmp_path) -> None:
+    # The first run's corrections are damaged: its trained form costs most.
+    finished = load_run(run)
+    tensors = finished.stack.to_tensors()
+    tensors["form.up"] = torch.randn_like(tensors["form.up"])
+    write_tensors(run / "estimators.safetensors", tensors)
+    damaged, metrics = load_run(run), finished.metrics
+    claimed = measured_recall(damaged, damaged.plan.split.held_out, damaged.plan.spec)
+    metrics["estimator"]["per_layer"]["recall_at_k"] = claimed
+    write_json(run / "metrics.json", metrics)
+    manifest = export_estimator(run, tmp_path / "bundle", also=[other_run])
+    bundle = load_bundle(tmp_path / "bundle")
+    for pair in manifest.pairs:
+        assert {(entry.run, entry.form, entry.input_kind) for entry in pair.compared} == {
+            ("run", "next-router", "quasi-hidden"),
+            ("other", "next-router", "residual"),
+            ("run", "low-rank", "quasi-hidden"),
+            ("other", "linear", "residual"),
+        }
+        best = min(pair.compared, key=lambda entry: entry.expected_cost)
+        assert best.form == pair.form
+        assert manifest.specs[pair.stack].input_kind == best.input_kind
+    assert bundle.stack.is_trained == tuple(pair.form != "next-router" for pair in manifest.pairs)
+
+
+def test_runs_that_cannot_be_compared_are_refused(run, tiny_traces, tmp_path) -> None:
+    far = dataclasses.replace(SPEC, form="next-router", horizon=2, target_layers=(2, 3))
+    train_estimator(tiny_traces, far, FitConfig(), tmp_path / "far", device="cpu")
+    with pytest.raises(ValueError, match="Run far has other horizon and layers than the first"):
+        export_estimator(run, tmp_path / "bundle", also=[tmp_path / "far"])
+    with pytest.raises(ValueError, match="different names"):
+        export_estimator(run, tmp_path / "bundle", also=[run])
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_an_existing_bundle_is_not_overwritten(run, tmp_path) -> None:

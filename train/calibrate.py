@@ -17,8 +17,9 @@ from foreroute.estimators.calibration import (
 NUM_KNOTS = 64
 TAIL = 1e-3
 """Share of margins, near the decision, that lies beyond each end of a table."""
-METHODS = ("uncalibrated", "temperature", "isotonic")
-"""`uncalibrated` is the sigmoid of the margin, as if scores were log-odds already."""
+MIN_SEQUENCES = 3
+METHODS = ("temperature", "isotonic")
+"""What probabilities can be fitted by; each gives a table over the margin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +43,10 @@ def split_held_out(held_out: range) -> HeldOutParts:
     Raises:
         ValueError: If there are fewer than three sequences.
     """
-    if len(held_out) < len(METHODS):
+    if len(held_out) < MIN_SEQUENCES:
         raise ValueError(
-            f"{len(held_out)} held-out sequences are too few: at least 3 are needed, to calibrate, "
-            "to choose and to report on. Collect more tokens, or shorter sequences."
+            f"{len(held_out)} held-out sequences are too few: at least {MIN_SEQUENCES} are needed, "
+            "to calibrate, to choose and to report on. Collect more tokens, or shorter sequences."
         )
     report = held_out.start + (len(held_out) + 1) // 2
     gap = 1 if len(held_out) > 4 else 0
@@ -112,14 +113,12 @@ class MarginHistogram:
             raise ValueError("No tokens to calibrate on.")
         steps = torch.arange(NUM_KNOTS, device=self.first_margin.device)
         knots = self.first_margin.unsqueeze(1) + steps / self.knots_per_margin.unsqueeze(1)
-        if method == "uncalibrated":
-            table = knots.sigmoid()
-        else:
-            solve = {"temperature": solve_temperature, "isotonic": solve_isotonic}[method]
-            parts = zip(knots, self.num_experts, self.num_used, strict=True)
-            table = torch.stack([solve(*(t.cpu() for t in part)) for part in parts])
-        table = table.clamp(0, 1).to(knots)
-        return Calibration(self.first_margin, self.knots_per_margin, table, self.top_k)
+        solve = {"temperature": solve_temperature, "isotonic": solve_isotonic}[method]
+        parts = zip(knots, self.num_experts, self.num_used, strict=True)
+        table = torch.stack([solve(*(t.cpu() for t in part)) for part in parts])
+        return Calibration(
+            self.first_margin, self.knots_per_margin, table.clamp(0, 1).to(knots), self.top_k
+        )
 
 
 def solve_temperature(margins: Tensor, num_experts: Tensor, num_used: Tensor) -> Tensor:
