@@ -10,6 +10,7 @@ OnMiss = Literal["fetch", "skip", "predicted"]
 SpeculativeWeights = Literal["true", "predicted"]
 CacheKind = Literal["lru", "none"]
 DecideOn = Literal["auto", "host"]
+PrefetchRule = Literal["budgeted", "every"]
 
 _CHOICES = {
     "policy": get_args(Policy),
@@ -17,6 +18,7 @@ _CHOICES = {
     "weights": get_args(SpeculativeWeights),
     "cache": get_args(CacheKind),
     "decide_on": get_args(DecideOn),
+    "prefetch": get_args(PrefetchRule),
 }
 
 
@@ -28,6 +30,9 @@ class EngineConfig:
     """Cache slots per MoE layer: a number, or a share of the experts such as `25%`."""
     policy: Policy = "on-demand"
     """`on-demand` loads an expert when the router asks; `prefetch` also loads what is predicted."""
+    prefetch: PrefetchRule = "budgeted"
+    """What `policy="prefetch"` loads early: `budgeted` what is expected to save more time than it
+    costs, `every` each prediction."""
     on_miss: OnMiss = "fetch"
     """`fetch` waits for the expert (exact). `skip` leaves it out; `predicted` runs the predicted
     experts in place of the true ones: both are speculative execution and change the output."""
