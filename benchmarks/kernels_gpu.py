@@ -146,7 +146,8 @@ def around_the_experts(shape: Shape) -> dict[str, float]:
     logits = random(1, shape.experts)
     tables = ResidencyTables.empty(shape.experts, shape.experts, DEVICE)
     source, target = torch.empty(2, shape.top_k, dtype=torch.int32, device=DEVICE)
-    plan(torch.arange(shape.experts, device=DEVICE), tables, lrfu(20.0), *_scratch(shape.experts))
+    for some in torch.arange(shape.experts, device=DEVICE).split(8):
+        plan(some, tables, lrfu(20.0), *_scratch(len(some)))
     ids = torch.arange(shape.top_k, device=DEVICE).view(1, -1)
     rows = allocate_host(1, 1 << 20, is_pinned=True)
     slots = torch.empty(1, 1 << 20, dtype=torch.uint8, device=DEVICE)

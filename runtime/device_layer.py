@@ -18,6 +18,7 @@ from foreroute.runtime.prefill import StreamedPrefill
 
 DEMAND_BLOCKS = 32
 PREFETCH_BLOCKS = 16
+FILL_EXPERTS = 8
 
 
 @dataclass
@@ -157,8 +158,9 @@ class DeviceLayer:
 
     def fill(self) -> None:
         """Make as many experts resident as fit, lowest ids first."""
-        ids = torch.arange(len(self.slots), device=self.slots.device).unsqueeze(0)
-        self.load(ids, num_blocks=DEMAND_BLOCKS, is_prefetch=True)
+        every = torch.arange(len(self.slots), device=self.slots.device)
+        for ids in every.split(FILL_EXPERTS):
+            self.load(ids, num_blocks=DEMAND_BLOCKS, is_prefetch=True)
 
     def check_integrity(self) -> None:
         """Check the tables, and every resident expert against its host row.

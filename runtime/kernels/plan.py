@@ -136,21 +136,21 @@ def _plan_kernel(
     if tl.sum(((ids >= 0) & (where_held < 0)).to(tl.int32), 0) > 0:
         worth = tl.load(score + held, mask=held >= 0, other=-1.0)
         num_copies, num_wasted = 0, 0
-        for i in range(NUM_IDS):
-            expert = tl.load(expert_ids + i).to(tl.int32)
-            is_here = tl.sum((held == expert).to(tl.int32), 0)
+        for k in range(NUM_IDS):
+            wanted = tl.load(expert_ids + k).to(tl.int32)
+            is_here = tl.sum((held == wanted).to(tl.int32), 0)
             room = tl.min(taken, 0) == 0
-            if (is_here == 0) & (expert >= 0) & room:
+            if (is_here == 0) & (wanted >= 0) & room:
                 slot = tl.argmin(tl.where(taken == 0, worth, float("inf")), 0)
                 here = slots == slot
                 evicted = tl.sum(tl.where(here, held, 0), 0)
                 num_wasted += tl.sum(tl.where(here, unused, 0), 0)
                 if evicted >= 0:
                     tl.store(slot_of + evicted, -1)
-                tl.store(slot_of + expert, slot)
-                copied = tl.where(at == i, expert, copied)
-                placed = tl.where(at == i, slot, placed)
-                held = tl.where(here, expert, held)
+                tl.store(slot_of + wanted, slot)
+                copied = tl.where(at == k, wanted, copied)
+                placed = tl.where(at == k, slot, placed)
+                held = tl.where(here, wanted, held)
                 taken = tl.where(here, 1, taken)
                 unused = tl.where(here, 1 if IS_PREFETCH else 0, unused)
                 num_copies += 1

@@ -51,7 +51,7 @@ def _rotate_kernel(
         target = key_out + ((batch * key_heads + head) * num_tokens + token) * dim
     x1, x2 = tl.load(source + at, mask=is_at), tl.load(source + half + at, mask=is_at)
     out = query_out.dtype.element_ty
-    # rounded after each operation, as PyTorch rounds
+    # products are rounded before they are added, as PyTorch does
     a1, b1 = (x1.to(tl.float32) * c1.to(tl.float32)), (x2.to(tl.float32) * s1.to(tl.float32))
     a2, b2 = (x2.to(tl.float32) * c2.to(tl.float32)), (x1.to(tl.float32) * s2.to(tl.float32))
     y1 = a1.to(out).to(tl.float32) - b1.to(out).to(tl.float32)
