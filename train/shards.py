@@ -30,7 +30,8 @@ class RoutingBatch(NamedTuple):
     target_gate_weights: Tensor
     """What each of them was multiplied with, [P, T, K], float."""
     previous_ids: Tensor
-    """Experts the target layers chose for the token before, [P, T, K]; -1 at a sequence's start."""
+    """Experts the target layers chose for the token before, [P, T, K]; -1 at a sequence's start, and
+    where the token before is not stored."""
 
     @property
     def num_tokens(self) -> int:
@@ -141,9 +142,10 @@ class PairedShards:
         return {name: torch.stack([tensors[name][rows] for tensors in read]) for name in names}
 
     def _previous(self, expert_ids: Tensor, shard_idx: int) -> Tensor:
-        rows = self.rows[shard_idx]
-        offsets = self._traces.tokens(shard_idx).sequence_offsets
+        rows, tokens = self.rows[shard_idx], self._traces.tokens(shard_idx)
+        offsets, positions = tokens.sequence_offsets, tokens.positions[rows]
         starts = offsets[(offsets >= rows.start) & (offsets < rows.stop)] - rows.start
         previous = expert_ids.roll(1, dims=1)
         previous[:, starts] = -1
+        previous[:, (positions.diff() != 1).nonzero().squeeze(1) + 1] = -1  # not stored
         return previous
