@@ -3,9 +3,10 @@
     python benchmarks/decode_gpu.py --routes qwen3-30b-a3b.route.csv --json decode_gpu.json
 
 Weights are RANDOM and routing is REPLAYED from a recorded route file; predictions of a given recall
-are the recorded truth with wrong guesses drawn from the layer's popularity (near misses). The
-prediction's own arithmetic runs all the same. Every graph's logits are compared bit for bit with
-the all-resident graph's, and its layer with transformers' own experts.
+are those of the simulator's predictor (the recorded truth, wrong guesses drawn from the layer's
+popularity, calibrated confidence). A prediction's own arithmetic runs all the same. Every graph's
+logits are compared bit for bit with the all-resident graph's, and a layer with transformers' own
+experts.
 
 Rows are written after every cell. `--tiny` runs the whole script on a CPU, with small sizes.
 """
@@ -398,7 +399,7 @@ def main() -> int:
         args.minutes,
         weights="random",
         routing=f"{routing}; for other shapes its ids are folded to their experts",
-        predictions="the recorded truth, wrong guesses drawn from the layer's popularity",
+        predictions="simulated: the recorded truth, wrong guesses by the layer's popularity",
         host_memory=f"a pinned pool of {POOL_BYTES >> 30} GiB that layers share round robin",
         context=args.context,
         command=" ".join(sys.argv),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,8 +17,10 @@ from foreroute.data.adapters import MoEModel
 from foreroute.data.adapters.seam import HANDLER_ATTRIBUTE
 from foreroute.runtime import Engine
 from foreroute.runtime.prefetch import Prefetcher
+from foreroute.runtime.simulator import Route, SimulatedPredictor
 
 STEPS_BETWEEN_SEQUENCES = 17
+LEAST_PROBABILITY = 1e-3
 
 
 def read_routes(path: Path) -> Tensor:
@@ -56,45 +60,68 @@ def fit_routes(routes: Tensor, moe: MoEModel, batch: int) -> Tensor:
     return torch.stack([fitted.roll(-shift, dims=0) for shift in shifts], dim=2)
 
 
-def near_miss_predictions(routes: Tensor, num_experts: int, recall: float) -> Tensor:
-    """The true experts with a share replaced by others, drawn from the layer's popularity."""
-    generator = torch.Generator().manual_seed(0)
-    predictions = routes.clone()
-    for layer in range(routes.shape[1]):
-        popularity = torch.bincount(routes[:, layer].flatten(), minlength=num_experts) + 0.05
-        flat = predictions[:, layer].flatten(0, 1)  # [steps * batch, top_k]
-        is_wrong = torch.rand(flat.shape, generator=generator) > recall
-        for row in is_wrong.any(-1).nonzero().flatten().tolist():
-            weights = popularity.clone()
-            weights[flat[row]] = 0
-            count = int(is_wrong[row].sum())
-            flat[row, is_wrong[row]] = torch.multinomial(weights, count, generator=generator)
-        predictions[:, layer] = flat.view(predictions[:, layer].shape)
-    return predictions
+@dataclass(frozen=True)
+class ReplayedPredictions:
+    """What a predictor of a chosen recall would have said, most likely expert first."""
+
+    expert_ids: Tensor
+    """[steps, layers, batch, top_k] int64."""
+    scores: Tensor
+    """[steps, layers, batch, E] float32: log-odds that the expert is used, calibrated."""
+
+
+def near_miss_predictions(routes: Tensor, num_experts: int, recall: float) -> ReplayedPredictions:
+    """Predictions of the simulator's predictor: wrong guesses by the layer's popularity.
+
+    Args:
+        routes: The truth, [steps, layers, batch, top_k].
+        num_experts: E.
+        recall: Share of the true experts that it names.
+    """
+    every_ids, every_score = [], []
+    for sequence in range(routes.shape[2]):
+        expert_ids = routes[:, :, sequence].numpy().astype(np.int16)
+        is_decode = np.ones(len(expert_ids), dtype=bool)
+        route = Route(
+            name="replay", expert_ids=expert_ids, is_decode=is_decode, num_experts=num_experts
+        )
+        said = SimulatedPredictor(recall=recall, seed=sequence).predict(route, horizon=1)
+        confidence = torch.from_numpy(said.confidence[0])
+        confidence, order = confidence.sort(dim=-1, descending=True)
+        ids = torch.from_numpy(said.expert_ids[0].astype(np.int64)).gather(-1, order)
+        scores = torch.full((*ids.shape[:2], num_experts), LEAST_PROBABILITY)
+        scores.scatter_(-1, ids, confidence.clamp(LEAST_PROBABILITY, 1 - LEAST_PROBABILITY))
+        every_ids.append(ids)
+        every_score.append(scores.logit())
+    return ReplayedPredictions(torch.stack(every_ids, dim=2), torch.stack(every_score, dim=2))
 
 
 class Replay:
     """Puts recorded routing (and predictions) in place of the random model's own."""
 
-    def __init__(self, engine: Engine, routes: Tensor, predictions: Tensor | None = None) -> None:
+    def __init__(
+        self, engine: Engine, routes: Tensor, predictions: ReplayedPredictions | None = None
+    ) -> None:
         """Attach to an engine before its first decode step.
 
         Args:
             engine: Open.
             routes: [steps, layers, batch, top_k].
-            predictions: The same shape, for an engine that prefetches; None to leave it alone.
+            predictions: Of the same steps, for an engine that prefetches; None to leave it alone.
         """
         self._routes = routes.to(engine.device)
         self._ids = self._routes[0].clone()  # [layers, batch, top_k], read by the graph
+        self._sources = [(self._ids, self._routes)]
         position = {layer.layer_idx: i for i, layer in enumerate(engine.layers)}
         for moe_layer, own in zip(engine.offloaded.moe.layers, engine.layers, strict=True):
             handler = self._handler(own, self._ids[position[own.layer_idx]])
             moe_layer.experts.__dict__[HANDLER_ATTRIBUTE] = handler
-        self._predictions = None if predictions is None else predictions.to(engine.device)
-        if self._predictions is not None:
-            self._predicted = self._predictions[0].clone()
+        if predictions is not None:
+            recorded = [t.to(engine.device) for t in (predictions.expert_ids, predictions.scores)]
+            now = [tensor[0].clone() for tensor in recorded]
+            self._sources += zip(now, recorded, strict=True)
             for run in (engine._run, getattr(engine, "_device_run", engine._run)):
-                run.prefetcher = _Replayed(run.prefetcher, self._predicted, position)
+                run.prefetcher = _Replayed(run.prefetcher, now[0], now[1], position)
 
     def _handler(self, own: Any, ids: Tensor) -> Callable[..., Tensor]:
         def handler(experts: nn.Module, hidden: Tensor, true: Tensor, weights: Tensor) -> Tensor:
@@ -106,21 +133,24 @@ class Replay:
 
     def set_step(self, step: int) -> None:
         """Route the next decode step as the recording did."""
-        self._ids.copy_(self._routes[step % len(self._routes)])
-        if self._predictions is not None:
-            self._predicted.copy_(self._predictions[step % len(self._predictions)])
+        for now, recorded in self._sources:
+            now.copy_(recorded[step % len(recorded)])
 
 
 class _Replayed(Prefetcher):
     """Computes the real prediction, then hands out the replayed one."""
 
-    def __init__(self, inner: Any, predicted: Tensor, position: dict[int, int]) -> None:
-        self._inner, self._predicted, self._position = inner, predicted, position
+    def __init__(
+        self, inner: Any, expert_ids: Tensor, scores: Tensor, position: dict[int, int]
+    ) -> None:
+        self._inner, self._ids, self._scores = inner, expert_ids, scores
+        self._position = position
 
     def target_of(self, source_layer: int) -> int | None:
         target: int | None = self._inner.target_of(source_layer)
         return target
 
     def predict(self, source_layer: int, **states: Tensor) -> tuple[Tensor, Tensor]:
-        logits, _ = self._inner.predict(source_layer, **states)
-        return logits, self._predicted[self._position[self.target_of(source_layer) or 0]]
+        self._inner.predict(source_layer, **states)
+        target = self._position[self.target_of(source_layer) or 0]
+        return self._scores[target], self._ids[target]

@@ -1,31 +1,33 @@
 """The GPU benchmarks run to their end on a CPU, and what they replay and count is right."""
 
 import json
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import decode_gpu
 import decode_profile
 import end_to_end_gpu
 import installed_prose
 import partial_results
 import random_shapes
 import replayed_routing
+import ttft_gpu
 
-BENCHMARKS = Path(partial_results.__file__).parent
 
+@pytest.fixture
+def run_script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    def run(script: ModuleType, *flags: str) -> None:
+        monkeypatch.setattr(sys, "argv", [script.__name__, "--tiny", *flags])
+        assert script.main() == 0
 
-def run_script(name: str, *flags: str) -> str:
-    command = [sys.executable, str(BENCHMARKS / name), "--tiny", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return run
 
 
 def test_a_route_file_is_read_and_folded_to_another_shape(tmp_path: Path) -> None:
@@ -45,10 +47,13 @@ def test_a_route_file_is_read_and_folded_to_another_shape(tmp_path: Path) -> Non
 @pytest.mark.parametrize("recall", [0.5, 1.0])
 def test_replayed_predictions_have_the_recall_asked_for(recall: float) -> None:
     routes = replayed_routing.random_routes(400, 2, 32, 4).unsqueeze(2)
-    predicted = replayed_routing.near_miss_predictions(routes, 32, recall)
-    is_hit = (predicted.unsqueeze(-1) == routes.unsqueeze(-2)).any(-1)
+    said = replayed_routing.near_miss_predictions(routes, 32, recall)
+    is_hit = (said.expert_ids.unsqueeze(-1) == routes.unsqueeze(-2)).any(-1)
     assert abs(is_hit.float().mean().item() - recall) < 0.03
-    assert (predicted.sort(-1).values.diff(dim=-1) > 0).all()  # no expert twice
+    assert (said.expert_ids.sort(-1).values.diff(dim=-1) > 0).all()  # no expert twice
+    probability = said.scores.sigmoid().gather(-1, said.expert_ids)
+    assert (probability.diff(dim=-1) <= 0).all()  # most likely first
+    assert abs(probability.mean().item() - recall) < 0.03  # calibrated
 
 
 def test_layers_share_the_pool_and_rows_lie_in_it() -> None:
@@ -112,10 +117,12 @@ def test_no_cell_begins_after_the_time_is_over(tmp_path: Path) -> None:
     ]
 
 
-def test_the_decode_benchmark_runs_to_its_end(tmp_path: Path) -> None:
+def test_the_decode_benchmark_runs_to_its_end(
+    run_script: Callable[..., None], tmp_path: Path
+) -> None:
     path = tmp_path / "decode.json"
     flags = ["--shapes", "qwen3-30b-a3b", "mixtral-8x7b", "--slots", "100", "25", "--batches", "1"]
-    run_script("decode_gpu.py", *flags, "--json", str(path), "--timelines", str(tmp_path / "t"))
+    run_script(decode_gpu, *flags, "--json", str(path), "--timelines", str(tmp_path / "t"))
     written = json.loads(path.read_text())
     of_one = {r["arm"] for r in written["rows"] if "qwen3" in r["shape"]}
     assert of_one == {
@@ -126,9 +133,11 @@ def test_the_decode_benchmark_runs_to_its_end(tmp_path: Path) -> None:
     assert len(list((tmp_path / "t").glob("*.json.gz"))) == 4
 
 
-def test_the_ttft_benchmark_runs_to_its_end(tmp_path: Path) -> None:
+def test_the_ttft_benchmark_runs_to_its_end(
+    run_script: Callable[..., None], tmp_path: Path
+) -> None:
     path = tmp_path / "ttft.json"
-    run_script("ttft_gpu.py", "--json", str(path))
+    run_script(ttft_gpu, "--json", str(path))
     rows = json.loads(path.read_text())["rows"]
     assert [r["arm"] for r in rows[::2]] == ["resident", "streamed, 25% slots", "accelerate"]
     assert all(r["bytes_per_prompt"] > 0 for r in rows[2:])
@@ -149,9 +158,11 @@ def test_lists_of_versions_are_not_taken_for_prose() -> None:
 
 
 @pytest.mark.slow
-def test_the_end_to_end_benchmark_runs_to_its_end_and_keeps_what_is_there(tmp_path: Path) -> None:
+def test_the_end_to_end_benchmark_runs_to_its_end_and_keeps_what_is_there(
+    run_script: Callable[..., None], tmp_path: Path
+) -> None:
     path, work = tmp_path / "end.json", tmp_path / "work"
-    run_script("end_to_end_gpu.py", "--work", str(work), "--json", str(path))
+    run_script(end_to_end_gpu, "--work", str(work), "--json", str(path))
     first = json.loads(path.read_text())
     trained = (work / "model" / "training.json").stat().st_mtime_ns
     assert [r["arm"] for r in first["rows"]] == [
@@ -161,6 +172,6 @@ def test_the_end_to_end_benchmark_runs_to_its_end_and_keeps_what_is_there(tmp_pa
     ]
     assert all(r["same_tokens"] == 1 for r in first["rows"])  # one arithmetic on a CPU
     assert first["recall_at_k"].keys() >= {"previous-token", "next-router"}
-    run_script("end_to_end_gpu.py", "--work", str(work), "--json", str(path))
+    run_script(end_to_end_gpu, "--work", str(work), "--json", str(path))
     assert (work / "model" / "training.json").stat().st_mtime_ns == trained
     assert json.loads(path.read_text())["recall_at_k"] == first["recall_at_k"]
