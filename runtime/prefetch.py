@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from foreroute.estimators.calibration import uncalibrated
 from foreroute.estimators.stack import EstimatorStack
 
 
@@ -39,6 +40,27 @@ class Prefetcher:
         """Decoder layer index predicted from this one, if any."""
         return self._stack.target_of(source_layer)
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether probabilities were fitted; only those of a bundle are."""
+        return self._stack.calibration is not None
+
+    def probabilities(self, source_layer: int, logits: Tensor) -> Tensor:
+        """How likely each expert is among the target layer's top K; no host sync.
+
+        Args:
+            source_layer: What `predict` was asked for.
+            logits: What `predict` returned, [T, E].
+
+        Returns:
+            [T, E], float32, 0..1, never falling along the ranking. Without a calibration the
+            sigmoid of the decision margin: an order, but no share of what comes true.
+        """
+        stack = self._stack
+        if stack.calibration is None:
+            return uncalibrated(stack.ranking(logits, source_layer), stack.geometry.top_k)
+        return stack.probabilities(logits, source_layer)
+
     def predict(
         self,
         source_layer: int,
@@ -61,7 +83,8 @@ class Prefetcher:
             expert_ids=expert_ids,
             gate_weights=gate_weights,
         )
-        return logits, logits.topk(self._budget, dim=-1).indices
+        ranking = self._stack.ranking(logits, source_layer)
+        return logits, ranking.topk(self._budget, dim=-1).indices
 
 
 def most_wanted(ranked: list[list[int]], limit: int) -> list[int]:
