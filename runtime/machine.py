@@ -39,6 +39,10 @@ class MachineProfile:
     """Compute of a token outside its layers."""
     predict_ms: float = 0.0
     """From a layer's routing known to its predictions known."""
+    ahead_ms: float = 0.0
+    """What predicting and copying beside it costs a layer's compute."""
+    prefetch_gbps: float = 0.0
+    """Rate of copies beside compute, GB/s; 0: as fast as others."""
     launch_ms: float = 0.0
     """One kernel launch from the host."""
     sync_ms: float = 0.0
@@ -65,7 +69,10 @@ class MachineProfile:
         for name in ("layer_ms", "host_gbps", "device_gbps", "expert_bytes", "layer_bytes"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} of profile {self.name} must be positive.")
-        for name in ("token_ms", "predict_ms", "launch_ms", "sync_ms", "pin_s_per_gib"):
+        for name in (
+            *("token_ms", "predict_ms", "ahead_ms", "prefetch_gbps"),
+            *("launch_ms", "sync_ms", "pin_s_per_gib"),
+        ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} of profile {self.name} must not be negative.")
         if not self.link:
@@ -86,6 +93,12 @@ class MachineProfile:
     def copy_ms(self, num_bytes: float) -> float:
         """Time for experts of so many bytes to come over the link, asked for at once."""
         return _time_ms(self.gather or self.link, num_bytes)
+
+    def early_copy_ms(self, num_bytes: float) -> float:
+        """Time for so many bytes to come beside compute."""
+        if not self.prefetch_gbps:
+            return self.copy_ms(num_bytes)
+        return num_bytes / self.prefetch_gbps / 1e6
 
     @property
     def piece_bytes(self) -> int:

@@ -137,7 +137,7 @@ def test_unknown_policies_are_refused_with_what_is_known(name: str) -> None:
 
 
 def test_unknown_prefetch_is_refused_with_what_is_known() -> None:
-    with pytest.raises(ValueError, match="none, all, budgeted"):
+    with pytest.raises(ValueError, match="none, all, head, budgeted"):
         find_prefetch_rule("some")
 
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from foreroute.runtime.policies import LayerState, PrefetchRule, find_policy
 from foreroute.runtime.simulator import (
     LinkTimes,
+    Predictions,
     ReadOptions,
     Route,
     Scenario,
@@ -19,9 +21,11 @@ from foreroute.runtime.simulator import (
     bounds,
     read_route,
     simulate,
+    timeline,
 )
 from foreroute.runtime.simulator.calibration import Calibration
 from foreroute.runtime.simulator.cli import run_simulate
+from foreroute.runtime.simulator.replay import Replay
 
 TIMES = LinkTimes(
     layer_ms=1.0,
@@ -31,6 +35,7 @@ TIMES = LinkTimes(
     pieces=4,
     piece_ms=0.5,
 )
+TIMES_OF_FOUR = dataclasses.replace(TIMES, demand_ms=(0.0, 2.0, 4.0, 6.0, 8.0))
 
 
 def route_of(ids: list[list[list[int]]], num_experts: int = 6, prompt: int = 0) -> Route:
@@ -114,6 +119,84 @@ def test_bytes_are_fetched_prefetched_and_wasted_consistently() -> None:
         assert (row.wasted_bytes_per_token > 0) == (prefetch == "all")
         assert row.wasted_bytes_per_token < row.bytes_per_token
         assert 0 < row.hit_rate < 1
+
+
+def test_the_gpus_rule_fetches_the_head_early_and_the_tail_on_demand() -> None:
+    route = route_of([[[0, 1], [2, 3]]])
+    right = SimulatedPredictor(recall=1.0).predict(route, 1)
+    scenario = scenario_of(route, predictions=right)
+    row = simulate(scenario, policy="lru", prefetch="head", slots="2")
+    # 1 ms of compute is half an expert: the tail and the other one take 1.5 x 2 ms
+    assert row.tpot_ms == pytest.approx(4 + 1 + 3 + 1 + 0.5)
+    assert row.bytes_per_token == pytest.approx(400)
+    assert row.late_per_token == 1
+
+
+def test_a_wrong_head_costs_no_time_beyond_its_window() -> None:
+    route = route_of([[[0, 1], [2, 3]], [[0, 1], [2, 3]]])
+    wrong = Predictions(
+        expert_ids=np.full((1, 2, 2, 1), 5, dtype=np.int16),
+        confidence=np.ones((1, 2, 2, 1), dtype=np.float32),
+    )
+    scenario = scenario_of(route, predictions=wrong)
+    demand = simulate(scenario, policy="lru", slots="3")
+    row = simulate(scenario, policy="lru", prefetch="head", slots="3")
+    assert row.tpot_ms == pytest.approx(demand.tpot_ms)
+    assert row.wasted_bytes_per_token == pytest.approx(50)
+
+
+@pytest.mark.parametrize("prefetch", ["all", "head", "budgeted"])
+def test_predicting_costs_each_layer_but_the_last_what_the_machine_says(prefetch: str) -> None:
+    route = route_of([[[0, 1], [2, 3]]] * 2, prompt=1)
+    said = SimulatedPredictor(recall=1.0).predict(route, 1)
+    slow = dataclasses.replace(TIMES, ahead_ms=0.25)
+    row = simulate(
+        scenario_of(route, slow, predictions=said), policy="lru", prefetch=prefetch, slots="2"
+    )
+    assert row.tpot_ms == pytest.approx(2 * 1 + 0.25 + 0.5)
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "lrfu", "default", "static"])
+def test_replays_evict_as_the_engines_state_does(policy: str) -> None:
+    route, rule = random_route(11), find_policy(policy)
+    replay = Replay(route, TIMES_OF_FOUR, rule, [9] * route.num_layers)
+    replay.run()
+    for layer in range(route.num_layers):
+        state = LayerState(rule, route.num_experts, 9)
+        rows = [tuple(ids) for ids in route.expert_ids[:, layer].tolist()]
+        decode = int(route.is_decode.argmax())
+        state.warm(rows[:decode])
+        for ids in rows[decode:]:
+            state.demand(ids)
+        held = replay.cache.expert_in[9 * layer : 9 * layer + 9] - layer * route.num_experts
+        assert held.tolist() == state.expert_in
+
+
+def test_replays_decide_as_the_prefetch_rule_does() -> None:
+    rng = np.random.default_rng(0)
+    for numbers in rng.random((200, 4)):
+        assert timeline.is_worth(*numbers) == PrefetchRule.is_worth(*numbers)
+        assert timeline.may_overhang(*numbers) == PrefetchRule.may_overhang(*numbers)
+
+
+@pytest.mark.parametrize(
+    ("prefetch", "horizon", "hits", "tpot_ms"),
+    [
+        ("none", 1, 0.8716796875, 16.71250),
+        ("all", 2, 0.9455078125, 14.86250),
+        ("head", 1, 0.8693359375, 14.16250),
+        ("budgeted", 4, 0.91953125, 12.80000),
+    ],
+)
+def test_replays_give_what_they_always_gave(
+    prefetch: str, horizon: int, hits: float, tpot_ms: float
+) -> None:
+    route = random_route(12, steps=200)
+    said = SimulatedPredictor(seed=3).predict(route, 4)
+    scenario = scenario_of(route, TIMES_OF_FOUR, predictions=said)
+    row = simulate(scenario, policy="default", prefetch=prefetch, horizon=horizon, slots="30%")
+    assert row.hit_rate == pytest.approx(hits, abs=1e-6)
+    assert row.tpot_ms == pytest.approx(tpot_ms, abs=1e-4)
 
 
 def _times(seed: int) -> LinkTimes:

@@ -6,9 +6,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-PrefetchKind = Literal["none", "all", "budgeted"]
+PrefetchKind = Literal["none", "all", "head", "budgeted"]
 LEAST_CONFIDENCE = 0.1
 """Below, the rule hardly ever finds a prefetch worth it; looking costs time."""
+HEAD_CONFIDENCE = 0.5
+"""Anything from 0 to 0.7 costs the same on the recorded route; bad predictors need some floor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +21,9 @@ class PrefetchRule:
     """
 
     kind: PrefetchKind
-    """`none`; `all`: every prediction, whole, and its layer waits for it; `budgeted`: by this
-    rule, in pieces, only while the link would idle."""
+    """`none`; `all`: every prediction, whole, and its layer waits for it; `head`: of the next
+    layer's likeliest absent expert what comes while a layer computes, as a GPU does it without the
+    host; `budgeted`: by this rule, in pieces, only while the link would idle."""
     horizon: int = 1
     """Layers ahead that are looked at, H."""
     least_confidence: float = 0.0
@@ -36,6 +39,8 @@ class PrefetchRule:
         """
         if self.horizon < 1:
             raise ValueError(f"A horizon must be at least 1 layer, not {self.horizon}.")
+        if self.kind == "head" and self.horizon != 1:
+            raise ValueError(f"prefetch head looks 1 layer ahead, not {self.horizon}.")
 
     @staticmethod
     def is_worth(
@@ -70,6 +75,7 @@ class PrefetchRule:
 _RULES = {
     "none": PrefetchRule(kind="none"),
     "all": PrefetchRule(kind="all"),
+    "head": PrefetchRule(kind="head", least_confidence=HEAD_CONFIDENCE),
     "budgeted": PrefetchRule(kind="budgeted", least_confidence=LEAST_CONFIDENCE),
 }
 

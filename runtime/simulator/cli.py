@@ -115,6 +115,11 @@ def predictions_of(traces_path: Path, bundle_path: Path, horizon: int) -> tuple[
     for ahead in range(1, horizon + 1):
         stack = bundle.stack
         if ahead != stack.spec.horizon:
+            if traces.anchors is None:
+                raise ValueError(
+                    f"{traces_path} holds no routers, which a prediction {ahead} layers ahead "
+                    f"needs; simulate {stack.spec.horizon} ahead."
+                )
             stack = EstimatorStack.training_free(geometry, traces.anchors, horizon=ahead)
         for source, target in zip(stack.source_layers, stack.target_layers, strict=True):
             named = _predict(traces, stack, source, target, seen, shape[-1])
@@ -209,7 +214,7 @@ def simulate_all(
 
 def horizons(prefetch: str, most: int) -> list[int]:
     """Horizons to try: 1, 2, 4, ... and the most; one only where it means nothing."""
-    if prefetch == "none":
+    if prefetch in ("none", "head"):
         return [1]
     return sorted({*(2**power for power in range(8) if 2**power < most), most})
 

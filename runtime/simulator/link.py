@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from foreroute.runtime.machine import MachineProfile
+from foreroute.runtime.simulator.timeline import Machine
 
 FULL_GATHER = 4
 """Experts of which a prefetch's rate is taken: it goes on while others are asked for."""
@@ -27,6 +30,10 @@ class LinkTimes:
     """Pieces that a prefetch is cut in."""
     piece_ms: float
     """To copy one."""
+    early_ms: tuple[float, ...] = ()
+    """To copy n whole experts beside compute; as on demand if empty."""
+    ahead_ms: float = 0.0
+    """What predicting and copying beside it costs a layer."""
 
     @classmethod
     def of(
@@ -47,22 +54,28 @@ class LinkTimes:
         """
         size = expert_bytes or profile.expert_bytes
         pieces = max(1, math.ceil(size / profile.piece_bytes))
+        demand_ms = tuple(profile.copy_ms(count * size) for count in range(top_k + 1))
+        early_ms = tuple(profile.early_copy_ms(count * size) for count in range(top_k + 1))
         return cls(
             layer_ms=profile.layer_ms if layer_ms is None else layer_ms,
             token_ms=profile.token_ms,
             predict_ms=profile.predict_ms,
-            demand_ms=tuple(profile.copy_ms(count * size) for count in range(top_k + 1)),
+            demand_ms=demand_ms,
             pieces=pieces,
-            piece_ms=profile.copy_ms(FULL_GATHER * size) / FULL_GATHER / pieces,
+            piece_ms=profile.early_copy_ms(FULL_GATHER * size) / FULL_GATHER / pieces,
+            early_ms=early_ms,
+            ahead_ms=profile.ahead_ms,
         )
 
-    def copy_ms(self, experts: float) -> float:
-        """To copy a number of experts, parts of one included."""
-        whole = int(experts)
-        if whole >= len(self.demand_ms) - 1:
-            return self.demand_ms[-1] * experts / (len(self.demand_ms) - 1)
-        part = experts - whole
-        if not part:
-            return self.demand_ms[whole]
-        below, above = self.demand_ms[whole], self.demand_ms[whole + 1]
-        return below + part * (above - below)
+    def machine(self) -> Machine:
+        """The form that the replay's inner loops take."""
+        return Machine(
+            layer_ms=self.layer_ms,
+            token_ms=self.token_ms,
+            predict_ms=self.predict_ms,
+            ahead_ms=self.ahead_ms,
+            demand_ms=np.array(self.demand_ms, dtype=np.float64),
+            early_ms=np.array(self.early_ms or self.demand_ms, dtype=np.float64),
+            pieces=self.pieces,
+            piece_ms=float(self.piece_ms),
+        )

@@ -1,27 +1,51 @@
-"""Replays decode steps on a timeline of compute and link, without prefetch or with all of it."""
+"""Replays recorded routing on a timeline of compute and link, under given policies."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from foreroute.runtime.policies import EvictionPolicy, LayerState
-from foreroute.runtime.simulator.belady import BeladyState
+import numpy as np
+from numpy.typing import NDArray
+
+from foreroute.runtime.policies import EvictionPolicy, PrefetchRule
+from foreroute.runtime.simulator import timeline
 from foreroute.runtime.simulator.link import LinkTimes
 from foreroute.runtime.simulator.predictions import Predictions
 from foreroute.runtime.simulator.result import ReplayCounts
 from foreroute.runtime.simulator.route import Route
+from foreroute.runtime.simulator.timeline import (
+    EMPTY,
+    NOTHING_UNUSED,
+    Cache,
+    Floats,
+    Integers,
+    Looks,
+    Wishes,
+)
 
-Rows = list[list[tuple[int, ...]]]
+KINDS = {
+    "frequency": timeline.FREQUENCY,
+    "recency": timeline.RECENCY,
+    "static": timeline.STATIC,
+    "future": timeline.FUTURE,
+}
+PRIOR_PREFETCHES = 20.0
+PRIOR_VICTIMS = 2.0
+PRIOR_DEMAND = 0.5
+Step = Callable[[int], float]
 
 
 class Replay:
-    """Runs a route under one policy with every expert fetched on demand.
-
-    Experts are numbered through all layers (layer x E + expert), so that layers share tables.
-    """
+    """Runs a route; experts are numbered through all layers (layer x E + expert)."""
 
     def __init__(
-        self, route: Route, times: LinkTimes, policy: EvictionPolicy, slots: Sequence[int]
+        self,
+        route: Route,
+        times: LinkTimes,
+        policy: EvictionPolicy,
+        slots: Sequence[int],
+        rule: PrefetchRule | None = None,
+        predictions: Predictions | None = None,
     ) -> None:
         """Start with empty slots.
 
@@ -30,30 +54,56 @@ class Replay:
             times: Of machine and model.
             policy: What is evicted.
             slots: Per layer.
+            rule: What is fetched early; nothing if None.
+            predictions: Of all horizons up to the rule's.
         """
-        self.route, self.times, self.policy = route, times, policy
-        self.counts = ReplayCounts()
-        self.rows = _numbered_through(route)
-        self.here = [False] * (route.num_layers * route.num_experts)
-        self._worth = [0.0] * len(self.here)
-        self.unused: dict[int, float] = {}
-        """Prefetched and not used yet: how much of each was copied, in experts."""
-        self.layers = [self._state(layer, count) for layer, count in enumerate(slots)]
-        self._likely = _likely_rows(route) if policy.likely_bonus else None
+        self.route, self.policy = route, policy
+        self._machine = times.machine()
+        self._rows = number(route.expert_ids, route.num_experts)
+        self._next_use = _next_uses(self._rows) if policy.needs_future else self._rows.astype(float)
+        self.cache = _empty_cache(route, policy, slots)
+        if policy.needs_future:
+            self._foresee()
+        self._step = self._step_of(rule, predictions)
 
-    def _state(self, layer: int, num_slots: int) -> LayerState:
-        experts = self.route.num_experts
-        shared = {"first": layer * experts, "here": self.here, "worth": self._worth}
-        if self.policy.needs_future:
-            future = [token[layer] for token in self.rows]
-            return BeladyState(self.policy, experts, num_slots, future, **shared)
-        return LayerState(self.policy, experts, num_slots, **shared)  # type: ignore[arg-type]
+    def _foresee(self) -> None:
+        """Give every expert the worth of its first use."""
+        for row, worth in zip(self._rows[::-1], -np.arange(len(self._rows))[::-1], strict=True):
+            self.cache.worth[row[row >= 0]] = worth
+
+    def _step_of(self, rule: PrefetchRule | None, predictions: Predictions | None) -> Step:
+        """The function that replays one decode step."""
+        cache, machine, rows, next_use = self.cache, self._machine, self._rows, self._next_use
+        if rule is None or rule.kind == "none" or predictions is None:
+            return lambda t: timeline.run_on_demand(cache, machine, rows[t], next_use[t])
+        luck = np.array([PRIOR_PREFETCHES] * 2 + [PRIOR_VICTIMS] * 2)
+        ahead, keeps = rule.horizon, 1 - 1 / rule.trust_tokens
+        guesses = number(predictions.expert_ids[ahead - 1], self.route.num_experts)
+        if rule.kind == "all":
+            guesses = np.ascontiguousarray(guesses[..., : self.route.top_k])
+            return lambda t: timeline.run_all(
+                cache, machine, rows[t], next_use[t], guesses[t], ahead
+            )
+        if rule.kind == "head":
+            said, least = predictions.confidence[0].astype(np.float64), rule.least_confidence
+            return lambda t: timeline.run_head(
+                cache, machine, rows[t], next_use[t], guesses[t], said[t], luck, least, keeps
+            )
+        looks = _looks(predictions, rule, self.route)
+        wishes = _no_wishes(len(self.cache.worth))
+        demands = np.full(self.route.num_layers, PRIOR_DEMAND)
+        return lambda t: timeline.run_budgeted(
+            cache, machine, rows[t], next_use[t], t, looks, wishes, luck, demands, keeps
+        )
 
     def warm_from(self, route: Route) -> None:
         """Count another route's uses, all of its tokens, and fill the slots with the best."""
-        rows = _numbered_through(route)
-        for layer, state in enumerate(self.layers):
-            state.warm([token[layer] for token in rows])
+        if not self.policy.needs_future:
+            self._warm(number(route.expert_ids, route.num_experts))
+
+    def _warm(self, rows: Integers) -> None:
+        for layer in range(self.route.num_layers):
+            timeline.warm(self.cache, layer, rows[:, layer])
 
     def run(self, *, warms_up: bool = True) -> ReplayCounts:
         """Replay everything.
@@ -61,131 +111,100 @@ class Replay:
         Args:
             warms_up: Whether prompts fill the slots; if not, they are passed over.
         """
+        step_ms: list[float] = []
         for start, stop, is_decode in self.route.spans():
             if is_decode:
-                for step in range(start, stop):
-                    self.counts.time_ms += self.run_token(step) + self.times.token_ms
-                    if self._likely is not None:
-                        for state, likely in zip(self.layers, self._likely[step], strict=True):
-                            state.expect(*likely)
-                self.counts.tokens += stop - start
-            elif warms_up or self.policy.needs_future:
-                for layer, state in enumerate(self.layers):
-                    state.warm([token[layer] for token in self.rows[start:stop]])
-        return self.counts
+                for token in range(start, stop):
+                    step_ms.append(self._step(token) + self._machine.token_ms)
+                    self._expect_next(token)
+            elif self.policy.needs_future:
+                self._pass_over(start, stop)
+            elif warms_up:
+                self._warm(self._rows[start:stop])
+        return ReplayCounts.of(self.cache.counts, step_ms)
 
-    def run_token(self, step: int) -> float:
-        """Replay one decode step; returns its time in ms."""
-        counts, demand_ms, layer_ms = self.counts, self.times.demand_ms, self.times.layer_ms
-        stall = 0.0
-        missed = lookups = 0
-        for state, ids in zip(self.layers, self.rows[step], strict=True):
-            lookups += len(ids)
-            missing = len(state.demand(ids))
-            if missing:
-                missed += missing
-                stall += demand_ms[missing]
-        counts.lookups += lookups
-        counts.hits += lookups - missed
-        counts.fetched += missed
-        counts.stall_ms += stall
-        return stall + layer_ms * len(self.layers)
+    def _pass_over(self, start: int, stop: int) -> None:
+        """Demand a prompt's experts, untimed and uncounted."""
+        for token in range(start, stop):
+            for layer in range(self.route.num_layers):
+                where = token, layer
+                timeline.demand(self.cache, layer, self._rows[where], self._next_use[where])
 
-    def demand(self, state: LayerState, ids: tuple[int, ...]) -> int:
-        """As the state's own, with prefetches told apart; returns how many were absent."""
-        here, unused = self.here, self.unused
-        missing = [expert for expert in ids if not here[expert]]
-        for expert in missing:
-            victim = state.admit(expert, ids)
-            if unused and victim in unused:
-                self.counts.wasted += unused.pop(victim)
-        if unused:
-            for expert in ids:
-                unused.pop(expert, None)
-        state.use(ids)
-        return len(missing)
+    def _expect_next(self, token: int) -> None:
+        """Credit what the router nearly chose."""
+        ids, likely = self.route.likely_ids, self.route.likely_probability
+        if not self.policy.likely_bonus or ids is None or likely is None:
+            return
+        numbered = number(ids[token][None], self.route.num_experts)[0]
+        for layer in range(self.route.num_layers):
+            chances = likely[token, layer].astype(np.float64)
+            timeline.expect(self.cache, layer, numbered[layer], chances)
 
 
-class EagerReplay(Replay):
-    """The top-k likeliest are fetched whole, and their layer waits until all have arrived."""
-
-    def __init__(
-        self,
-        route: Route,
-        times: LinkTimes,
-        policy: EvictionPolicy,
-        slots: Sequence[int],
-        predictions: Predictions,
-        horizon: int,
-    ) -> None:
-        """Start with empty slots; predictions of exactly one horizon are used."""
-        super().__init__(route, times, policy, slots)
-        self._horizon = horizon
-        guesses = predictions.expert_ids[horizon - 1][..., : route.top_k]
-        self._guesses = _number(guesses, route.num_experts)
-
-    def run_token(self, step: int) -> float:
-        """Replay one decode step; returns its time in ms."""
-        counts, times = self.counts, self.times
-        clock = free = 0.0
-        arrival = [0.0] * len(self.layers)
-        for layer, (state, ids) in enumerate(zip(self.layers, self.rows[step], strict=True)):
-            known = clock
-            clock = max(clock, arrival[layer])
-            missing = self.demand(state, ids)
-            if missing:
-                clock = free = max(clock, free) + times.demand_ms[missing]
-            counts.stall_ms += clock - known
-            counts.lookups += len(ids)
-            counts.hits += len(ids) - missing
-            counts.fetched += missing
-            ahead = layer + self._horizon
-            if ahead < len(self.layers):
-                asked = self._prefetch(self.layers[ahead], self._guesses[step][ahead])
-                if asked:
-                    free = max(free, clock + times.predict_ms) + times.copy_ms(asked)
-                    arrival[ahead] = free
-            clock += times.layer_ms
-        return clock
-
-    def _prefetch(self, state: LayerState, guesses: tuple[int, ...]) -> int:
-        absent = [expert for expert in guesses if not self.here[expert]]
-        asked = 0
-        for expert in absent:
-            if state.victim_slot(guesses) < 0:
-                break
-            victim = state.admit(expert, guesses)
-            if victim in self.unused:
-                self.counts.wasted += self.unused.pop(victim)
-            self.unused[expert] = 1.0
-            asked += 1
-        self.counts.prefetched += asked
-        return asked
-
-
-def _number(ids: object, num_experts: int) -> Rows:
-    """Ids [T, L, M] as plain Python, numbered through the layers, -1 left out."""
-    import numpy as np
-
-    given = np.asarray(ids, dtype=np.int64)
+def number(ids: NDArray[np.int16], num_experts: int) -> Integers:
+    """Ids [T, L, M] numbered through the layers, -1 for none."""
+    given = ids.astype(np.int64)
     offset = (np.arange(given.shape[1]) * num_experts)[None, :, None]
-    numbered = np.where(given >= 0, given + offset, -1)
-    if given.min() >= 0:
-        return [list(map(tuple, token)) for token in numbered.tolist()]
-    return [[tuple(e for e in ids if e >= 0) for ids in token] for token in numbered.tolist()]
+    numbered: Integers = np.where(given >= 0, given + offset, EMPTY)
+    return numbered
 
 
-def _numbered_through(route: Route) -> Rows:
-    return _number(route.expert_ids, route.num_experts)
+def _empty_cache(route: Route, policy: EvictionPolicy, slots: Sequence[int]) -> Cache:
+    experts = route.num_layers * route.num_experts
+    return Cache(
+        kind=KINDS[policy.worth],
+        decay=policy.decay,
+        prompt_weight=policy.prompt_weight,
+        likely_bonus=policy.likely_bonus,
+        first=np.concatenate([[0], np.cumsum(slots)]).astype(np.int64),
+        expert_in=np.full(sum(slots), EMPTY),
+        slot_of=np.full(experts, EMPTY),
+        worth=np.zeros(experts),
+        unit=np.ones(route.num_layers),
+        step=np.zeros(route.num_layers, dtype=np.int64),
+        unused=np.full(experts, NOTHING_UNUSED),
+        counts=np.zeros(timeline.NUM_COUNTS),
+    )
 
 
-def _likely_rows(route: Route) -> list[list[tuple[tuple[int, ...], tuple[float, ...]]]] | None:
-    """Per token and layer: experts likely for the next token, and how likely."""
-    if route.likely_ids is None or route.likely_probability is None:
-        return None
-    ids = _number(route.likely_ids, route.num_experts)
-    probabilities = route.likely_probability.tolist()
-    return [
-        [(i, tuple(p[: len(i)])) for i, p in zip(layer_ids, layer_p, strict=True)]
-        for layer_ids, layer_p in zip(ids, probabilities, strict=True)
-    ]
+def _next_uses(rows: Integers) -> Floats:
+    """Minus the step at which each expert is used next, minus infinity for never, [T, L, K]."""
+    uses = np.full(rows.shape, -np.inf)
+    upcoming = np.full(int(rows.max()) + 1, -np.inf)
+    for step in range(len(rows) - 1, -1, -1):
+        there = rows[step] >= 0
+        uses[step][there] = upcoming[rows[step][there]]
+        upcoming[rows[step][there]] = -float(step)
+    return uses
+
+
+def _looks(predictions: Predictions, rule: PrefetchRule, route: Route) -> Looks:
+    ahead = slice(0, rule.horizon)
+    numbered = [number(ids, route.num_experts) for ids in predictions.expert_ids[ahead]]
+    mass = predictions.confidence[0].sum(-1) / route.top_k  # [T, L]
+    return Looks(
+        expert_ids=np.stack(numbered),
+        confidence=np.ascontiguousarray(predictions.confidence[ahead]),
+        least=float(np.float32(rule.least_confidence)),
+        missed_mass=np.clip(1 - mass, 0.0, 1.0).astype(np.float64),
+        said=np.zeros(route.num_layers * route.num_experts),
+    )
+
+
+def _no_wishes(most: int) -> Wishes:
+    """Room for so many."""
+
+    def integers() -> Integers:
+        return np.full(most, EMPTY)
+
+    return Wishes(
+        at=integers(),
+        expert=integers(),
+        target=integers(),
+        probability=np.zeros(most),
+        left=integers(),
+        is_started=np.zeros(most, dtype=np.bool_),
+        victim=integers(),
+        fear=np.zeros(most),
+        queue=integers(),
+    )

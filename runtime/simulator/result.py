@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import statistics
+from dataclasses import dataclass, field
 from typing import Any
+
+from foreroute.runtime.simulator import timeline
+from foreroute.runtime.simulator.timeline import Floats
 
 
 @dataclass
@@ -26,6 +30,24 @@ class ReplayCounts:
     """Experts (and parts of one) copied early."""
     wasted: float = 0.0
     """Of those, evicted or dropped before use."""
+    step_ms: list[float] = field(default_factory=list)
+    """Time of each decode step."""
+
+    @classmethod
+    def of(cls, counts: Floats, step_ms: list[float]) -> ReplayCounts:
+        """From what the inner loops counted, [NUM_COUNTS], and each step's time."""
+        return cls(
+            tokens=len(step_ms),
+            lookups=int(counts[timeline.LOOKUPS]),
+            hits=int(counts[timeline.HITS]),
+            late=int(counts[timeline.LATE]),
+            time_ms=sum(step_ms),
+            stall_ms=float(counts[timeline.STALL_MS]),
+            fetched=float(counts[timeline.FETCHED]),
+            prefetched=float(counts[timeline.PREFETCHED]),
+            wasted=float(counts[timeline.WASTED]),
+            step_ms=step_ms,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +64,7 @@ class SimulationRow:
     """Of the experts, 0..1."""
     hit_rate: float
     tpot_ms: float
+    tpot_ms_median: float
     bytes_per_token: float
     wasted_bytes_per_token: float
     stall_ms: float
@@ -74,6 +97,7 @@ class SimulationRow:
             slots_share=slots / num_experts,
             hit_rate=counts.hits / max(1, counts.lookups),
             tpot_ms=counts.time_ms / tokens,
+            tpot_ms_median=statistics.median(counts.step_ms),
             bytes_per_token=copied * expert_bytes / tokens,
             wasted_bytes_per_token=counts.wasted * expert_bytes / tokens,
             stall_ms=counts.stall_ms / tokens,

@@ -16,10 +16,9 @@ from foreroute.runtime.policies import (
     miss_curve,
     share_slots,
 )
-from foreroute.runtime.simulator.budgeted import BudgetedReplay
 from foreroute.runtime.simulator.link import LinkTimes
 from foreroute.runtime.simulator.predictions import Predictions
-from foreroute.runtime.simulator.replay import EagerReplay, Replay
+from foreroute.runtime.simulator.replay import Replay
 from foreroute.runtime.simulator.result import SimulationRow
 from foreroute.runtime.simulator.route import Route
 
@@ -81,7 +80,7 @@ def simulate(
     Args:
         scenario: What runs where.
         policy: As `find_policy` takes it.
-        prefetch: `none`, `all` or `budgeted`.
+        prefetch: `none`, `all`, `head` or `budgeted`.
         horizon: Layers ahead.
         slots: Per layer, a number or a share.
 
@@ -132,9 +131,7 @@ def _replay(
             f"prefetch {rule.kind} at horizon {rule.horizon} needs predictions so far ahead; "
             f"there are {have} layers of them."
         )
-    if rule.kind == "all":
-        return EagerReplay(*common, predictions, rule.horizon)
-    return BudgetedReplay(*common, predictions, rule)
+    return Replay(*common, rule, predictions)
 
 
 def _prompt_rows(route: Route) -> list[list[tuple[int, ...]]]:

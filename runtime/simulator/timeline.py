@@ -1,0 +1,688 @@
+"""The replay's inner loops, over arrays: slots under a policy, and decode steps on a timeline.
+
+The rules are those of `policies.LayerState` and `policies.PrefetchRule`; tests hold them together.
+Experts are numbered through all layers (layer x E + expert).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foreroute.runtime.simulator.compiled import compiled
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+
+FREQUENCY, RECENCY, STATIC, FUTURE = range(4)
+LOOKUPS, HITS, LATE, STALL_MS, FETCHED, PREFETCHED, WASTED = range(7)
+NUM_COUNTS = 7
+RIGHT, EXPECTED, MISSED, FEARED = range(4)
+EMPTY = -1
+NOTHING_UNUSED = -1.0
+TIE = 2.0**-10
+RESCALE_ABOVE = 2.0**400
+RESCALE_BY = 2.0**-400
+NEWS = 0.1  # a look from nearer that says nearly the same is no news
+DEMAND_MEMORY = 0.95  # per token: how fast a layer's habit of demanding is forgotten
+
+
+class Cache(NamedTuple):
+    """Slots of all layers under one policy; arrays are changed in place."""
+
+    kind: int
+    """`FREQUENCY`, `RECENCY`, `STATIC` or `FUTURE`."""
+    decay: float
+    prompt_weight: float
+    likely_bonus: float
+    first: Integers
+    """[L + 1], a layer's first slot."""
+    expert_in: Integers
+    """[slots], or `EMPTY`."""
+    slot_of: Integers
+    """[L x E], or `EMPTY`."""
+    worth: Floats
+    """[L x E], in units that grow by 1 / decay a step."""
+    unit: Floats
+    """[L]."""
+    step: Integers
+    """[L]."""
+    unused: Floats
+    """[L x E], prefetched and not used yet: how much was copied, in experts; or -1."""
+    counts: Floats
+    """[NUM_COUNTS]."""
+
+
+class Machine(NamedTuple):
+    """Times in ms; see `LinkTimes`."""
+
+    layer_ms: float
+    token_ms: float
+    predict_ms: float
+    ahead_ms: float
+    demand_ms: Floats
+    early_ms: Floats
+    pieces: int
+    piece_ms: float
+
+
+class Looks(NamedTuple):
+    """What budgeted prefetch sees of the predictions."""
+
+    expert_ids: Integers
+    """[H, T, L, M], by target layer, numbered; -1 for nothing."""
+    confidence: NDArray[np.float32]
+    """[H, T, L, M]."""
+    least: float
+    """Confidence from which a prediction is looked at."""
+    missed_mass: Floats
+    """[T, L], the share of true experts that the nearest look leaves out."""
+    said: Floats
+    """[L x E], what earlier looks of this token said of an expert, or -1."""
+
+
+class Wishes(NamedTuple):
+    """One token's predictions that are absent: waiting, on their way, or there."""
+
+    at: Integers
+    """[L x E], the expert's wish, or -1."""
+    expert: Integers
+    target: Integers
+    probability: Floats
+    left: Integers
+    """Pieces to copy."""
+    is_started: Flags
+    victim: Integers
+    fear: Floats
+    """How likely the victim is needed."""
+    queue: Integers
+    """Wishes with pieces left, likeliest first."""
+
+
+# slots
+
+
+@compiled
+def _is_among(expert: int, ids: Integers) -> bool:
+    for other in ids:  # noqa: SIM110 (numba compiles no generator here)
+        if other == expert:
+            return True
+    return False
+
+
+@compiled
+def find_victim(cache: Cache, layer: int, kept: Integers) -> int:
+    """The first empty slot, else the first of the least worth; -1 if all are kept."""
+    best, least = -1, np.inf
+    for slot in range(cache.first[layer], cache.first[layer + 1]):
+        expert = cache.expert_in[slot]
+        if expert == EMPTY:
+            return slot
+        worth = cache.worth[expert]
+        if (best < 0 or worth < least) and not _is_among(expert, kept):
+            best, least = slot, worth
+    return best
+
+
+@compiled
+def admit(cache: Cache, slot: int, expert: int) -> None:
+    """Put an expert into a slot; counts an unused prefetch that has to go."""
+    victim = cache.expert_in[slot]
+    if victim != EMPTY:
+        cache.slot_of[victim] = EMPTY
+        if cache.unused[victim] >= 0:
+            cache.counts[WASTED] += cache.unused[victim]
+            cache.unused[victim] = NOTHING_UNUSED
+    cache.expert_in[slot] = expert
+    cache.slot_of[expert] = slot
+
+
+@compiled
+def release(cache: Cache, expert: int) -> None:
+    """Empty the slot of a prefetch that came to nothing."""
+    cache.expert_in[cache.slot_of[expert]] = EMPTY
+    cache.slot_of[expert] = EMPTY
+    if cache.unused[expert] >= 0:
+        cache.counts[WASTED] += cache.unused[expert]
+        cache.unused[expert] = NOTHING_UNUSED
+
+
+@compiled
+def _grow(cache: Cache, layer: int) -> None:
+    cache.step[layer] += 1
+    cache.unit[layer] *= 1.0 / cache.decay
+
+
+@compiled
+def _rescale(cache: Cache, layer: int) -> None:
+    if cache.unit[layer] > RESCALE_ABOVE:
+        size = len(cache.worth) // len(cache.unit)
+        cache.unit[layer] *= RESCALE_BY
+        cache.worth[layer * size : (layer + 1) * size] *= RESCALE_BY
+
+
+@compiled
+def demand(cache: Cache, layer: int, ids: Integers, next_use: Floats) -> int:
+    """Make a token's experts resident and count their use; returns how many were absent."""
+    missing = 0
+    for expert in ids:
+        if expert >= 0 and cache.slot_of[expert] == EMPTY:
+            admit(cache, find_victim(cache, layer, ids), expert)
+            missing += 1
+    for expert in ids:
+        if expert >= 0:
+            cache.unused[expert] = NOTHING_UNUSED
+    _use(cache, layer, ids, next_use)
+    return missing
+
+
+@compiled
+def _use(cache: Cache, layer: int, ids: Integers, next_use: Floats) -> None:
+    _grow(cache, layer)
+    place = 0
+    for i in range(len(ids)):
+        expert = ids[i]
+        if expert < 0:
+            continue
+        if cache.kind == RECENCY:
+            cache.worth[expert] = cache.step[layer] + place * TIE
+        elif cache.kind == FREQUENCY:
+            cache.worth[expert] += cache.unit[layer]
+        elif cache.kind == FUTURE:
+            cache.worth[expert] = next_use[i]
+        place += 1
+    _rescale(cache, layer)
+
+
+@compiled
+def warm(cache: Cache, layer: int, rows: Integers) -> None:
+    """Count a prompt's uses, [T, K], then fill the slots with the experts of most worth."""
+    for ids in rows:
+        _grow(cache, layer)
+        place = 0
+        for expert in ids:
+            if expert < 0:
+                continue
+            if cache.kind == RECENCY:
+                cache.worth[expert] = cache.step[layer] + place * TIE
+            else:
+                cache.worth[expert] += cache.unit[layer] * cache.prompt_weight
+            place += 1
+        _rescale(cache, layer)
+    _fill(cache, layer)
+
+
+@compiled
+def _fill(cache: Cache, layer: int) -> None:
+    size = len(cache.worth) // len(cache.unit)
+    mine = slice(layer * size, (layer + 1) * size)
+    cache.slot_of[mine] = EMPTY
+    order = np.argsort(-cache.worth[mine], kind="mergesort") + layer * size
+    for place in range(cache.first[layer + 1] - cache.first[layer]):
+        slot = cache.first[layer] + place
+        is_used = place < size and cache.worth[order[place]] > 0
+        cache.expert_in[slot] = order[place] if is_used else EMPTY
+        if is_used:
+            cache.slot_of[order[place]] = slot
+
+
+@compiled
+def expect(cache: Cache, layer: int, ids: Integers, probabilities: Floats) -> None:
+    """Credit experts that the next token is likely to use, [N] each."""
+    place = 0
+    for expert in ids:
+        if expert >= 0:
+            cache.worth[expert] += cache.likely_bonus * cache.unit[layer] * probabilities[place]
+            place += 1
+
+
+@compiled
+def frequency(cache: Cache, layer: int, expert: int) -> float:
+    """Estimated uses of an expert per step, 0..1."""
+    if cache.kind == RECENCY:
+        return float(1.0 / (2.0 + cache.step[layer] - cache.worth[expert]))
+    forgets = max(1 - cache.decay, 1 / (1 + cache.step[layer]))
+    return float(min(1.0, cache.worth[expert] / cache.unit[layer] * forgets))
+
+
+# times
+
+
+@compiled
+def copy_ms(times: Floats, experts: float) -> float:
+    """To copy a number of experts, parts of one included, by the times of whole ones."""
+    most = len(times) - 1
+    whole = int(experts)
+    if whole >= most:
+        return float(times[most] * experts / most)
+    part = experts - whole
+    if part == 0:
+        return float(times[whole])
+    return float(times[whole] + part * (times[whole + 1] - times[whole]))
+
+
+@compiled
+def is_worth(
+    probability: float, saved_ms: float, victim_probability: float, cost_ms: float
+) -> bool:
+    """`PrefetchRule.is_worth`."""
+    return probability * saved_ms > victim_probability * cost_ms
+
+
+@compiled
+def may_overhang(
+    probability: float, hidden_ms: float, overhang_ms: float, demand_probability: float
+) -> bool:
+    """`PrefetchRule.may_overhang`."""
+    return probability * hidden_ms > demand_probability * overhang_ms
+
+
+# decode steps; each returns its time in ms
+
+
+@compiled
+def run_on_demand(cache: Cache, machine: Machine, rows: Integers, next_use: Floats) -> float:
+    """One decode step with nothing fetched early.
+
+    Args:
+        cache: Slots.
+        machine: Times.
+        rows: [L, K], the token's experts.
+        next_use: [L, K], minus the step of the next use; read under `FUTURE` alone.
+    """
+    counts = cache.counts
+    stall, layers = 0.0, len(rows)
+    for layer in range(layers):
+        ids = rows[layer]
+        lookups = (ids >= 0).sum()
+        missing = demand(cache, layer, ids, next_use[layer])
+        counts[LOOKUPS] += lookups
+        counts[HITS] += lookups - missing
+        counts[FETCHED] += missing
+        stall += machine.demand_ms[missing]
+    counts[STALL_MS] += stall
+    return stall + machine.layer_ms * layers
+
+
+@compiled
+def run_all(
+    cache: Cache, machine: Machine, rows: Integers, next_use: Floats, guesses: Integers, ahead: int
+) -> float:
+    """One decode step with every guess fetched whole, and its layer waiting for it.
+
+    Args:
+        cache: Slots.
+        machine: Times.
+        rows: [L, K], the token's experts.
+        next_use: [L, K].
+        guesses: [L, M], by target layer.
+        ahead: Layers ahead, H.
+    """
+    counts, layers = cache.counts, len(rows)
+    clock = free = 0.0
+    arrival = np.zeros(layers)
+    for layer in range(layers):
+        ids = rows[layer]
+        known = clock
+        clock = max(clock, arrival[layer])
+        missing = demand(cache, layer, ids, next_use[layer])
+        if missing:
+            clock = free = max(clock, free) + machine.demand_ms[missing]
+        lookups = (ids >= 0).sum()
+        counts[STALL_MS] += clock - known
+        counts[LOOKUPS] += lookups
+        counts[HITS] += lookups - missing
+        counts[FETCHED] += missing
+        target = layer + ahead
+        if target < layers:
+            asked = _prefetch_all(cache, target, guesses[target])
+            if asked:
+                free = max(free, clock + machine.predict_ms) + copy_ms(machine.early_ms, asked)
+                arrival[target] = free
+            clock += machine.ahead_ms
+        clock += machine.layer_ms
+    return clock
+
+
+@compiled
+def _prefetch_all(cache: Cache, layer: int, guesses: Integers) -> int:
+    asked = 0
+    for expert in guesses:
+        if expert < 0 or cache.slot_of[expert] != EMPTY:
+            continue
+        slot = find_victim(cache, layer, guesses)
+        if slot < 0:
+            break
+        admit(cache, slot, expert)
+        cache.unused[expert] = 1.0
+        asked += 1
+    cache.counts[PREFETCHED] += asked
+    return asked
+
+
+@compiled
+def run_head(
+    cache: Cache,
+    machine: Machine,
+    rows: Integers,
+    next_use: Floats,
+    guesses: Integers,
+    probabilities: Floats,
+    luck: Floats,
+    least: float,
+    keeps: float,
+) -> float:
+    """One decode step by the GPU's rule: the head of one expert of the next layer.
+
+    Args:
+        cache: Slots.
+        machine: Times.
+        rows: [L, K], the token's experts.
+        next_use: [L, K].
+        guesses: [L, M], one layer ahead, by target layer.
+        probabilities: [L, M], that they are needed.
+        luck: [4], how often guesses came true (`RIGHT`) and said they would (`EXPECTED`).
+        least: Probability from which a head is fetched.
+        keeps: Memory of `luck`, per head.
+    """
+    counts, layers = cache.counts, len(rows)
+    clock = 0.0
+    pending, said, head = EMPTY, 0.0, head_share(machine)
+    for layer in range(layers):
+        ids = rows[layer]
+        rest = 0.0
+        if pending != EMPTY:
+            is_right = _is_among(pending, ids)
+            luck[EXPECTED] = luck[EXPECTED] * keeps + said
+            luck[RIGHT] = luck[RIGHT] * keeps + is_right
+            if is_right:
+                rest = 1 - head
+            else:
+                release(cache, pending)
+        known = clock
+        lookups = (ids >= 0).sum()
+        missing = demand(cache, layer, ids, next_use[layer])
+        clock += copy_ms(machine.demand_ms, missing + rest)
+        counts[STALL_MS] += clock - known
+        counts[LOOKUPS] += lookups
+        counts[HITS] += lookups - missing - (rest > 0)
+        counts[LATE] += rest > 0
+        counts[FETCHED] += missing + rest
+        pending = EMPTY
+        if layer + 1 < layers:
+            trust = min(1.0, luck[RIGHT] / luck[EXPECTED])
+            names, chances = guesses[layer + 1], probabilities[layer + 1]
+            pending, said = _choose_head(cache, layer + 1, names, chances, least / trust)
+            start = max(clock, known + machine.predict_ms)
+            clock += machine.layer_ms + machine.ahead_ms
+            if pending != EMPTY:
+                counts[PREFETCHED] += head
+                cache.unused[pending] = head
+                clock = max(clock, start + head * machine.pieces * machine.piece_ms)
+        else:
+            clock += machine.layer_ms
+    return clock
+
+
+@compiled
+def head_share(machine: Machine) -> float:
+    """How much of an expert comes over the link while a layer computes, 0..1."""
+    whole_ms = machine.pieces * machine.piece_ms
+    return float(min(1.0, (machine.layer_ms + machine.ahead_ms) / whole_ms)) if whole_ms else 1.0
+
+
+@compiled
+def _choose_head(
+    cache: Cache, layer: int, guesses: Integers, probabilities: Floats, least: float
+) -> tuple[int, float]:
+    """Admit the likeliest absent guess, if likely enough; it, and how likely."""
+    best, most = EMPTY, least
+    for i in range(len(guesses)):
+        expert = guesses[i]
+        if expert >= 0 and cache.slot_of[expert] == EMPTY and probabilities[i] >= most:
+            if best == EMPTY or probabilities[i] > most:
+                best = expert
+            most = probabilities[i]
+    if best != EMPTY:
+        slot = find_victim(cache, layer, guesses)
+        if slot < 0:
+            return EMPTY, 0.0
+        admit(cache, slot, best)
+    return best, most
+
+
+@compiled
+def run_budgeted(
+    cache: Cache,
+    machine: Machine,
+    rows: Integers,
+    next_use: Floats,
+    token: int,
+    looks: Looks,
+    wishes: Wishes,
+    luck: Floats,
+    demands: Floats,
+    keeps: float,
+) -> float:
+    """One decode step with budgeted prefetch: in pieces, only while the link would idle.
+
+    Args:
+        cache: Slots.
+        machine: Times.
+        rows: [L, K], the token's experts.
+        next_use: [L, K].
+        token: Its place in `looks`.
+        looks: Predictions.
+        wishes: Room for those of one token; empty before and after.
+        luck: [4]: of guesses at absent experts, how often they came true (`RIGHT`) and said they
+            would (`EXPECTED`); of victims, how often they were needed (`MISSED`, `FEARED`).
+        demands: [L], how often a layer demands the link.
+        keeps: Memory of `luck`, per prefetch.
+    """
+    counts, layers = cache.counts, len(rows)
+    clock = free = 0.0
+    num_wishes = num_queued = 0
+    looks.said[:] = -1.0
+    for layer in range(layers):
+        ids = rows[layer]
+        rest, late = _arrive(cache, machine, wishes, num_wishes, layer, ids, luck, keeps)
+        missing = demand(cache, layer, ids, next_use[layer])
+        lookups = (ids >= 0).sum()
+        counts[LOOKUPS] += lookups
+        counts[HITS] += lookups - missing - late
+        if missing or late:
+            known = clock
+            clock = free = max(clock, free) + copy_ms(machine.demand_ms, missing + rest)
+            counts[STALL_MS] += clock - known
+            counts[FETCHED] += missing + rest
+            counts[LATE] += late
+            demands[layer] += (1 - DEMAND_MEMORY) * (1 - demands[layer])
+        else:
+            demands[layer] *= DEMAND_MEMORY
+        num_wishes, num_queued = _look(
+            cache, machine, looks, wishes, token, layer, num_wishes, num_queued
+        )
+        until = clock + machine.layer_ms + (machine.ahead_ms if layer + 1 < layers else 0.0)
+        if num_queued:
+            at = max(free, clock + machine.predict_ms)
+            num_queued, free = _fill_link(
+                cache, machine, looks, wishes, num_queued, token, layer, at, until, luck, demands
+            )
+        clock = until
+    for wish in range(num_wishes):
+        wishes.at[wishes.expert[wish]] = -1
+    return clock
+
+
+@compiled
+def _arrive(
+    cache: Cache,
+    machine: Machine,
+    wishes: Wishes,
+    num_wishes: int,
+    layer: int,
+    ids: Integers,
+    luck: Floats,
+    keeps: float,
+) -> tuple[float, int]:
+    """Settle what was wished for this layer: what is left to copy, for how many."""
+    rest, late = 0.0, 0
+    for wish in range(num_wishes):
+        if wishes.target[wish] != layer:
+            continue
+        if wishes.is_started[wish]:
+            is_right = _is_among(wishes.expert[wish], ids)
+            luck[EXPECTED] = luck[EXPECTED] * keeps + wishes.probability[wish]
+            luck[RIGHT] = luck[RIGHT] * keeps + is_right
+            victim = wishes.victim[wish]
+            if victim != EMPTY:
+                luck[FEARED] = luck[FEARED] * keeps + wishes.fear[wish]
+                luck[MISSED] = luck[MISSED] * keeps + _is_among(victim, ids)
+            if wishes.left[wish] and is_right:
+                rest += wishes.left[wish] / machine.pieces
+                late += 1
+            elif wishes.left[wish]:
+                release(cache, wishes.expert[wish])
+        wishes.left[wish] = 0  # nothing of it is sent any more
+    return rest, late
+
+
+@compiled
+def _look(
+    cache: Cache,
+    machine: Machine,
+    looks: Looks,
+    wishes: Wishes,
+    token: int,
+    source: int,
+    num_wishes: int,
+    num_queued: int,
+) -> tuple[int, int]:
+    """Wish for predictions that are absent; a later look at one replaces an earlier."""
+    horizon, _, layers, _ = looks.expert_ids.shape
+    for ahead in range(min(horizon, layers - 1 - source), 0, -1):
+        where = ahead - 1, token, source + ahead
+        ids, chances = looks.expert_ids[where], looks.confidence[where]
+        for i in range(len(ids)):
+            expert, now = ids[i], float(chances[i])
+            if expert < 0 or now <= looks.least or abs(now - looks.said[expert]) <= NEWS:
+                continue
+            looks.said[expert] = now
+            if cache.slot_of[expert] != EMPTY:
+                continue
+            wish = wishes.at[expert]
+            if wish < 0:
+                wish = num_wishes
+                wishes.at[expert] = wish
+                wishes.expert[wish] = expert
+                wishes.target[wish] = source + ahead
+                wishes.left[wish] = machine.pieces
+                wishes.is_started[wish] = False
+                wishes.victim[wish] = EMPTY
+                wishes.queue[num_queued] = wish
+                num_wishes += 1
+                num_queued += 1
+            wishes.probability[wish] = now
+    return num_wishes, num_queued
+
+
+@compiled
+def _sort_queue(wishes: Wishes, num_queued: int) -> int:
+    """Drop finished wishes and put the likeliest first, others in their order; returns how many."""
+    queue, count = wishes.queue, 0
+    for i in range(num_queued):
+        wish = queue[i]
+        if not wishes.left[wish]:
+            continue
+        at = count
+        while at > 0 and wishes.probability[queue[at - 1]] < wishes.probability[wish]:
+            queue[at] = queue[at - 1]
+            at -= 1
+        queue[at] = wish
+        count += 1
+    return count
+
+
+@compiled
+def _fill_link(
+    cache: Cache,
+    machine: Machine,
+    looks: Looks,
+    wishes: Wishes,
+    num_queued: int,
+    token: int,
+    layer: int,
+    at: float,
+    until: float,
+    luck: Floats,
+    demands: Floats,
+) -> tuple[int, float]:
+    """Send pieces, the likeliest experts' first, until the next layer's routing is known.
+
+    Returns:
+        Wishes in the queue, and when the link is free.
+    """
+    num_queued = _sort_queue(wishes, num_queued)
+    trust = min(1.0, luck[RIGHT] / luck[EXPECTED])
+    has_sent = False
+    for i in range(num_queued):
+        wish = wishes.queue[i]
+        room = int((until - at) / machine.piece_ms + 1e-9)
+        hidden = until - at
+        if room < 1:
+            chance, overhang = wishes.probability[wish] * trust, machine.piece_ms - hidden
+            if hidden <= 0 or not may_overhang(chance, hidden, overhang, demands[layer + 1]):
+                break
+        count = min(wishes.left[wish], max(room, 1))
+        if not wishes.is_started[wish]:
+            layers_left = wishes.target[wish] - layer - 1
+            spare = int(layers_left * machine.layer_ms / machine.piece_ms)
+            fits = min(wishes.left[wish], count + spare)
+            if not _begin(cache, machine, looks, wishes, wish, token, fits, luck):
+                continue
+        wishes.left[wish] -= count
+        at += count * machine.piece_ms
+        has_sent = True
+        cache.counts[PREFETCHED] += count / machine.pieces
+        cache.unused[wishes.expert[wish]] += count / machine.pieces
+        if at >= until:
+            break
+    return num_queued, at if has_sent else 0.0
+
+
+@compiled
+def _begin(
+    cache: Cache,
+    machine: Machine,
+    looks: Looks,
+    wishes: Wishes,
+    wish: int,
+    token: int,
+    fits: int,
+    luck: Floats,
+) -> bool:
+    """Take a slot for an expert if the rule says it pays."""
+    layer, expert = wishes.target[wish], wishes.expert[wish]
+    slot = find_victim(cache, layer, looks.expert_ids[0, token, layer])
+    if slot < 0:
+        return False
+    victim = cache.expert_in[slot]
+    if victim != EMPTY:
+        if wishes.at[victim] >= 0:
+            return False
+        probability = wishes.probability[wish] * min(1.0, luck[RIGHT] / luck[EXPECTED])
+        habit = frequency(cache, layer, victim)
+        feared = habit * looks.missed_mass[token, layer]
+        # a wrong guess keeps the victim away for about one token more
+        cost = luck[MISSED] / luck[FEARED] * (feared + (1 - probability) * habit)
+        saved_ms = fits * machine.piece_ms
+        if not is_worth(probability, saved_ms, min(1.0, cost), machine.demand_ms[1]):
+            return False
+        wishes.victim[wish], wishes.fear[wish] = victim, feared
+    admit(cache, slot, expert)
+    cache.unused[expert] = 0.0
+    wishes.is_started[wish] = True
+    return True
