@@ -11,6 +11,7 @@ from lightning import Trainer
 
 from foreroute.data.traces import Traces
 from foreroute.estimators import (
+    FORMS,
     EstimatorSpec,
     EstimatorStack,
     LayerAnchors,
@@ -22,15 +23,16 @@ from foreroute.estimators import (
 from foreroute.train.baselines import build_stack, previous_token_predictor
 from foreroute.train.datamodule import BatchStream
 from foreroute.train.fit import choose_device, train_estimator
-from foreroute.train.losses import kl_to_router
+from foreroute.train.losses import LOSSES, RouterRule, kl_to_router, kl_to_scores
 from foreroute.train.module import EstimatorModule
-from foreroute.train.prepared import PreparedShards
+from foreroute.train.prepared import PreparedBatch, PreparedShards
 from foreroute.train.ridge import NormalEquations
 from foreroute.train.run import FitConfig, load_run
 from foreroute.train.shards import PairedShards, RoutingBatch
 from foreroute.train.split import rows_of, split_sequences
 
 QUICK = FitConfig(epochs=2, batch_size=256)
+TRAINED_FORMS = [name for name in FORMS if name not in ("next-router", "ridge")]
 SPEC = EstimatorSpec(form="low-rank", rank=8, target_layers=(1, 2, 3))
 
 
@@ -92,8 +94,10 @@ class Repeated:
         return self.num_steps
 
 
-def fit_on(stack: EstimatorStack, batch: RoutingBatch, num_steps: int, tmp_path) -> None:
-    module = EstimatorModule(stack, learning_rate=0.02, num_steps=num_steps)
+def fit_on(
+    stack: EstimatorStack, batch: RoutingBatch, num_steps: int, tmp_path, loss: str = "kl"
+) -> None:
+    module = EstimatorModule(stack, learning_rate=0.02, num_steps=num_steps, loss=loss)
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=1,
@@ -183,11 +187,49 @@ def test_kl_matches_a_hand_worked_number() -> None:
     assert divergence.item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
 
 
-@pytest.mark.parametrize("form", ["low-rank", "linear", "mlp"])
-def test_a_form_overfits_64_tokens(form: str, tmp_path) -> None:
+def test_every_loss_is_least_at_the_true_logits() -> None:
+    torch.manual_seed(0)
+    batch = toy_batch(32)
+    tokens = PreparedBatch(batch.source.residual, batch.target_logits, *batch[1:4])
+    for family in ("softmax-topk-renorm", "sigmoid-topk-renorm"):
+        bias = torch.randn(2, 1, 16) if family.startswith("sigmoid") else None
+        rule = RouterRule(family=family, selection_bias=bias)
+        for name, loss in LOSSES.items():
+            logits = batch.target_logits.clone().requires_grad_(True)
+            value = loss(logits, tokens, rule)
+            assert value.shape == (2,)
+            if name != "gate-mass":  # its target leaves out the experts that were not chosen
+                assert torch.allclose(value, torch.zeros(2), atol=1e-4)
+            worse = loss(logits + torch.randn(2, 32, 16), tokens, rule)
+            assert (worse > value).all()
+
+
+def test_sigmoid_divergence_matches_a_hand_worked_number() -> None:
+    true, predicted = torch.tensor([[[math.log(3.0)]]]), torch.zeros(1, 1, 1)  # 3/4 and 1/2
+    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert kl_to_scores(predicted, true).item() == pytest.approx(expected)
+
+
+def test_gate_mass_matches_a_hand_worked_number() -> None:
+    tokens = PreparedBatch(
+        features=torch.zeros(1, 1, 2),
+        anchor_logits=torch.zeros(1, 1, 4),
+        target_logits=torch.zeros(1, 1, 4),
+        target_ids=torch.tensor([[[0, 2]]]),
+        target_gate_weights=torch.tensor([[[1.5, 0.5]]]),
+    )
+    rule = RouterRule(family="softmax-topk", selection_bias=None)
+    expected = 0.75 * math.log(0.75 / 0.25) + 0.25 * math.log(0.25 / 0.25)
+    found = LOSSES["gate-mass"](torch.zeros(1, 1, 4), tokens, rule)
+    assert found.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("form", TRAINED_FORMS)
+def test_a_form_overfits_64_tokens(form: str, loss: str, tmp_path) -> None:
     torch.manual_seed(0)
     stack, batch = toy_stack(form), toy_batch(64)
-    fit_on(stack, batch, 150, tmp_path)
+    fit_on(stack, batch, 150, tmp_path, loss)
     assert recall_of(stack, batch) == [1.0, 1.0]
 
 

@@ -48,8 +48,8 @@ def train(
         epochs: Passes over the training tokens.
         batch_size: Tokens per optimizer step.
         learning_rate: At the first step; follows a cosine to zero.
-        loss: What training makes small: kl to the routers' distribution; boundary, ranking the true
-            top K above the strongest others; gate-mass, kl to the gate weights of the top K.
+        loss: What training makes small: kl to the routers' distribution; boundary, kl and how far
+            soft membership in the top K is off; gate-mass, kl to the gate weights of the top K.
         init: Where low-rank starts: ridge (closed form), or zero (the next router alone).
         device: Where to compute; auto takes a GPU if there is one.
         seed: Of the initial parameters and of the order of tokens.

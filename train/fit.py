@@ -173,6 +173,8 @@ def train_stack(
     choosing: Shards[PreparedBatch],
     config: FitConfig,
     out: Path,
+    *,
+    show_progress: bool = True,
 ) -> None:
     """Train by gradient steps, and keep the start of each layer where that did not pay.
 
@@ -182,6 +184,7 @@ def train_stack(
         choosing: Tokens to choose by; all layers keep what training gave if there are none.
         config: How to train.
         out: Folder of the log and of the checkpoint that an interrupted fit goes on from.
+        show_progress: Draw a progress bar.
 
     Raises:
         KeyboardInterrupt: If the user interrupts; the last epoch's checkpoint remains.
@@ -196,21 +199,21 @@ def train_stack(
         num_steps=config.epochs * data.num_batches,
         loss=config.loss,
     )
-    _run_trainer(module, data, config.epochs, out, stack.input.device.type)
+    _run_trainer(module, data, config.epochs, out, show_progress)
     stack.eval().requires_grad_(False)
     if choosing.rows:
         keep_better_pairs(stack, start, choosing)
 
 
 def _run_trainer(
-    module: EstimatorModule, data: RoutingDataModule, epochs: int, out: Path, accelerator: str
+    module: EstimatorModule, data: RoutingDataModule, epochs: int, out: Path, show_progress: bool
 ) -> None:
     checkpoint = out / CHECKPOINT_PATH
     keep_last = ModelCheckpoint(
         dirpath=checkpoint.parent, filename=checkpoint.stem, enable_version_counter=False
     )
     trainer = Trainer(
-        accelerator=accelerator,
+        accelerator=module.stack.input.device.type,
         devices=1,
         max_epochs=epochs,
         logger=CSVLogger(out, name="logs"),
@@ -219,6 +222,7 @@ def _run_trainer(
         reload_dataloaders_every_n_epochs=1,
         log_every_n_steps=LOG_STEPS,
         enable_model_summary=False,
+        enable_progress_bar=show_progress,
     )
     resume_from = checkpoint if checkpoint.is_file() else None
     try:
@@ -248,7 +252,7 @@ def keep_better_pairs(
     after = recall_of(stack, choosing)
     stack.form.load_state_dict(start)
     before = recall_of(stack, choosing)
-    paid = [new >= old for new, old in zip(after, before, strict=True)]
+    paid = [new > old for new, old in zip(after, before, strict=True)]
     mask = torch.tensor(paid, device=stack.input.device)
     for name, parameter in stack.form.named_parameters():
         parameter[mask] = trained[name][mask]

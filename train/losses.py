@@ -6,15 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from foreroute.estimators import EstimatorStack, selection_scores
+from foreroute.estimators.calibration import decision_margins
 from foreroute.estimators.types import GateFamily
 from foreroute.train.prepared import PreparedBatch
 
 LossName = Literal["kl", "boundary", "gate-mass"]
+BOUNDARY_WIDTH = 0.2
+"""Softness of the boundary between chosen and other experts, in standard deviations of scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +77,13 @@ def kl_to_scores(predicted_logits: Tensor, router_logits: Tensor) -> Tensor:
         Sum over experts of KL(Bernoulli(true) || Bernoulli(predicted)) in nats, mean over tokens,
         [P], float32.
     """
-    predicted, logits = predicted_logits.float(), router_logits.float()
-    true = logits.sigmoid()
-    excess = functional.softplus(predicted) - functional.softplus(logits)
-    return (excess - true * (predicted - logits)).sum(dim=-1).mean(dim=-1)
+    return _bernoulli_kl(predicted_logits.float(), router_logits.float())
+
+
+def _bernoulli_kl(predicted: Tensor, true: Tensor) -> Tensor:
+    """Of the sigmoids of both, summed over experts, mean over tokens, [P]."""
+    excess = functional.softplus(predicted) - functional.softplus(true)
+    return (excess - true.sigmoid() * (predicted - true)).sum(dim=-1).mean(dim=-1)
 
 
 def kl(predicted_logits: Tensor, target: PreparedBatch, rule: RouterRule) -> Tensor:
@@ -88,18 +93,19 @@ def kl(predicted_logits: Tensor, target: PreparedBatch, rule: RouterRule) -> Ten
 
 
 def boundary(predicted_logits: Tensor, target: PreparedBatch, rule: RouterRule) -> Tensor:
-    """Pairwise logistic loss between the true top K and the K strongest other experts.
+    """Divergence of predicted from true soft membership in the top K, plus `kl`.
 
-    Each of the K chosen experts should rank above each of the K others that are predicted highest.
+    Membership is the sigmoid of how far an expert's score lies above the middle of the K-th and the
+    next one's, in units of `BOUNDARY_WIDTH` standard deviations of the layer's true scores. Experts
+    far from the boundary weigh nothing there, on either side, and ties are not forced apart; `kl`
+    keeps their logits the router's.
     """
-    scores = rule.ranking(predicted_logits)
-    ids = target.target_ids.long()
-    chosen = scores.gather(-1, ids)  # [P, T, K]
-    others = scores.scatter(-1, ids, -torch.inf)
-    num_others = min(ids.shape[-1], scores.shape[-1] - ids.shape[-1])
-    strongest = others.topk(num_others, dim=-1).values  # [P, T, K]
-    margins = chosen.unsqueeze(-1) - strongest.unsqueeze(-2)  # [P, T, K, K]
-    return functional.softplus(-margins).mean(dim=(-3, -2, -1))
+    top_k = target.target_ids.shape[-1]
+    true = rule.ranking(target.target_logits.float())
+    width = BOUNDARY_WIDTH * true.std(dim=(1, 2), keepdim=True)  # [P, 1, 1]
+    wanted = decision_margins(true, top_k) / width
+    margins = decision_margins(rule.ranking(predicted_logits), top_k) / width
+    return _bernoulli_kl(margins, wanted) + kl(predicted_logits, target, rule)
 
 
 def gate_mass(predicted_logits: Tensor, target: PreparedBatch, rule: RouterRule) -> Tensor:

@@ -41,7 +41,7 @@ class FitConfig:
     """Tokens per optimizer step."""
     learning_rate: float = 3e-3
     """AdamW's, at the first step; follows a cosine to zero."""
-    loss: LossName = "kl"
+    loss: LossName = "boundary"
     """What training makes small."""
     init: InitName = "ridge"
     """Where `low-rank` starts: from the ridge solution, or from the next router alone."""

@@ -1,0 +1,81 @@
+"""Times one token's prediction for all layers of a stack, eager and as a CUDA graph."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from foreroute.estimators import EstimatorStack, SourceState
+
+WARM_UP = 5
+SECONDS = 0.2
+"""At least so long is measured."""
+
+
+def one_token(stack: EstimatorStack, dtype: torch.dtype = torch.float32) -> SourceState:
+    """Random source states of one token, for all pairs, on the stack's device."""
+    geometry, pairs = stack.geometry, len(stack.target_layers)
+    device = stack.input.device
+    states = [
+        torch.randn(pairs, 1, geometry.hidden_size, device=device, dtype=dtype) for _ in range(4)
+    ]
+    ids = torch.rand(pairs, 1, geometry.num_experts, device=device).topk(geometry.top_k).indices
+    return SourceState(
+        residual=states[0],
+        router_input=states[1],
+        expert_ids=ids,
+        gate_weights=torch.rand(pairs, 1, geometry.top_k, device=device),
+        readout=states[2],
+        layer_input=states[3],
+    )
+
+
+@torch.inference_mode()
+def eager_us(stack: EstimatorStack) -> float:
+    """Microseconds of one token through all pairs at once, launched kernel by kernel."""
+    source = one_token(stack)
+    return _repeat(lambda: stack(source), stack.input.device)
+
+
+@torch.inference_mode()
+def captured_us(stack: EstimatorStack) -> float:
+    """The same as one CUDA graph."""
+    source = one_token(stack)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            stack(source)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        stack(source)
+    return _repeat(graph.replay, stack.input.device)
+
+
+def prediction_us(stack: EstimatorStack) -> float:
+    """As the runtime would do it: a CUDA graph on a GPU, eager on a CPU."""
+    return captured_us(stack) if stack.input.device.type == "cuda" else eager_us(stack)
+
+
+def _repeat(step: Callable[[], object], device: torch.device) -> float:
+    """Microseconds of one step, mean over at least `SECONDS`."""
+    for _ in range(WARM_UP):
+        step()
+    count, spent = 10, 0.0
+    while spent < SECONDS:
+        count *= 2
+        _wait(device)
+        start = time.perf_counter()
+        for _ in range(count):
+            step()
+        _wait(device)
+        spent = time.perf_counter() - start
+    return spent / count * 1e6
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
