@@ -331,7 +331,7 @@ def simulate(
         profile: A machine: a built-in name such as h100-pcie5, or a file of foreroute profile.
         slots: Slots per MoE layer, each a number or a share; a comma list.
         policy: lru, lfu, lrfu, default, predicted, static, belady; a comma list.
-        prefetch: none, all, budgeted; a comma list.
+        prefetch: none, all, head, budgeted; a comma list.
         horizon: Layers ahead to predict; 1, 2, 4, ... up to it are tried.
         bundle: Real predictions of this bundle on traces, in place of a simulated predictor.
         recall: Of the simulated predictor, one layer ahead.
