@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -113,7 +113,10 @@ def arms_at(slots: int, batch: int, recalls: list[float]) -> Iterator[Arm]:
     yield Arm("on-demand", EngineConfig(expert_slots=share))
     for recall in recalls:
         name = "prefetch-perfect" if recall == 1 else f"prefetch-{recall:g}"
-        yield Arm(name, EngineConfig(expert_slots=share, policy="prefetch"), recall)
+        config = EngineConfig(expert_slots=share, policy="prefetch")
+        yield Arm(name, config, recall)
+        if slots == EAGER_SLOTS and batch == 1:
+            yield Arm(f"{name}-every", replace(config, prefetch="every"), recall)
     if slots == EAGER_SLOTS and batch == 1:
         yield Arm("eager-lru", EngineConfig(expert_slots=share, decide_on="host"))
         no_cache = EngineConfig(expert_slots=share, cache="none")
@@ -354,7 +357,7 @@ def print_row(cell: Cell) -> None:
     )
     equal = {True: "", False: " LOGITS DIFFER", None: ""}[cell.is_bit_equal]
     print(
-        f"{cell.shape[:12]} b{cell.batch} {cell.slots:3} % {cell.arm:16}"
+        f"{cell.shape[:12]} b{cell.batch} {cell.slots:3} % {cell.arm:22}"
         f"{cell.tpot_ms_median:8.2f} ms (mean {cell.tpot_ms_mean:.2f}, p95 {cell.tpot_ms_p95:.2f})"
         f" {cell.bytes_per_token / 1e6:6.0f} MB hit {cell.hit_rate or 0:.3f}{serial}{equal}",
         flush=True,

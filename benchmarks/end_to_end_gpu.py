@@ -137,17 +137,23 @@ def train_model(args: argparse.Namespace, folder: Path) -> None:
         raise RuntimeError(f"{SCRIPT.name} ended with {done.returncode}:\n{tail}")
 
 
-def record(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Traces of code, and of prose if this machine has any; what they hold."""
+def record(args: argparse.Namespace, folder: Path, fields: str) -> dict[str, Any]:
+    """Traces of code, and of prose if this machine has any; what they hold.
+
+    Args:
+        args: The command line.
+        folder: The model.
+        fields: Optional trace fields, a comma list. Traces that lie there with others are replaced.
+    """
     common: dict[str, Any] = {
         "model": str(folder),
         "dtype": args.dtype,
         "device": args.device,
         "batch_size": args.trace_batch,
         "sequence_length": args.sequence_length,
+        "record": fields,
+        "overwrite": fields != args.record,
     }
-    if args.record:
-        common["record"] = args.record
     code = collect_traces(
         dataset="python-stdlib",
         out=args.work / "traces",
@@ -196,6 +202,10 @@ def arms_at(slots: str, *, has_bundle: bool) -> list[Arm]:
     if has_bundle:
         found.append(arm("prefetch-trained", policy="prefetch", uses_bundle=True))
     if slots == HOST_SLOTS:
+        if has_bundle:
+            found.append(
+                arm("prefetch-trained-every", uses_bundle=True, policy="prefetch", prefetch="every")
+            )
         found += [arm("eager-lru", decide_on="host"), arm("eager-no-cache", cache="none")]
     return found
 
@@ -410,8 +420,15 @@ def main() -> int:
     run = {k: training["training"][k] for k in ("steps", "tokens", "epochs", "tokens_per_second")}
     print(f"model: {training['model']['num_parameters']:,} parameters, {run}", flush=True)
     print(f"held-out {training['loss']['held_out_bits_per_byte']:.3f} bits per byte", flush=True)
-    with results.phase("record"), results.cell("record"), quiet(args.work / "record.log"):
-        results.set(traces=record(args, folder))
+    for fields in dict.fromkeys((args.record, "")):  # optional fields must not stop the rest
+        if "traces" in results.content:
+            break
+        with (
+            results.phase("record"),
+            results.cell(f"record {fields}"),
+            quiet(args.work / "record.log"),
+        ):
+            results.set(traces=record(args, folder, fields), recorded_fields=fields)
     with results.phase("estimators"), results.cell("estimators"):
         with quiet(args.work / "estimators.log"):
             metrics = train_estimators(args)

@@ -31,7 +31,9 @@ class PartialResults:
             path.parent.mkdir(parents=True, exist_ok=True)
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         versions = package_versions() | {"cuda": torch.version.cuda}
-        versions |= {name: metadata.version(name) for name in ("accelerate", "triton")}
+        for name in ("accelerate", "triton"):
+            with contextlib.suppress(metadata.PackageNotFoundError):
+                versions[name] = metadata.version(name)
         self.content: dict[str, Any] = {"device": device, "versions": versions, **header}
         self.content |= {"phases_s": {}, "skipped": [], "failed": [], "rows": []}
 

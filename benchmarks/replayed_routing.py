@@ -150,7 +150,15 @@ class _Replayed(Prefetcher):
         target: int | None = self._inner.target_of(source_layer)
         return target
 
+    @property
+    def is_calibrated(self) -> bool:
+        return True
+
     def predict(self, source_layer: int, **states: Tensor) -> tuple[Tensor, Tensor]:
-        self._inner.predict(source_layer, **states)
+        self._own_logits, _ = self._inner.predict(source_layer, **states)
         target = self._position[self.target_of(source_layer) or 0]
         return self._scores[target], self._ids[target]
+
+    def probabilities(self, source_layer: int, logits: Tensor) -> Tensor:
+        self._inner.probabilities(source_layer, self._own_logits)
+        return logits.sigmoid()

@@ -127,10 +127,11 @@ def test_the_decode_benchmark_runs_to_its_end(
     of_one = {r["arm"] for r in written["rows"] if "qwen3" in r["shape"]}
     assert of_one == {
         *("resident", "on-demand", "prefetch-0.89", "prefetch-perfect"),
+        *("prefetch-0.89-every", "prefetch-perfect-every"),
         *("eager-lru", "eager-no-cache", "accelerate"),
     }
     assert max(written["difference_from_stock_experts"].values()) == 0  # the same code on a CPU
-    assert len(list((tmp_path / "t").glob("*.json.gz"))) == 4
+    assert len(list((tmp_path / "t").glob("*.json.gz"))) == 6
 
 
 def test_the_ttft_benchmark_runs_to_its_end(
@@ -167,7 +168,7 @@ def test_the_end_to_end_benchmark_runs_to_its_end_and_keeps_what_is_there(
     trained = (work / "model" / "training.json").stat().st_mtime_ns
     assert [r["arm"] for r in first["rows"]] == [
         *("resident", "on-demand", "prefetch-next-router", "prefetch-trained"),
-        *("eager-lru", "eager-no-cache"),
+        *("prefetch-trained-every", "eager-lru", "eager-no-cache"),
         *("on-demand", "prefetch-next-router", "prefetch-trained", "accelerate"),
     ]
     assert all(r["same_tokens"] == 1 for r in first["rows"])  # one arithmetic on a CPU
