@@ -11,13 +11,16 @@ from rich import box
 from rich.table import Table
 from torch import nn
 
-from foreroute.data.adapters import MoEModel, discover, load_config, resolve_dtype
+from foreroute.data.adapters import MoELayer, MoEModel, discover, load_config, resolve_dtype
+from foreroute.data.adapters.discovery import discover_outline
+from foreroute.data.adapters.exceptions import is_hash_routed
 from foreroute.data.adapters.weightless import experts_by_path, outline
 from foreroute.runtime.expert_form import find_expert_form
 from foreroute.runtime.host_store import RowLayout
 from foreroute.runtime.loading import store_encoder
 
 YES = "yes"
+FREE_FORMS = "only estimators without an anchor (linear, mlp-free) can be trained"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +35,11 @@ class Diagnosis:
     moe_layers: tuple[int, ...]
     """Decoder layer index of each MoE layer."""
     num_experts: int
-    top_k: int | None
-    """None where the routing could not be followed without weights."""
+    top_k: int
     dtype: str = ""
     """Of the parameters, or how a low-bit checkpoint stores its experts."""
+    hash_routed: tuple[int, ...]
+    """Decoder layer index of each layer whose experts follow from the token alone."""
     expert_bytes: int
     """Of one expert, in that dtype."""
     all_experts_bytes: int
@@ -81,13 +85,10 @@ def diagnose(
     encoder = store_encoder(config)
     method = getattr(config, "quantization_config", {}).get("quant_method")
     model = outline(config, known, trust_remote_code=trust_remote_code)
-    experts = experts_by_path(model)
-    try:
-        moe = discover(model, name)
-    except (RuntimeError, NotImplementedError) as error:  # its forward pass looks at numbers
-        found = _from_structure(name, model, experts, f"{type(error).__name__} on meta")
-    else:
-        found = _from_discovery(name, model, moe, experts)
+    if not (experts := experts_by_path(model)):
+        discover(model, name)  # says why there are none
+    sizes = _sizes(model, experts)
+    found = _diagnosis(name, discover_outline(model, name), sizes)
     if encoder is None:
         return replace(found, dtype=str(known).removeprefix("torch."))
     rows = [RowLayout.of(m, encoder).row_bytes for m in experts.values()]
@@ -110,12 +111,12 @@ def report(found: Diagnosis) -> Table:
         "model type": found.model_type,
         "layers": f"{found.num_layers}: {len(found.moe_layers)} MoE ({_ranges(found.moe_layers)}), "
         f"{len(found.dense_layers)} without experts ({_ranges(found.dense_layers) or '-'})",
-        "experts": f"{found.num_experts} a layer, "
-        + (f"top-{found.top_k}" if found.top_k else "top-k shows when weights are loaded"),
+        "experts": f"{found.num_experts} a layer, top-{found.top_k}",
         "one expert": f"{found.expert_bytes / 1e6:.2f} MB in {found.dtype}",
         "all experts": f"{found.all_experts_bytes / gib:.2f} GiB in host memory",
         "everything else": f"{found.other_bytes / gib:.2f} GiB on the device",
-        "router": found.router,
+        "router": found.router
+        + (f"; layers {_ranges(found.hash_routed)} by token" if found.hash_routed else ""),
         "norm": found.norm,
         "recording": found.recording,
         "exact": found.exact,
@@ -139,28 +140,29 @@ def _sizes(model: Any, experts: dict[str, nn.Module]) -> dict[str, Any]:
     of_experts = sum(p.nbytes for m in experts.values() for p in m.parameters())
     first = next(iter(experts.values()))
     num_experts = int(first.num_experts)  # type: ignore[arg-type]
+    layers = tuple(next(int(p) for p in path.split(".") if p.isdigit()) for path in experts)
     return {
         "model_type": str(model.config.get_text_config().model_type),
         "num_layers": int(model.config.get_text_config().num_hidden_layers),
-        "moe_layers": tuple(
-            next(int(part) for part in path.split(".") if part.isdigit()) for path in experts
-        ),
+        "moe_layers": layers,
         "num_experts": num_experts,
         "expert_bytes": sum(p.nbytes for p in first.parameters()) // num_experts,
         "all_experts_bytes": of_experts,
         "other_bytes": sum(p.nbytes for p in model.parameters()) - of_experts,
+        "hash_routed": tuple(
+            layer
+            for layer, path in zip(layers, experts, strict=True)
+            if is_hash_routed(model.get_submodule(path.rpartition(".")[0]))
+        ),
     }
 
 
-def _from_discovery(
-    name: str, model: Any, moe: MoEModel, experts: dict[str, nn.Module]
-) -> Diagnosis:
-    geometry, first = moe.geometry, moe.layers[0]
+def _diagnosis(name: str, moe: MoEModel, sizes: dict[str, Any]) -> Diagnosis:
+    geometry, last = moe.geometry, moe.layers[-1]
     rule: str = geometry.gate_family
     if rule != "other" and not math.isclose(geometry.gate_scale, 1.0):
         rule += f" x {geometry.gate_scale:g}"
-    hashed = [layer.layer_idx for layer in moe.layers if layer.is_hash_routed]
-    routers = f"{type(moe.layers[-1].router).__name__}, {rule}"
+    router = last.router if last.norm else last.residual_source
     problem = moe.anchors_problem or (
         "how gate weights follow from logits is not known"
         if geometry.gate_family == "other"
@@ -169,30 +171,22 @@ def _from_discovery(
     return Diagnosis(
         name=name,
         top_k=geometry.top_k,
-        router=routers + (f"; layers {hashed} by token" if hashed else ""),
-        norm=type(first.norm).__name__ if first.norm else "none: the router reads the residual",
-        recording=YES,
+        router=f"{type(router).__name__}, {rule}",
+        norm=_norm(last),
+        recording=YES if not moe.anchors_problem else f"{YES}; {FREE_FORMS}: {moe.anchors_problem}",
         exact=YES,
         speculative=f"skip only: {problem}" if problem else YES,
-        graph=_graph(model, first.experts),
-        **_sizes(model, experts),
+        graph=_graph(moe.model, last.experts),
+        **sizes,
     )
 
 
-def _from_structure(name: str, model: Any, experts: dict[str, nn.Module], why: str) -> Diagnosis:
-    """Without a forward pass only sizes are known; the rest shows when there are weights."""
-    later = f"found when weights are loaded ({why})"
-    return Diagnosis(
-        name=name,
-        top_k=None,
-        router=later,
-        norm=later,
-        recording=later,
-        exact=later,
-        speculative=later,
-        graph=_graph(model, next(iter(experts.values()))),
-        **_sizes(model, experts),
-    )
+def _norm(layer: MoELayer) -> str:
+    if layer.norm is not None:
+        return type(layer.norm).__name__
+    if layer.residual_source is not layer.router:
+        return f"inside {type(layer.residual_source).__name__}"
+    return "none: the router reads the residual"
 
 
 def _graph(model: Any, experts: nn.Module) -> str:

@@ -1,5 +1,8 @@
 """Finding the MoE layers of several architectures, and the seam through their experts."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -14,6 +17,12 @@ from foreroute.data.adapters import (
     routed_through,
 )
 from foreroute.data.recorder import RoutingRecorder
+from foreroute.estimators.inputs import apply_norm
+from foreroute.estimators.selection import selection_scores
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from tiny_models import tiny_model
 
 BASE = {
     "vocab_size": 96,
@@ -98,6 +107,56 @@ def test_anchors_give_the_recorded_router_logits_from_the_residual(model_type):
         logits += moe.anchors.router_bias[position]
         # The same product in another shape: float32 rounding only.
         assert torch.allclose(logits, record.router_logits.float(), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "model_type", ["deepseek_v3", "deepseek_v4", "ernie4_5_moe", "lfm2_moe", "minimax_m2"]
+)
+def test_a_selection_bias_explains_every_choice_that_logits_do_not(model_type):
+    moe = discover(tiny_model(model_type))
+    assert moe.anchors.selection_bias is not None
+    with torch.no_grad(), RoutingRecorder(moe) as recorder:
+        moe.model(some_tokens(), use_cache=False)
+        records = recorder.take()
+
+    num_by_logits = num_by_scores = num_true = 0
+    for layer, bias in zip(moe.layers, moe.anchors.selection_bias, strict=True):
+        if layer.is_hash_routed:
+            continue
+        record = records[layer.layer_idx]
+        logits, true = record.router_logits.float(), record.expert_ids
+        scores = selection_scores(logits, moe.geometry.gate_family, bias)
+        num_by_logits += num_shared(logits.topk(layer.top_k).indices, true)
+        num_by_scores += num_shared(scores.topk(layer.top_k).indices, true)
+        num_true += true.numel()
+    assert num_by_logits < num_by_scores == num_true
+
+
+def num_shared(left, right):
+    return int((left.unsqueeze(-1) == right.unsqueeze(-2)).sum())
+
+
+def test_models_without_a_selection_bias_have_none():
+    assert discover(tiny_model("qwen3_moe")).anchors.selection_bias is None
+
+
+def test_a_norm_inside_the_router_is_found():
+    moe = discover(tiny_model("gemma4_text"))
+    with torch.no_grad(), RoutingRecorder(moe) as recorder:
+        moe.model(some_tokens(), use_cache=False)
+        records = recorder.take()
+
+    anchors = moe.anchors
+    for position, layer in enumerate(moe.layers):
+        record = records[layer.layer_idx]
+        weight, bias = anchors.norm_weight[position, None], anchors.norm_bias[position, None]
+        normed = apply_norm(
+            record.residual[None], weight, bias, kind=anchors.norm_kind, eps=anchors.norm_eps
+        )
+        # The factors are found by division: float32 rounding of two more steps.
+        assert torch.allclose(normed[0], record.router_input, atol=1e-5)
+        logits = record.router_input @ anchors.router_weight[position].T
+        assert torch.allclose(logits, record.router_logits, atol=1e-5)
 
 
 def test_the_router_fingerprint_is_the_same_in_bfloat16_and_float32():

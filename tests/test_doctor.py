@@ -4,13 +4,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
+from foreroute.data.adapters import discover
+from foreroute.data.adapters.discovery import discover_outline
+from foreroute.data.adapters.weightless import outline
 from foreroute.runtime.doctor import diagnose, report
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from tiny_models import tiny_config
+from tiny_models import SUPPORTED, tiny_config, tiny_model
 
 
 def diagnose_tiny(folder, model_type, **overrides):
@@ -72,14 +76,31 @@ def test_low_bit_checkpoints_are_counted_in_their_own_bytes(
 
 
 def test_hash_routed_layers_are_named(tmp_path):
-    assert "layers [0] by token" in diagnose_tiny(tmp_path, "deepseek_v4").router
+    assert diagnose_tiny(tmp_path, "deepseek_v4").hash_routed == (0,)
 
 
-def test_a_model_that_cannot_be_followed_without_weights_still_gets_its_sizes(tmp_path):
-    found = diagnose_tiny(tmp_path, "gemma4_text")
-    assert found.top_k is None
-    assert found.num_experts == 8
-    assert "when weights are loaded" in found.exact
+@pytest.mark.parametrize("model_type", SUPPORTED)
+def test_a_config_says_what_the_loaded_model_shows(tmp_path, model_type):
+    found = diagnose_tiny(tmp_path, model_type)
+    moe = discover(tiny_model(model_type), model_type)
+    last = moe.layers[-1]
+    assert found.moe_layers == moe.geometry.layer_indices
+    assert (found.num_experts, found.top_k) == (moe.geometry.num_experts, moe.geometry.top_k)
+    assert moe.geometry.gate_family in found.router
+    assert type(last.router if last.norm else last.residual_source).__name__ in found.router
+    assert last.norm is None or found.norm == type(last.norm).__name__
+    assert moe.anchors_problem in found.recording
+    assert (found.speculative == "yes") == (
+        moe.found_anchors is not None and moe.geometry.gate_family != "other"
+    )
+
+
+def test_only_one_layer_of_each_kind_is_followed(tmp_path):
+    config = tiny_config("deepseek_v3", num_hidden_layers=9)
+    model = outline(config, torch.float32)
+    moe = discover_outline(model, "deep")
+    assert [layer.layer_idx for layer in moe.layers] == [1]
+    assert all(p.is_meta for p in moe.layers[0].experts.parameters())
 
 
 @pytest.mark.parametrize("model_type", ["jetmoe", "llama4", "dbrx", "longcat_flash"])

@@ -8,16 +8,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from foreroute.data.adapters.exceptions import is_hash_routed
 from foreroute.data.adapters.probe import Observed
-from foreroute.estimators.types import LayerAnchors, NormKind
+from foreroute.estimators.selection import selection_scores
+from foreroute.estimators.types import GateFamily, LayerAnchors, NormKind
 
 NORM_TOLERANCE = 1e-2  # bfloat16 models round to three digits
 LOGIT_TOLERANCE = 3e-2  # of the largest logit: a product of rounded numbers
+SMALLEST_SQUARE = 1e-12
 EPSILON_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps")
 
 
-def build_anchors(layers: Sequence[Observed]) -> LayerAnchors:
+def build_anchors(
+    layers: Sequence[Observed], blocks: Sequence[nn.Module], family: GateFamily
+) -> LayerAnchors:
     """The tensors that training-free prediction needs, checked against the probe's own logits.
+
+    Args:
+        layers: What the probe saw.
+        blocks: Parent of each experts module.
+        family: The model's gate rule.
 
     Raises:
         ValueError: If the routers are not `norm`, then one linear map; says what they are instead.
@@ -37,6 +47,7 @@ def build_anchors(layers: Sequence[Observed]) -> LayerAnchors:
         norm_bias=torch.stack(norm_biases),
         norm_kind=kinds[0],
         norm_eps=epsilons[0],
+        selection_bias=_selection_biases(layers, blocks, family),
     )
 
 
@@ -83,19 +94,49 @@ def _router_bias(seen: Observed) -> Tensor:
     return torch.zeros(seen.num_experts)
 
 
+def _selection_biases(
+    layers: Sequence[Observed], blocks: Sequence[nn.Module], family: GateFamily
+) -> Tensor | None:
+    """What the routers add to their scores where they choose, [L, E]; None if nothing."""
+    pairs = zip(layers, blocks, strict=True)
+    biases = [_selection_bias(seen, block, family) for seen, block in pairs]
+    if all(bias is None for bias in biases):
+        return None
+    none = torch.zeros(layers[0].num_experts)
+    return torch.stack([none if bias is None else bias for bias in biases])
+
+
+def _selection_bias(seen: Observed, block: nn.Module, family: GateFamily) -> Tensor | None:
+    """A tensor `..._bias` of one number per expert which explains the probe's choice, [E]."""
+    if family == "other" or seen.router_logits is None or is_hash_routed(seen.router):
+        return None  # what the bias would be added to is not known
+    logits, size = seen.router_logits.float().cpu(), seen.num_experts
+
+    def num_chosen(bias: Tensor) -> int:
+        ranked = selection_scores(logits, family, bias).topk(seen.expert_ids.shape[-1]).indices
+        return int((ranked.unsqueeze(-1) == seen.expert_ids.cpu().unsqueeze(-2)).sum())
+
+    for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
+        if name.endswith("_bias") and tensor.numel() == size and not tensor.is_meta:
+            bias = tensor.detach().flatten().float().cpu()
+            if num_chosen(bias) >= num_chosen(torch.zeros(size)):
+                return bias
+    return None
+
+
 def _norm_parts(seen: Observed) -> tuple[NormKind, Tensor, Tensor, float]:
     """Kind, weight, bias and epsilon of the norm, verified on what went through it."""
     hidden_size = seen.router_input.shape[-1]
-    if seen.norm is None:
+    if seen.norm is None and seen.residual_source is seen.router:
         return "none", torch.ones(hidden_size), torch.zeros(hidden_size), 0.0
+    if seen.norm is None:
+        return _norm_within(seen)
     raw = getattr(seen.norm, "weight", None)
     if not isinstance(raw, Tensor) or raw.shape != (hidden_size,):
         raise ValueError(f"{type(seen.norm).__name__} is neither an RMS norm nor a LayerNorm")
     weight = raw.detach().float().cpu()
     bias = _norm_bias(seen.norm, weight)
-    epsilon = float(
-        next((getattr(seen.norm, n) for n in EPSILON_NAMES if hasattr(seen.norm, n)), 1e-6)
-    )
+    epsilon = _epsilon(seen.norm)
     residual, expected = seen.residual.float().cpu(), seen.router_input.float().cpu()
     scaled = residual * torch.rsqrt(residual.square().mean(-1, keepdim=True) + epsilon)
     centred = torch.nn.functional.layer_norm(residual, weight.shape, weight, bias, epsilon)
@@ -108,6 +149,22 @@ def _norm_parts(seen: Observed) -> tuple[NormKind, Tensor, Tensor, float]:
         if torch.allclose(result, expected, atol=NORM_TOLERANCE, rtol=NORM_TOLERANCE):
             return kind, factor, bias, epsilon
     raise ValueError(f"{type(seen.norm).__name__} is neither an RMS norm nor a LayerNorm")
+
+
+def _norm_within(seen: Observed) -> tuple[NormKind, Tensor, Tensor, float]:
+    """The same of a norm inside the router: an RMS norm and constant factors, found by division."""
+    assert seen.residual_source is not None  # it holds the router
+    residual, expected = seen.residual.float().cpu(), seen.router_input.float().cpu()
+    epsilon = _epsilon(seen.residual_source)
+    scaled = residual * torch.rsqrt(residual.square().mean(-1, keepdim=True) + epsilon)  # [T, D]
+    factor = (expected * scaled).sum(0) / scaled.square().sum(0).clamp_min(SMALLEST_SQUARE)
+    if not torch.allclose(scaled * factor, expected, atol=NORM_TOLERANCE, rtol=NORM_TOLERANCE):
+        raise ValueError(f"{type(seen.residual_source).__name__} norms its input in another way")
+    return "rms", factor, torch.zeros_like(factor), epsilon
+
+
+def _epsilon(norm: nn.Module) -> float:
+    return float(next((getattr(norm, n) for n in EPSILON_NAMES if hasattr(norm, n)), 1e-6))
 
 
 def _norm_bias(norm: nn.Module, weight: Tensor) -> Tensor:

@@ -16,10 +16,10 @@ from torch import nn
 from foreroute.data.adapters.anchors import build_anchors, router_fingerprint
 from foreroute.data.adapters.exceptions import WITHOUT_INTERFACE, back_projection, is_hash_routed
 from foreroute.data.adapters.gates import find_gate_rule
+from foreroute.data.adapters.made_up import keep_one_layer_of_each_kind, make_up_numbers
 from foreroute.data.adapters.probe import Observed, is_same_memory, probe
-from foreroute.data.adapters.replay import replay
-from foreroute.data.adapters.seam import is_experts_module
-from foreroute.estimators.types import LayerAnchors, MoEGeometry
+from foreroute.data.adapters.weightless import experts_by_path
+from foreroute.estimators.types import GateFamily, LayerAnchors, MoEGeometry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,9 @@ class MoELayer:
     """Gives router logits over the experts; its first argument is the router input."""
     norm: nn.Module | None
     """Its output is the router input, its input the residual; None where the router reads the
-    residual itself."""
+    residual itself, or norms it inside."""
+    residual_source: nn.Module
+    """Its first argument is the residual: the norm, or else the router or the module around it."""
     num_experts: int
     """E of this layer."""
     top_k: int
@@ -49,11 +51,6 @@ class MoELayer:
     """Whether the experts read another tensor than the router (a projection, another norm)."""
     to_hidden: nn.Module | None
     """Maps what the experts put out back to the hidden size, where they work in a latent one."""
-
-    @property
-    def residual_source(self) -> nn.Module:
-        """The module whose first argument is the residual: the norm, or else the router."""
-        return self.norm or self.router
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,35 +89,31 @@ def discover(model: Any, model_name: str = "") -> MoEModel:
     """Find the MoE layers of a loaded causal LM.
 
     Args:
-        model: Transformers model. Its experts may be on the meta device (weights held elsewhere),
-            or all of it: then the gate rule is tried on random weights and there is no fingerprint.
+        model: Transformers model; its experts may be without weights.
         model_name: What the user calls it, for messages.
 
     Raises:
         ValueError: If it is no MoE, or one whose parts cannot be found; says what is missing.
     """
     name = model_name or str(getattr(model.config, "name_or_path", "")) or type(model).__name__
-    found = [(path, m) for path, m in model.named_modules() if is_experts_module(m)]
+    found = list(experts_by_path(model).items())
     if not found:
         raise ValueError(_nothing_found(model, name))
-    observed, calls = probe(model, [experts for _, experts in found])
+    observed = probe(model, [experts for _, experts in found])
     idle = [path for path, experts in found if experts not in observed]
     if idle:
         raise ValueError(f"{name}: the experts at {idle[0]} take no part in a forward pass.")
     layers = tuple(_layer(model, path, observed[experts], name) for path, experts in found)
-    numeric = seen = [observed[experts] for _, experts in found]
-    is_on_meta = seen[0].router_input.is_meta
-    if is_on_meta:
-        numeric = [replay(model, layers[-1].block, seen[-1], calls)]
-    family, scale = find_gate_rule(numeric)
-    anchors, problem = _anchors(numeric)
+    seen = [observed[experts] for _, experts in found]
+    family, scale = find_gate_rule(seen)
+    anchors, problem = _anchors(seen, [layer.block for layer in layers], family)
     geometry = MoEGeometry(
         model_type=str(model.config.get_text_config().model_type),
         layer_indices=tuple(layer.layer_idx for layer in layers),
         num_experts=max(layer.num_experts for layer in layers),
         top_k=max(layer.top_k for layer in layers),
         hidden_size=seen[0].router_input.shape[-1],
-        router_fingerprint="" if is_on_meta else router_fingerprint(seen),
+        router_fingerprint=router_fingerprint(seen),
         gate_family=family,
         gate_scale=scale,
         model_name=name,
@@ -132,6 +125,32 @@ def discover(model: Any, model_name: str = "") -> MoEModel:
         found_anchors=anchors,
         anchors_problem=problem,
     )
+
+
+def discover_outline(model: Any, model_name: str = "") -> MoEModel:
+    """Find one MoE layer of each kind in a model on the meta device, by made-up numbers.
+
+    Args:
+        model: As `outline` builds it; its later layers are dropped, and all tensors but the experts
+            get random numbers, so neither the fingerprint nor the anchors mean anything.
+        model_name: What the user calls it, for messages.
+
+    Raises:
+        ValueError: As `discover`.
+    """
+    all_experts = experts_by_path(model)
+    if all_experts:
+        path = next(iter(all_experts)).split(".")
+        up_to_layers = path[: next(i for i, part in enumerate(path) if part.isdigit())]
+        keep_one_layer_of_each_kind(model.get_submodule(".".join(up_to_layers)))
+        make_up_numbers(model, but_not=all_experts.values())
+    try:
+        return discover(model, model_name)
+    except (RuntimeError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"{model_name} ({model.config.model_type}) cannot be followed without its weights: its "
+            f"forward pass fails on made-up numbers ({error}). Load it with Engine.from_pretrained."
+        ) from error
 
 
 def _layer(model: Any, path: str, seen: Observed, name: str) -> MoELayer:
@@ -149,6 +168,7 @@ def _layer(model: Any, path: str, seen: Observed, name: str) -> MoELayer:
         block=block,
         router=seen.router,
         norm=seen.norm,
+        residual_source=seen.residual_source or seen.router,
         num_experts=seen.num_experts,
         top_k=seen.expert_ids.shape[-1],
         is_hash_routed=is_hash_routed(seen.router),
@@ -157,11 +177,13 @@ def _layer(model: Any, path: str, seen: Observed, name: str) -> MoELayer:
     )
 
 
-def _anchors(layers: Sequence[Observed]) -> tuple[LayerAnchors | None, str]:
+def _anchors(
+    layers: Sequence[Observed], blocks: Sequence[nn.Module], family: GateFamily
+) -> tuple[LayerAnchors | None, str]:
     """The anchors, or why there are none."""
     try:
         with torch.no_grad():
-            return build_anchors(layers), ""
+            return build_anchors(layers, blocks, family), ""
     except ValueError as error:
         return None, str(error)
 

@@ -25,9 +25,10 @@ PER_TOKEN_TABLE = "tid2eid"
 alone, so they are known before the layer runs and no estimator can do better."""
 
 
-def is_hash_routed(router: nn.Module | None) -> bool:
-    """Whether a router takes ids from a table of tokens instead of from its logits."""
-    return any(name == PER_TOKEN_TABLE for name, _ in router.named_buffers()) if router else False
+def is_hash_routed(part: nn.Module | None) -> bool:
+    """Whether a router, or the one in a block, takes ids from a table of tokens, not from logits."""
+    buffers = part.named_buffers() if part is not None else ()
+    return any(name.rpartition(".")[2] == PER_TOKEN_TABLE for name, _ in buffers)
 
 
 def back_projection(block: nn.Module, latent_size: int, hidden_size: int) -> nn.Module | None:

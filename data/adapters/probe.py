@@ -45,6 +45,9 @@ class Observed:
     """[T, E]."""
     norm: nn.Module | None
     """The module that made the router's input out of a tensor of the same shape, if any."""
+    residual_source: nn.Module | None
+    """The module whose first argument is the residual: the norm; without one the router, or the
+    module around it where that norms its input itself."""
     residual: Tensor
     """What that module read, [T, D]; without one, the router's input itself."""
 
@@ -67,7 +70,11 @@ class _Watcher:
         router = _router_call(self.calls[self._start :], expert_ids, num_experts)
         router_input = first_tensor(router.arguments, router.settings) if router else hidden
         norm = _producer_of(router_input, self.calls)
-        residual = first_tensor(norm.arguments, norm.settings) if norm else router_input
+        source = norm or router
+        residual = first_tensor(source.arguments, source.settings) if source else router_input
+        if router and not norm:
+            router = _linear_within(router, self.calls[self._start :], num_experts)
+            router_input = first_tensor(router.arguments, router.settings)
         self.seen[experts] = Observed(
             experts=experts,
             num_experts=num_experts,
@@ -78,38 +85,38 @@ class _Watcher:
             router_input=router_input.flatten(0, -2),
             router_logits=router_logits_of(router.output, num_experts) if router else None,
             norm=norm.module if norm else None,
+            residual_source=source.module if source else None,
             residual=residual.flatten(0, -2),
         )
         self._start = len(self.calls)
         return torch.zeros_like(hidden)
 
 
-def probe(model: Any, all_experts: list[nn.Module]) -> tuple[dict[nn.Module, Observed], list[Call]]:
+def probe(model: Any, all_experts: list[nn.Module]) -> dict[nn.Module, Observed]:
     """One forward pass over a few tokens with the experts left out (their weights are not read).
 
     Args:
-        model: Transformers causal LM, on any device, also `meta`.
+        model: Transformers causal LM.
         all_experts: Its experts modules.
 
     Returns:
-        What was seen, by experts module, and all calls in the order they ended.
+        What was seen, by experts module.
     """
     tokens = torch.arange(3, 3 + PROBE_TOKENS, device=model.device).unsqueeze(0)
     was_training = model.training
     model.eval()
-    with watched(model, [model], all_experts) as watcher, torch.no_grad():
-        # With a cache, transformers makes its masks without looking at numbers: meta has none.
-        model(input_ids=tokens, use_cache=tokens.is_meta)
+    with _watched(model, all_experts) as watcher, torch.no_grad():
+        model.base_model(input_ids=tokens, use_cache=False)  # the head plays no part
     model.train(was_training)
-    return watcher.seen, watcher.calls
+    return watcher.seen
 
 
 @contextlib.contextmanager
-def watched(model: Any, parts: list[nn.Module], all_experts: list[nn.Module]) -> Iterator[_Watcher]:
-    """While open, calls of the modules in `parts` are watched and the experts left out."""
+def _watched(model: Any, all_experts: list[nn.Module]) -> Iterator[_Watcher]:
+    """While open, calls of the model's modules are watched and the experts left out."""
     watcher = _Watcher()
     with contextlib.ExitStack() as stack:
-        for module in (module for part in parts for module in part.modules()):
+        for module in model.modules():
             handle = module.register_forward_hook(watcher.record, with_kwargs=True)
             stack.callback(handle.remove)
         handlers = dict.fromkeys(all_experts, watcher.experts_left_out)
@@ -152,10 +159,8 @@ def router_logits_of(output: Any, num_experts: int) -> Tensor:
 
 
 def is_same_memory(left: Tensor, right: Tensor) -> bool:
-    """Whether two tensors are the same memory, perhaps reshaped; works on the meta device too."""
-    same_storage = left.untyped_storage()._cdata == right.untyped_storage()._cdata
-    same_place = left.storage_offset() == right.storage_offset()
-    return same_storage and same_place and left.numel() == right.numel()
+    """Whether two tensors are the same memory, perhaps reshaped."""
+    return left.data_ptr() == right.data_ptr() and left.numel() == right.numel()
 
 
 def _router_call(calls: list[Call], expert_ids: Tensor, num_experts: int) -> Call | None:
@@ -168,6 +173,21 @@ def _router_call(calls: list[Call], expert_ids: Tensor, num_experts: int) -> Cal
         if isinstance(call.output, Tensor) and call.output.shape[-1] == num_experts:
             return call
     return None
+
+
+def _linear_within(router: Call, calls: list[Call], num_experts: int) -> Call:
+    """The call of a linear map to the experts that a router makes of its own normed input, if any.
+
+    Such a router (gemma4) gives probabilities; what it norms and what the map gives lie inside.
+    """
+    read = first_tensor(router.arguments, router.settings)
+    for call in calls:
+        if call.module is router.module or call.module not in set(router.module.modules()):
+            continue
+        weight = getattr(call.module, "weight", None)
+        if isinstance(weight, Tensor) and weight.shape == (num_experts, read.shape[-1]):
+            return call
+    return router
 
 
 def _producer_of(tensor: Tensor, calls: list[Call]) -> Call | None:
