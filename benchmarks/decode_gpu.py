@@ -204,7 +204,8 @@ class ShapeBenchmark:
         share = EAGER_SLOTS
         for arm in [*arms_at(100, 1, []), *arms_at(share, 1, self.args.recalls)]:
             name = f"{self.label} {arm.config.expert_slots} {arm.name}"
-            if not self._is_wanted(arm.name) or arm.name.startswith("eager"):
+            is_left_out = arm.name.startswith("eager") or arm.name.endswith("every")
+            if is_left_out or not self._is_wanted(arm.name):
                 continue
             if self.results.skip_if_spent(f"profile of {name}"):
                 continue

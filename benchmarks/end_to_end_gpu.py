@@ -213,7 +213,7 @@ def arms_at(slots: str, *, has_bundle: bool) -> list[Arm]:
 def prompts_of(folder: Path, args: argparse.Namespace) -> list[Tensor]:
     """Beginnings of files the model never saw, [1, prompt tokens] each."""
     tokenizer = load_tokenizer(str(folder))
-    prompts = []
+    prompts: list[Tensor] = []
     for document in documents("python-stdlib", "held-out"):
         ids = tokenizer(document.text, return_tensors="pt")["input_ids"]
         if ids.shape[1] >= args.prompt_tokens and len(prompts) < args.num_prompts:
@@ -317,7 +317,7 @@ class ArmsBenchmark:
             link_gb_s=self._link_gb_s,
             resident_floor_ms=self._resident_ms,
             copy_floor_ms=values["bytes_per_token"] / self._link_gb_s / 1e6,
-            **values,
+            **values,  # type: ignore[arg-type]
         )
         self.results.add(asdict(cell))
         print_row(cell)

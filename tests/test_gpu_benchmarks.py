@@ -121,17 +121,17 @@ def test_the_decode_benchmark_runs_to_its_end(
     run_script: Callable[..., None], tmp_path: Path
 ) -> None:
     path = tmp_path / "decode.json"
-    flags = ["--shapes", "qwen3-30b-a3b", "mixtral-8x7b", "--slots", "100", "25", "--batches", "1"]
+    flags = ["--shapes", "qwen3-30b-a3b", "--slots", "100", "25", "--batches", "1"]
     run_script(decode_gpu, *flags, "--json", str(path), "--timelines", str(tmp_path / "t"))
     written = json.loads(path.read_text())
-    of_one = {r["arm"] for r in written["rows"] if "qwen3" in r["shape"]}
+    of_one = {r["arm"] for r in written["rows"]}
     assert of_one == {
         *("resident", "on-demand", "prefetch-0.89", "prefetch-perfect"),
         *("prefetch-0.89-every", "prefetch-perfect-every"),
         *("eager-lru", "eager-no-cache", "accelerate"),
     }
     assert max(written["difference_from_stock_experts"].values()) == 0  # the same code on a CPU
-    assert len(list((tmp_path / "t").glob("*.json.gz"))) == 6
+    assert len(list((tmp_path / "t").glob("*.json.gz"))) == 4
 
 
 def test_the_ttft_benchmark_runs_to_its_end(
@@ -173,6 +173,9 @@ def test_the_end_to_end_benchmark_runs_to_its_end_and_keeps_what_is_there(
     ]
     assert all(r["same_tokens"] == 1 for r in first["rows"])  # one arithmetic on a CPU
     assert first["recall_at_k"].keys() >= {"previous-token", "next-router"}
-    run_script(end_to_end_gpu, "--work", str(work), "--json", str(path))
+    run_script(end_to_end_gpu, "--work", str(work), "--json", str(path), "--minutes", "0")
     assert (work / "model" / "training.json").stat().st_mtime_ns == trained
-    assert json.loads(path.read_text())["recall_at_k"] == first["recall_at_k"]
+    second = json.loads(path.read_text())
+    assert second["recall_at_k"] == first["recall_at_k"]
+    assert second["rows"] == []
+    assert len(second["skipped"]) == len(first["rows"])
