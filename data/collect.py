@@ -37,23 +37,23 @@ FREE_FORMS_ONLY = "Only estimators without an anchor (linear, mlp-free) can be t
 class CollectRequest:
     """What a user asks for, checked before anything is loaded; fields as `collect_traces` says."""
 
-    model: str
-    dataset: str
     out: Path
-    tokens: int
-    split: str
-    sequence_length: int
-    generated_share: float
-    source: str
-    generate: int
-    tokens_per_sequence: int | None
-    record: str
-    states_dtype: str
-    batch_size: int
-    shard_tokens: int
-    max_bytes: str | None
-    seed: int
-    overwrite: bool
+    model: str = "bundled"
+    dataset: str = "python-stdlib"
+    tokens: int = 200_000
+    split: str = "train"
+    sequence_length: int = 512
+    source: str = "dataset"
+    generate: int = 256
+    generated_share: float = 0.0
+    tokens_per_sequence: int | None = None
+    record: str = ""
+    states_dtype: str = "auto"
+    batch_size: int = 8
+    shard_tokens: int = 16384
+    max_bytes: str | None = None
+    seed: int = 0
+    overwrite: bool = False
     speculation: Speculation | None = None
     """Under what the model generates, where an engine runs it."""
 
@@ -150,25 +150,25 @@ class CollectRequest:
 
 def collect_traces(
     *,
-    model: str = "bundled",
-    dataset: str = "python-stdlib",
+    model: str = CollectRequest.model,
+    dataset: str = CollectRequest.dataset,
     out: Path,
-    tokens: int = 200_000,
-    split: str = "train",
-    sequence_length: int = 512,
-    source: str = "dataset",
-    generate: int = 256,
-    generated_share: float = 0.0,
-    tokens_per_sequence: int | None = None,
-    record: str = "",
+    tokens: int = CollectRequest.tokens,
+    split: str = CollectRequest.split,
+    sequence_length: int = CollectRequest.sequence_length,
+    source: str = CollectRequest.source,
+    generate: int = CollectRequest.generate,
+    generated_share: float = CollectRequest.generated_share,
+    tokens_per_sequence: int | None = CollectRequest.tokens_per_sequence,
+    record: str = CollectRequest.record,
     dtype: str = "auto",
-    states_dtype: str = "auto",
+    states_dtype: str = CollectRequest.states_dtype,
     device: str = "auto",
-    batch_size: int = 8,
-    shard_tokens: int = 16384,
-    max_bytes: str | None = None,
-    seed: int = 0,
-    overwrite: bool = False,
+    batch_size: int = CollectRequest.batch_size,
+    shard_tokens: int = CollectRequest.shard_tokens,
+    max_bytes: str | None = CollectRequest.max_bytes,
+    seed: int = CollectRequest.seed,
+    overwrite: bool = CollectRequest.overwrite,
     trust_remote_code: bool = False,
 ) -> Traces:
     """Record what a Mixture-of-Experts model routes on a dataset, or on what it makes of it.

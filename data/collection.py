@@ -107,8 +107,7 @@ class Collection:
     def _measured_vectors(self) -> Tensor:
         prompts = list(itertools.islice(self.prompts(skip=0), self._num_readout_prompts))
         with RoutingRecorder(self._moe, self._states_dtype) as recorder:
-            for start in range(0, len(prompts), self._manifest.batch_size):
-                some = torch.tensor(prompts[start : start + self._manifest.batch_size])
+            for _, some in self._in_batches(prompts, shard_idx=0):
                 record_batch(self._moe.model, recorder, some, some.shape[1], torch.Generator())
             sums = recorder.take_expert_sums().values()
         means = [total / count.clamp(min=1).unsqueeze(-1) for total, count in sums]
@@ -239,9 +238,7 @@ class Collection:
             shard_idx: 0.. in recording order.
         """
         manifest = self._manifest
-        for start in range(0, len(prompts), manifest.batch_size):
-            some = torch.tensor(prompts[start : start + manifest.batch_size])  # [B, P]
-            first_idx = shard_idx * manifest.shard_sequences + start
+        for first_idx, some in self._in_batches(prompts, shard_idx):
             yield record_batch(
                 self._moe.model,
                 recorder,
@@ -250,6 +247,25 @@ class Collection:
                 _generator(f"{manifest.seed}/{first_idx}"),
                 self._positions(len(some), first_idx),
             )
+
+    def texts(self, prompts: list[list[int]], shard_idx: int) -> Iterator[RecordedBatch]:
+        """The same batches of text that is not generated, without records: no model runs."""
+        for first_idx, some in self._in_batches(prompts, shard_idx):
+            positions = self._positions(len(some), first_idx)
+            if positions is None:
+                positions = torch.arange(some.shape[1]).expand(len(some), -1)
+            yield RecordedBatch(
+                token_ids=some.gather(1, positions),
+                positions=positions,
+                num_prompt_tokens=some.shape[1],
+                records={},
+            )
+
+    def _in_batches(self, prompts: list[list[int]], shard_idx: int) -> Iterator[tuple[int, Tensor]]:
+        """The first sequence's index of each batch, and its prompts, [B, P]."""
+        size, first_idx = self._manifest.batch_size, shard_idx * self._manifest.shard_sequences
+        for start in range(0, len(prompts), size):
+            yield first_idx + start, torch.tensor(prompts[start : start + size])
 
     def _positions(self, num_sequences: int, first_idx: int) -> Tensor | None:
         """Which tokens to keep, [B, N], ascending; None for all."""

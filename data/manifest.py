@@ -117,6 +117,9 @@ class TraceManifest:
     """The command that makes these traces, less --out and --device."""
     versions: dict[str, str]
     """Versions of the packages it ran on."""
+    live_sha256: str = ""
+    """Hex digest of the prompts of live traces: their shards are recorded when they are read, and
+    have no files. Empty for stored traces."""
     anchors_sha256: str = ""
     """Hex digest of the anchors' file."""
     shards: tuple[ShardEntry, ...] = ()

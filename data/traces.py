@@ -59,7 +59,7 @@ class Traces:
 
     @classmethod
     def open(cls, folder: Path) -> Traces:
-        """Open a trace folder.
+        """Open a trace folder; live traces load the model that they were made of.
 
         Raises:
             FileNotFoundError: If there are no traces, or a shard is missing; names it.
@@ -73,11 +73,11 @@ class Traces:
                 "Run the same collect-traces command again; it goes on where it stopped."
             )
         manifest.require_whole(folder)
-        if manifest.anchors_problem:
-            return cls(folder, manifest, None)
-        shapes = anchor_shapes(manifest.geometry, has_selection_bias=manifest.has_selection_bias)
-        tensors = _read_checked(folder / ANCHORS_FILE, shapes)
-        anchors = LayerAnchors(**tensors, norm_kind=manifest.norm_kind, norm_eps=manifest.norm_eps)
+        anchors = _read_anchors(folder, manifest)
+        if manifest.live_sha256:
+            from foreroute.data.live_traces import LiveTraces  # it builds on this module
+
+            return LiveTraces.reopen(folder, manifest, anchors)
         return cls(folder, manifest, anchors)
 
     @property
@@ -104,7 +104,7 @@ class Traces:
         shard = self.manifest.shards[shard_idx]
         layout = token_layout(shard.num_sequences, shard.num_tokens)
         shapes = {name: stored.shape for name, stored in layout.items()}
-        tensors = self._read_file(tokens_path(shard_idx), shapes)
+        tensors = self._read_shard(tokens_path(shard_idx), shard_idx, shapes)
         return TokenShard(**(tensors | {"positions": tensors["positions"].long()}))
 
     def read(self, layer_idx: int, shard_idx: int, names: tuple[str, ...]) -> dict[str, Tensor]:
@@ -125,7 +125,8 @@ class Traces:
         self._require_fields(layer_idx, names, layout)
         scales = tuple(n + SCALE_SUFFIX for n in names if n + SCALE_SUFFIX in layout)
         path = layer_path(layer_idx, shard_idx)
-        tensors = self._read_file(path, {n: layout[n].shape for n in (*names, *scales)})
+        shapes = {name: layout[name].shape for name in (*names, *scales)}
+        tensors = self._read_shard(path, shard_idx, shapes)
         for scale in scales:
             name = scale.removesuffix(SCALE_SUFFIX)
             tensors[name] = from_int8(tensors[name], tensors.pop(scale))
@@ -150,7 +151,7 @@ class Traces:
         if "readout" not in self.manifest.record:
             raise ValueError(_lacks(self.folder, "readout"))
         shape = (geometry.num_layers, geometry.num_experts, geometry.hidden_size)
-        return self._read_file(READOUT_FILE, {READOUT_VECTORS: shape})[READOUT_VECTORS]
+        return _read_checked(self.folder / READOUT_FILE, {READOUT_VECTORS: shape})[READOUT_VECTORS]
 
     def _layout(self, layer_idx: int, shard_idx: int) -> Layout:
         self.geometry.position(layer_idx)
@@ -168,8 +169,10 @@ class Traces:
             if name not in layout:
                 raise ValueError(_lacks(self.folder, name))
 
-    def _read_file(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        """Some tensors of one file below the folder, their shapes checked."""
+    def _read_shard(
+        self, name: str, shard_idx: int, shapes: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, Tensor]:
+        """Some tensors of one of a shard's files, as stored."""
         return _read_checked(self.folder / name, shapes)
 
     def default_vectors(self, shard_indices: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
@@ -211,6 +214,14 @@ class Traces:
                     f"{self.folder / name} is damaged (its sha256 is not the recorded one). "
                     f"{REMEDY}"
                 )
+
+
+def _read_anchors(folder: Path, manifest: TraceManifest) -> LayerAnchors | None:
+    if manifest.anchors_problem:
+        return None
+    shapes = anchor_shapes(manifest.geometry, has_selection_bias=manifest.has_selection_bias)
+    tensors = _read_checked(folder / ANCHORS_FILE, shapes)
+    return LayerAnchors(**tensors, norm_kind=manifest.norm_kind, norm_eps=manifest.norm_eps)
 
 
 def _lacks(folder: Path, field: str) -> str:

@@ -15,8 +15,12 @@ from foreroute.train.run import DeviceChoice, FitConfig, InitName
 
 def train(
     *,
-    traces: Path,
+    traces: Path | None = None,
     out: Path,
+    model: str | None = None,
+    dataset: str = "python-stdlib",
+    tokens: int = 200_000,
+    buffer: str = "1GiB",
     layers: str = "all",
     form: str = "low-rank",
     input: InputKind = "quasi-hidden",
@@ -36,8 +40,12 @@ def train(
     """Fit estimators of where an MoE routes next, for all chosen layers in one run.
 
     Args:
-        traces: Folder that collect-traces wrote.
+        traces: Folder that collect-traces wrote; without it, give --model.
         out: Folder of the run, made new.
+        model: Train while this model runs, and store nothing of it: bundled, a folder or a Hub id.
+        dataset: Text that model runs on, as collect-traces takes it.
+        tokens: Tokens of it, to train on and to measure by.
+        buffer: Most memory for its states; the model runs again over what does not fit.
         layers: Layers to predict, as the model counts them: all, 3, 3,4 or 3-7.
         form: Estimator form: next-router, low-rank, ridge, linear, mlp, mlp-free or shared-mlp.
         input: State at the source layer that is read. The last two must have been recorded
@@ -59,9 +67,32 @@ def train(
     _quieten_lightning()
     from foreroute.data.manifest import read_manifest
     from foreroute.estimators import EstimatorSpec, parse_layers
+    from foreroute.estimators.byte_sizes import format_bytes, parse_bytes
     from foreroute.train.fit import train_estimator
+    from foreroute.train.online import open_live_traces
 
-    targets = parse_layers(layers, read_manifest(traces).geometry, horizon)
+    if (traces is None) == (model is None):
+        raise ValueError("Give either --traces, or --model to train while a model runs.")
+    source: Any = traces
+    buffer_bytes = None
+    if traces is not None:
+        geometry = read_manifest(traces).geometry
+    else:
+        assert model is not None
+        buffer_bytes = parse_bytes(buffer)
+        source = open_live_traces(
+            out,
+            model=model,
+            dataset=dataset,
+            tokens=tokens,
+            input_kind=input,
+            device=device,
+            buffer_bytes=buffer_bytes,
+            overwrite=overwrite,
+            resume=resume,
+        )
+        geometry = source.geometry
+    targets = parse_layers(layers, geometry, horizon)
     spec = EstimatorSpec(
         form=form,
         input_kind=input,
@@ -79,9 +110,22 @@ def train(
         seed=seed,
     )
     metrics = train_estimator(
-        traces, spec, config, out, device=device, overwrite=overwrite, resume=resume
+        source,
+        spec,
+        config,
+        out,
+        device=device,
+        overwrite=overwrite,
+        resume=resume,
+        memory_bytes=buffer_bytes,
     )
     _print_tables(metrics)
+    if traces is None:
+        print(
+            f"The model ran over {source.num_recorded_tokens:,} tokens in all, "
+            f"{source.num_recorded_tokens / source.num_tokens:.1f} times each; at most "
+            f"{format_bytes(source.peak_bytes)} of states lay in memory, none on the disk."
+        )
     print(out)
 
 

@@ -43,7 +43,7 @@ from foreroute.train.split import split_off_validation, split_sequences
 
 
 def train_estimator(
-    traces_path: Path,
+    source: Path | Traces,
     spec: EstimatorSpec,
     config: FitConfig,
     out: Path,
@@ -51,6 +51,7 @@ def train_estimator(
     device: DeviceChoice = "auto",
     overwrite: bool = False,
     resume: bool = False,
+    memory_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Fit an estimator of all the spec's layers, measure it, and write the run's folder.
 
@@ -58,13 +59,14 @@ def train_estimator(
     did not pay on training sequences set aside for that: held-out tokens choose nothing.
 
     Args:
-        traces_path: Folder that `collect-traces` wrote.
+        source: Folder that `collect-traces` wrote, or traces that are open.
         spec: What to predict from what, in which form.
         config: How to fit.
         out: The run's folder.
         device: Where to compute; `auto` takes a GPU if there is one.
         overwrite: Replace a folder that is there already.
         resume: Go on with a killed run of the same settings; start one if there is none.
+        memory_bytes: Most bytes of prepared tokens to keep; by the free memory if None.
 
     Returns:
         What is in metrics.json.
@@ -75,8 +77,8 @@ def train_estimator(
     """
     start = time.monotonic()
     chosen = choose_device(device)
-    traces = Traces.open(traces_path)
-    plan = plan_run(traces_path, traces, spec, config)
+    traces = source if isinstance(source, Traces) else Traces.open(source)
+    plan = plan_run(traces, spec, config)
     vectors = train_default_vectors(traces, plan)
     torch.manual_seed(config.seed)
     stack = build_stack(traces, spec, vectors, chosen)
@@ -84,7 +86,7 @@ def train_estimator(
     open_run(out, plan, overwrite=overwrite, resume=resume)
     if (out / METRICS_NAME).is_file():
         return read_json(out / METRICS_NAME)
-    num_train_tokens = fit_stack(stack, traces, plan, out)
+    num_train_tokens = fit_stack(stack, traces, plan, out, memory_bytes)
     metrics = measure_run(stack, traces, plan, vectors, chosen)
     metrics |= {
         "form": spec.form,
@@ -108,15 +110,15 @@ def choose_device(device: DeviceChoice) -> torch.device:
     return torch.device(device)
 
 
-def plan_run(traces_path: Path, traces: Traces, spec: EstimatorSpec, config: FitConfig) -> RunPlan:
+def plan_run(traces: Traces, spec: EstimatorSpec, config: FitConfig) -> RunPlan:
     """Write down everything that decides what the run gives.
 
     Raises:
         ValueError: If the traces hold too few sequences to split.
     """
     return RunPlan(
-        traces=str(traces_path.resolve()),
-        traces_sha256=sha256_of(traces_path / MANIFEST_FILE),
+        traces=str(traces.folder.resolve()),
+        traces_sha256=sha256_of(traces.folder / MANIFEST_FILE),
         geometry=traces.geometry,
         norm_kind=traces.manifest.norm_kind,
         norm_eps=traces.manifest.norm_eps,
@@ -137,7 +139,13 @@ def train_default_vectors(traces: Traces, plan: RunPlan) -> Tensor:
     return traces.default_vectors(whole or None)[0]
 
 
-def fit_stack(stack: EstimatorStack, traces: Traces, plan: RunPlan, out: Path) -> int:
+def fit_stack(
+    stack: EstimatorStack,
+    traces: Traces,
+    plan: RunPlan,
+    out: Path,
+    memory_bytes: int | None = None,
+) -> int:
     """Train a stack in place, going on from the folder's checkpoint if there is one.
 
     Args:
@@ -145,6 +153,7 @@ def fit_stack(stack: EstimatorStack, traces: Traces, plan: RunPlan, out: Path) -
         traces: Where to read.
         plan: Sequences and settings.
         out: The run's folder.
+        memory_bytes: Most bytes of prepared tokens to keep; by the free memory if None.
 
     Returns:
         Number of training tokens; 0 if the form has nothing to train.
@@ -160,7 +169,11 @@ def fit_stack(stack: EstimatorStack, traces: Traces, plan: RunPlan, out: Path) -
         stack.eval().requires_grad_(False)
         return train.num_tokens
     fitting, choosing = (
-        PreparedShards(stack, PairedShards(traces, plan.spec, sequences, cache_bytes=0))
+        PreparedShards(
+            stack,
+            PairedShards(traces, plan.spec, sequences, cache_bytes=0),
+            host_bytes=memory_bytes,
+        )
         for sequences in split_off_validation(plan.split.train)
     )
     train_stack(stack, fitting, choosing, plan.config, out)

@@ -30,8 +30,8 @@ class RoutingBatch(NamedTuple):
     target_gate_weights: Tensor
     """What each of them was multiplied with, [P, T, K], float."""
     previous_ids: Tensor
-    """Experts the target layers chose for the token before, [P, T, K]; -1 at a sequence's start, and
-    where the token before is not stored."""
+    """Experts the target layers chose for the token before, [P, T, K]; -1 at a sequence's start
+    and where that token is not stored."""
 
     @property
     def num_tokens(self) -> int:

@@ -1,0 +1,76 @@
+"""Training while the model runs: the tokens come from it as they are read, and none are stored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from foreroute.data.adapters import discover, load_model, load_tokenizer, resolve_device
+from foreroute.data.collect import CollectRequest
+from foreroute.data.live_traces import BUFFER_BYTES, LiveTraces
+from foreroute.data.manifest import MANIFEST_FILE
+from foreroute.data.traces import Traces
+from foreroute.estimators import InputKind
+from foreroute.estimators.artifacts import require_free
+
+RECORDED_FOR: dict[InputKind, str] = {
+    "attention-readout": "readout",
+    "pre-attention": "layer-input",
+}
+"""What must be recorded besides the usual, by input kind."""
+LIVE_SUFFIX = ".live"
+
+
+def open_live_traces(
+    out: Path,
+    *,
+    model: str,
+    dataset: str,
+    tokens: int,
+    input_kind: InputKind,
+    device: str = "auto",
+    buffer_bytes: int = BUFFER_BYTES,
+    overwrite: bool = False,
+    resume: bool = False,
+) -> Traces:
+    """Traces to train on that exist only while they are read.
+
+    Held-out sequences are the last ones, as with stored traces; the model runs over a shard again
+    whenever it is read after it left the buffer, and gives the same states again.
+
+    Args:
+        out: Folder of the run; manifest and anchors, which export needs, go beside it.
+        model: `bundled`, a local folder or a Hub id.
+        dataset: As `collect-traces` takes it.
+        tokens: Tokens to train on and to measure by, all together.
+        input_kind: What the estimators read.
+        device: auto, cpu or cuda.
+        buffer_bytes: Most bytes of shards in memory.
+        overwrite: Replace the folder of another run.
+        resume: Go on with the traces of a run that was killed, if there are any.
+
+    Raises:
+        FileNotFoundError: If model or dataset do not exist.
+        ValueError: If one of them cannot be used.
+    """
+    folder = out.with_name(out.name + LIVE_SUFFIX)
+    if resume and (folder / MANIFEST_FILE).is_file():
+        return Traces.open(folder)
+    request = CollectRequest(
+        out=folder,
+        model=model,
+        dataset=dataset,
+        tokens=tokens,
+        record=RECORDED_FOR.get(input_kind, ""),
+        overwrite=overwrite,
+    )
+    require_free(out, overwrite=overwrite)
+    require_free(folder, overwrite=overwrite)
+    moe = discover(load_model(model, device=resolve_device(device)), model)
+    return LiveTraces.begin(
+        moe,
+        load_tokenizer(model),
+        request.manifest(moe),
+        folder,
+        buffer_bytes=buffer_bytes,
+        overwrite=overwrite,
+    )
