@@ -66,8 +66,10 @@ class ReplayedPredictions:
 
     expert_ids: Tensor
     """[steps, layers, batch, top_k] int64."""
+    confidence: Tensor
+    """How likely each is used, calibrated, of the same shape, float32."""
     scores: Tensor
-    """[steps, layers, batch, E] float32: log-odds that the expert is used, calibrated."""
+    """The same as log-odds of every expert, [steps, layers, batch, E] float32."""
 
 
 def near_miss_predictions(routes: Tensor, num_experts: int, recall: float) -> ReplayedPredictions:
@@ -78,7 +80,7 @@ def near_miss_predictions(routes: Tensor, num_experts: int, recall: float) -> Re
         num_experts: E.
         recall: Share of the true experts that it names.
     """
-    every_ids, every_score = [], []
+    parts = []
     for sequence in range(routes.shape[2]):
         expert_ids = routes[:, :, sequence].numpy().astype(np.int16)
         is_decode = np.ones(len(expert_ids), dtype=bool)
@@ -86,14 +88,12 @@ def near_miss_predictions(routes: Tensor, num_experts: int, recall: float) -> Re
             name="replay", expert_ids=expert_ids, is_decode=is_decode, num_experts=num_experts
         )
         said = SimulatedPredictor(recall=recall, seed=sequence).predict(route, horizon=1)
-        confidence = torch.from_numpy(said.confidence[0])
-        confidence, order = confidence.sort(dim=-1, descending=True)
+        confidence, order = torch.from_numpy(said.confidence[0]).sort(dim=-1, descending=True)
         ids = torch.from_numpy(said.expert_ids[0].astype(np.int64)).gather(-1, order)
-        scores = torch.full((*ids.shape[:2], num_experts), LEAST_PROBABILITY)
-        scores.scatter_(-1, ids, confidence.clamp(LEAST_PROBABILITY, 1 - LEAST_PROBABILITY))
-        every_ids.append(ids)
-        every_score.append(scores.logit())
-    return ReplayedPredictions(torch.stack(every_ids, dim=2), torch.stack(every_score, dim=2))
+        of_every = torch.full((*ids.shape[:2], num_experts), LEAST_PROBABILITY)
+        of_every.scatter_(-1, ids, confidence.clamp(LEAST_PROBABILITY, 1 - LEAST_PROBABILITY))
+        parts.append((ids, confidence, of_every.logit()))
+    return ReplayedPredictions(*(torch.stack(part, dim=2) for part in zip(*parts, strict=True)))
 
 
 class Replay:
@@ -117,11 +117,24 @@ class Replay:
             handler = self._handler(own, self._ids[position[own.layer_idx]])
             moe_layer.experts.__dict__[HANDLER_ATTRIBUTE] = handler
         if predictions is not None:
-            recorded = [t.to(engine.device) for t in (predictions.expert_ids, predictions.scores)]
+            recorded = [t.to(engine.device) for t in vars(predictions).values()]
             now = [tensor[0].clone() for tensor in recorded]
             self._sources += zip(now, recorded, strict=True)
-            for run in (engine._run, getattr(engine, "_device_run", engine._run)):
-                run.prefetcher = _Replayed(run.prefetcher, now[0], now[1], position)
+            self._replace_predictors(engine, ReplayedPredictions(*now), position)
+
+    def _replace_predictors(
+        self, engine: Engine, now: ReplayedPredictions, position: dict[int, int]
+    ) -> None:
+        """Put replayed predictors wherever the engine keeps one, on the host or on the device."""
+        num_replaced = 0
+        for run in (engine._run, getattr(engine, "_device_run", None)):
+            for name, value in list(vars(run).items()) if run is not None else ():
+                if callable(getattr(value, "predict", None)):
+                    kind = _Replayed if isinstance(value, Prefetcher) else _ReplayedOnDevice
+                    setattr(run, name, kind(value, now, position))
+                    num_replaced += 1
+        if not num_replaced:
+            raise RuntimeError("The engine has no predictor to replay: it does not prefetch.")
 
     def _handler(self, own: Any, ids: Tensor) -> Callable[..., Tensor]:
         def handler(experts: nn.Module, hidden: Tensor, true: Tensor, weights: Tensor) -> Tensor:
@@ -140,11 +153,8 @@ class Replay:
 class _Replayed(Prefetcher):
     """Computes the real prediction, then hands out the replayed one."""
 
-    def __init__(
-        self, inner: Any, expert_ids: Tensor, scores: Tensor, position: dict[int, int]
-    ) -> None:
-        self._inner, self._ids, self._scores = inner, expert_ids, scores
-        self._position = position
+    def __init__(self, inner: Any, now: ReplayedPredictions, position: dict[int, int]) -> None:
+        self._inner, self._now, self._position = inner, now, position
 
     def target_of(self, source_layer: int) -> int | None:
         target: int | None = self._inner.target_of(source_layer)
@@ -157,8 +167,23 @@ class _Replayed(Prefetcher):
     def predict(self, source_layer: int, **states: Tensor) -> tuple[Tensor, Tensor]:
         self._own_logits, _ = self._inner.predict(source_layer, **states)
         target = self._position[self.target_of(source_layer) or 0]
-        return self._scores[target], self._ids[target]
+        return self._now.scores[target], self._now.expert_ids[target]
 
     def probabilities(self, source_layer: int, logits: Tensor) -> Tensor:
         self._inner.probabilities(source_layer, self._own_logits)
         return logits.sigmoid()
+
+
+class _ReplayedOnDevice:
+    """The same for a predictor that gives ids with their probabilities."""
+
+    def __init__(self, inner: Any, now: ReplayedPredictions, position: dict[int, int]) -> None:
+        self._inner, self._now, self._position = inner, now, position
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def predict(self, source_layer: int, **states: Tensor) -> tuple[Tensor, Tensor]:
+        self._inner.predict(source_layer, **states)
+        target = self._position[self._inner.target_of(source_layer) or 0]
+        return self._now.expert_ids[target], self._now.confidence[target]

@@ -51,9 +51,11 @@ def test_replayed_predictions_have_the_recall_asked_for(recall: float) -> None:
     is_hit = (said.expert_ids.unsqueeze(-1) == routes.unsqueeze(-2)).any(-1)
     assert abs(is_hit.float().mean().item() - recall) < 0.03
     assert (said.expert_ids.sort(-1).values.diff(dim=-1) > 0).all()  # no expert twice
-    probability = said.scores.sigmoid().gather(-1, said.expert_ids)
-    assert (probability.diff(dim=-1) <= 0).all()  # most likely first
-    assert abs(probability.mean().item() - recall) < 0.03  # calibrated
+    assert (said.confidence.diff(dim=-1) <= 0).all()  # most likely first
+    assert abs(said.confidence.mean().item() - recall) < 0.03  # calibrated
+    of_named = said.scores.sigmoid().gather(-1, said.expert_ids)
+    torch.testing.assert_close(of_named, said.confidence, atol=2e-3, rtol=0)
+    assert abs(said.scores.sigmoid().sum(-1).mean().item() - 4 * recall) < 0.1
 
 
 def test_layers_share_the_pool_and_rows_lie_in_it() -> None:
