@@ -42,6 +42,12 @@ def save_byte_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
 
 
+@pytest.fixture(scope="session")
+def save_tokenizer() -> Callable[[Path], None]:
+    """Save a tokenizer of single bytes, 260 tokens at most, into a model's folder."""
+    return save_byte_tokenizer
+
+
 def save_tiny_moe(folder: Path, **overrides: Any) -> None:
     settings = {
         "vocab_size": VOCAB_SIZE,

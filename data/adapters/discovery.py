@@ -77,10 +77,9 @@ class MoEModel:
         """
         if self.found_anchors is None:
             raise ValueError(
-                f"Estimators need routers that are a norm and one linear map; of "
-                f"{self.geometry.model_name} ({self.geometry.model_type}) {self.anchors_problem}. "
-                "RoutingRecorder still records it, and the engine runs it exactly with "
-                "policy=on-demand."
+                f"Training-free prediction is not available for {self.geometry.model_name} "
+                f"({self.geometry.model_type}): {self.anchors_problem}. Use policy=on-demand, or "
+                "the bundle of a form without an anchor (linear, mlp-free)."
             )
         return self.found_anchors
 

@@ -26,7 +26,7 @@ alone, so they are known before the layer runs and no estimator can do better.""
 
 
 def is_hash_routed(part: nn.Module | None) -> bool:
-    """Whether a router, or the one in a block, takes ids from a table of tokens, not from logits."""
+    """Whether a router, or the one in a block, takes ids from a table by token, not from logits."""
     buffers = part.named_buffers() if part is not None else ()
     return any(name.rpartition(".")[2] == PER_TOKEN_TABLE for name, _ in buffers)
 
