@@ -18,8 +18,8 @@ def experts_offloaded(model: nn.Module, experts: list[nn.Module], device: Any) -
         experts: Its experts modules, their parameters on the CPU.
         device: Where to compute.
     """
-    from accelerate import cpu_offload
-    from accelerate.hooks import remove_hook_from_submodules
+    from accelerate import cpu_offload  # type: ignore[import-untyped]
+    from accelerate.hooks import remove_hook_from_submodules  # type: ignore[import-untyped]
 
     for module in experts:
         cpu_offload(module, execution_device=device)

@@ -53,7 +53,7 @@ from torch import Tensor
 from foreroute.data.adapters import ExpertsView, stock_experts_function
 from foreroute.runtime import Engine, EngineConfig
 from foreroute.runtime.config import parse_slots
-from foreroute.runtime.graph_engine import GraphEngine
+from foreroute.runtime.graph_engine import GraphEngine, why_not_on_device
 from foreroute.runtime.offload import OffloadedModel
 
 WARM_UP_TOKENS = 32
@@ -231,11 +231,18 @@ class ShapeBenchmark:
         num_experts = self.offloaded.moe.geometry.num_experts
         predictions = near_miss_predictions(routes, num_experts, arm.recall) if arm.recall else None
         with Engine.open(self.offloaded, arm.config) as engine:
+            self._require_graph(engine, arm)
             if arm.name == "resident":
                 engine.fill_slots()
                 with self.results.cell(f"{self.label} batch {batch}, against stock experts"):
                     self._check_against_stock(engine, batch)
             yield engine, Replay(engine, routes, predictions)
+
+    def _require_graph(self, engine: Engine, arm: Arm) -> None:
+        is_meant = self.device.type == "cuda" and not arm.name.startswith("eager")
+        if is_meant and not isinstance(engine, GraphEngine):
+            reason = why_not_on_device(self.offloaded, arm.config)
+            raise RuntimeError(f"The engine is driven by the host: {reason}.")
 
     def _is_wanted(self, arm: str) -> bool:
         return any(fnmatch(arm, pattern) for pattern in self.args.arms)

@@ -13,6 +13,7 @@ from replayed_routing import Replay
 STEP_NAME = "decode step"
 WAITS = ("Synchronize", "EventQuery")
 FIRST_STEP = 40
+PRINTED_KERNELS = 7
 
 
 def profile_steps(
@@ -100,5 +101,5 @@ def print_summary(label: str, found: dict[str, Any]) -> None:
         f"{found['memcpy_calls_per_token']} copies, waits within steps: "
         f"{found['waits_for_the_device']}"
     )
-    for row in found["greatest"]:
+    for row in found["greatest"][:PRINTED_KERNELS]:
         print(f"  {row['us_per_token']:9.1f} us {row['count_per_token']:7.1f} x {row['kernel']}")

@@ -100,6 +100,8 @@ class Cell:
     """Share of the all-resident arm's tokens, up to each prompt's first difference: the graph and
     the host-driven engine round differently."""
     tokens: int
+    driven_by: str
+    """What ran the decode steps."""
     batch: int = 1
 
 
@@ -273,7 +275,8 @@ class ArmsBenchmark:
             stats = engine.stats()
         if arm.name == "resident":
             self._resident_tokens, self._resident_ms = tokens, stats.tpot_ms
-        self._add(arm.name, float(arm.config.expert_slots.rstrip("%")), stats, tokens)
+        slots = float(arm.config.expert_slots.rstrip("%"))
+        self._add(arm.name, slots, stats, tokens, type(engine).__name__)
 
     def run_accelerate(self, folder: Path) -> None:
         """Whole-module offload by accelerate, of the same checkpoint."""
@@ -290,19 +293,20 @@ class ArmsBenchmark:
                 for streamer in (None, TimingStreamer(stats)):
                     output = model.generate(ids, streamer=streamer, **greedy(ids, length))
             tokens = [output[0, ids.shape[1] :].tolist()]
-            self._add("accelerate", 0.0, stats, tokens, bytes_per_token=float(moved))
+            self._add("accelerate", 0.0, stats, tokens, "transformers", moved)
 
     def _add(
-        self, arm: str, slots: float, stats: RuntimeStats, tokens: list[list[int]], **known: float
+        self,
+        arm: str,
+        slots: float,
+        stats: RuntimeStats,
+        tokens: list[list[int]],
+        driven_by: str,
+        bytes_per_token: float | None = None,
     ) -> None:
         times = sorted(stats.token_ms)
-        values = {
-            "bytes_per_token": stats.bytes_per_token,
-            "prefetched_bytes_per_token": stats.decode.prefetched_bytes
-            / max(1, stats.decode.forwards),
-            "wasted_bytes_per_token": stats.wasted_bytes_per_token,
-            **known,
-        }
+        moved = stats.bytes_per_token if bytes_per_token is None else bytes_per_token
+        steps = max(1, stats.decode.forwards)
         cell = Cell(
             shape=self.label,
             slots=slots,
@@ -312,12 +316,15 @@ class ArmsBenchmark:
             tpot_ms_p95=times[round(0.95 * (len(times) - 1))],
             ttft_ms=statistics.median(stats.ttft_ms),
             hit_rate=stats.hit_rate,
-            same_tokens=same_share(tokens, self._resident_tokens),
-            tokens=len(times),
+            bytes_per_token=moved,
+            prefetched_bytes_per_token=stats.decode.prefetched_bytes / steps,
+            wasted_bytes_per_token=stats.wasted_bytes_per_token,
             link_gb_s=self._link_gb_s,
             resident_floor_ms=self._resident_ms,
-            copy_floor_ms=values["bytes_per_token"] / self._link_gb_s / 1e6,
-            **values,  # type: ignore[arg-type]
+            copy_floor_ms=moved / self._link_gb_s / 1e6,
+            same_tokens=same_share(tokens, self._resident_tokens),
+            tokens=len(times),
+            driven_by=driven_by,
         )
         self.results.add(asdict(cell))
         print_row(cell)
