@@ -54,6 +54,11 @@ class HybridStack(EstimatorStack):
         return tuple(cast(EstimatorStack, stack) for stack in self.stacks)
 
     @property
+    def part_of_pairs(self) -> tuple[int, ...]:
+        """Which of its parts predicts each pair, [P]."""
+        return self.stack_of
+
+    @property
     def input_fields(self) -> tuple[str, ...]:
         """Fields of `SourceState` that any of the pairs reads, each once."""
         used = (self.parts[at].input_fields for at in sorted(set(self.stack_of)))

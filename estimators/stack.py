@@ -256,6 +256,11 @@ class EstimatorStack(nn.Module):
         return (self,)
 
     @property
+    def part_of_pairs(self) -> tuple[int, ...]:
+        """Which of its parts predicts each pair, [P]."""
+        return (0,) * len(self.target_layers)
+
+    @property
     def input_fields(self) -> tuple[str, ...]:
         """Fields of `SourceState` that it reads."""
         return self.input.needed
@@ -266,7 +271,18 @@ class EstimatorStack(nn.Module):
         return None if pair is None else self.target_layers[pair]
 
     def _logits(self, source: SourceState, pairs: slice) -> Tensor:
-        features = self.input.features(source, pairs)
+        return self.logits_of_features(self.input.features(source, pairs), pairs)
+
+    def logits_of_features(self, features: Tensor, pairs: slice = ALL_PAIRS) -> Tensor:
+        """Predict from what the forms read.
+
+        Args:
+            features: As `SourceInput.features` gives them, [P, T, D], float32.
+            pairs: Which pairs the first dimension stands for.
+
+        Returns:
+            [P, T, E], float32.
+        """
         used = self.is_trained[pairs]
         anchor_logits = self.anchor_logits(features, pairs)
         if not any(used):

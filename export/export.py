@@ -117,6 +117,24 @@ def open_traces(finished: FinishedRun, traces_path: Path | None) -> Traces:
     return traces
 
 
+def load_comparable(folders: Sequence[Path]) -> dict[str, FinishedRun]:
+    """Read finished runs whose layers can be exchanged, by folder name.
+
+    Raises:
+        FileNotFoundError: If a folder is not a run.
+        ValueError: If one is damaged, named like another, or differs in traces, layers or horizon.
+    """
+    runs = {folder.name: load_run(folder) for folder in folders}
+    if len(runs) < len(folders):
+        raise ValueError(
+            f"Expected runs of different names, got {', '.join(map(str, folders))}; rename one."
+        )
+    first = next(iter(runs.values()))
+    for name, other in runs.items():
+        require_comparable(first, other, name)
+    return runs
+
+
 def require_comparable(finished: FinishedRun, other: FinishedRun, name: str) -> None:
     """Refuse a run whose layers cannot be exchanged with the first run's.
 

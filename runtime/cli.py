@@ -392,6 +392,8 @@ def profile(out: Path, device: str = "auto", name: str = "", overwrite: bool = F
 
 def main() -> None:
     """Entry point of `foreroute`."""
+    from foreroute.export.report.cli import report
+
     run_command(
         "foreroute",
         {
@@ -401,6 +403,7 @@ def main() -> None:
             "simulate": simulate,
             "plan": plan,
             "profile": profile,
+            "report": report,
         },
     )
 

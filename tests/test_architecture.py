@@ -56,7 +56,7 @@ def test_every_package_is_listed_in_pyproject() -> None:
 def test_runtime_does_not_load_the_training_stack() -> None:
     code = (
         "import sys, foreroute.runtime; "
-        "print(*{'lightning', 'datasets', 'sklearn'} & set(sys.modules))"
+        "print(*{'lightning', 'datasets', 'matplotlib', 'sklearn'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

@@ -1,0 +1,1 @@
+"""What `foreroute report` writes: one page of pictures and tables about finished runs."""
