@@ -1,10 +1,11 @@
-"""The command `collect-traces`."""
+"""The commands `collect-traces` and `foreroute collect`, which can record a running engine too."""
 
 from __future__ import annotations
 
 import functools
 import logging
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foreroute.estimators.console import run_command
@@ -12,6 +13,8 @@ from foreroute.estimators.console import run_command
 if TYPE_CHECKING:
     from foreroute.data.manifest import TraceManifest
     from foreroute.data.traces import Traces
+
+ENGINE_FLAGS = ("bundle", "on_miss", "weights", "expert_slots")
 
 
 def main() -> None:
@@ -24,6 +27,118 @@ def main() -> None:
         show_traces(collect_traces(**arguments))
 
     run_command("collect-traces", command)
+
+
+def collect(
+    *,
+    bundle: Path | None = None,
+    on_miss: str = "skip",
+    weights: str = "true",
+    expert_slots: str = "25%",
+    model: str = "bundled",
+    dataset: str = "python-stdlib",
+    out: Path,
+    tokens: int = 200_000,
+    split: str = "train",
+    sequence_length: int = 512,
+    source: str = "generated",
+    generate: int = 256,
+    generated_share: float = 0.0,
+    tokens_per_sequence: int | None = None,
+    record: str = "",
+    dtype: str = "auto",
+    states_dtype: str = "auto",
+    device: str = "auto",
+    batch_size: int = 1,
+    shard_tokens: int = 16384,
+    max_bytes: str | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> None:
+    """Record what a model routes; with a bundle, on states that its speculation has produced.
+
+    What is recorded as routing is always the true router's choice, whichever experts ran. Which
+    ones are resident depends on all that ran before, so traces of a run that was killed and went on
+    differ from an uninterrupted run's. Without --bundle this is collect-traces, of the model's own
+    text unless --source says otherwise.
+
+    Args:
+        bundle: Run the model in an engine with the estimators of this bundle.
+        on_miss: What the engine does about a missing expert: skip, predicted or another of its
+            speculative modes; fetch is exact, and serves models that do not fit the device.
+        weights: Gate weights of predicted experts: true or predicted.
+        expert_slots: Slots per MoE layer on the device: a number, or a share such as 25%.
+        model: As collect-traces takes it, like all that follow.
+        dataset: Where prompts, or text, come from.
+        out: Folder the traces go to.
+        tokens: Tokens to record.
+        split: train or held-out.
+        sequence_length: Tokens per sequence, prompt and continuation together.
+        source: generated or dataset; speculation is off while the engine reads text, so a
+            speculative mode takes generated.
+        generate: Tokens to generate, and to record, of each sequence.
+        generated_share: Share of each sequence that is generated after text (source dataset only).
+        tokens_per_sequence: Record only so many tokens of each sequence, at random positions.
+        record: More to record: layer-input, readout.
+        dtype: auto, float32, bfloat16 or float16.
+        states_dtype: auto, float32, bfloat16, float16 or int8.
+        device: auto, cpu or cuda.
+        batch_size: Sequences per forward pass; sequences of a batch share the slots.
+        shard_tokens: Tokens per shard.
+        max_bytes: Stop cleanly before the traces exceed this.
+        seed: Of the sampled continuations and positions.
+        overwrite: Replace traces that lie at `out` already.
+        trust_remote_code: Run code that came with the checkpoint.
+    """
+    given = {name: value for name, value in locals().items() if name not in ENGINE_FLAGS}
+    from foreroute.data.adapters import load_tokenizer
+    from foreroute.data.collect import (
+        LOADING_FLAGS,
+        CollectRequest,
+        collect_from,
+        collect_traces,
+    )
+    from foreroute.data.manifest import MANIFEST_FILE, Speculation
+    from foreroute.estimators.artifacts import sha256_of
+    from foreroute.runtime import Engine
+
+    prepare_process()
+    if bundle is None:
+        show_traces(collect_traces(**given))
+        return
+    if on_miss != "fetch" and source != "generated":
+        raise ValueError(
+            f"--on-miss {on_miss} speculates while the model generates, not while it reads text: "
+            "give --source generated, or --on-miss fetch."
+        )
+    if not (bundle / MANIFEST_FILE).is_file():
+        raise FileNotFoundError(f"{bundle} holds no bundle: it has no {MANIFEST_FILE}.")
+    speculation = Speculation(
+        bundle=str(bundle),
+        bundle_sha256=sha256_of(bundle / MANIFEST_FILE),
+        on_miss=on_miss,
+        weights=weights,
+        expert_slots=expert_slots,
+    )
+    asked = {name: value for name, value in given.items() if name not in LOADING_FLAGS}
+    request = CollectRequest(**asked, speculation=None if on_miss == "fetch" else speculation)
+    request.require_free()
+    engine = Engine.from_pretrained(
+        model,
+        bundle=bundle,
+        on_miss=on_miss,
+        weights=weights,
+        expert_slots=expert_slots,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        decide_on="host",  # so that every choice passes through Python, where it is recorded
+        agreement_floor=0.0,  # what is asked for is recorded to the end
+    )
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    with engine:
+        show_traces(collect_from(engine.offloaded.moe, tokenizer, request))
 
 
 def prepare_process() -> None:

@@ -266,5 +266,5 @@ def _command(manifest: TraceManifest) -> str:
         name = ["foreroute", "collect"]
         given = dataclasses.asdict(manifest.speculation)
         shown = ("bundle", "on_miss", "weights", "expert_slots")
-        typed += [(flag.replace("_", "-"), str(given[flag])) for flag in shown if given[flag]]
+        typed += [(flag.replace("_", "-"), given[flag]) for flag in shown]
     return shlex.join([*name, *[part for n, v in typed for part in (f"--{n}", v)]])

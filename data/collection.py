@@ -230,7 +230,7 @@ class Collection:
     def batches(
         self, recorder: RoutingRecorder, prompts: list[list[int]], shard_idx: int
     ) -> Iterator[RecordedBatch]:
-        """Record one shard; a batch depends on nothing that came before it.
+        """Record one shard; a batch depends on nothing before it (but for an engine's slots).
 
         Args:
             recorder: Open.

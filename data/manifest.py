@@ -48,15 +48,15 @@ class Speculation:
     """Under which speculative execution the recorded text was generated."""
 
     bundle: str
-    """Folder of the bundle that predicted; empty where the next router did."""
+    """Folder of the bundle that predicted."""
     bundle_sha256: str
     """Hex digest of its manifest."""
     on_miss: str
     """What was done about experts that were not there."""
     weights: str
     """Gate weights of predicted experts, `true` or `predicted`."""
-    expert_slots: int
-    """Slots per MoE layer."""
+    expert_slots: str
+    """Slots per MoE layer, as the user gave them: a number or a share."""
 
 
 @dataclass(frozen=True, kw_only=True)

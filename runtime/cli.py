@@ -392,12 +392,14 @@ def profile(out: Path, device: str = "auto", name: str = "", overwrite: bool = F
 
 def main() -> None:
     """Entry point of `foreroute`."""
+    from foreroute.data.cli import collect
     from foreroute.export.report.cli import report
 
     run_command(
         "foreroute",
         {
             "generate": generate,
+            "collect": collect,
             "doctor": doctor,
             "bench": bench,
             "simulate": simulate,

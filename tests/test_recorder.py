@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from foreroute.data.adapters import stock_experts_function, unweighted_outputs
+from foreroute.data.adapters import routed_through, stock_experts_function, unweighted_outputs
+from foreroute.data.adapters.seam import held_function
 from foreroute.data.recorder import RoutingRecorder
 
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
@@ -86,6 +87,24 @@ def test_expert_sums_are_those_of_the_unweighted_outputs(with_implementation):
         # Summed before instead of after the down projection: float32 rounding only.
         assert torch.allclose(output_sum, expected, atol=1e-4, rtol=1e-4)
         assert torch.equal(count, flat_ids.bincount(minlength=8))
+
+
+def test_sums_of_experts_that_another_function_computes_are_the_same(tiny_moe):
+    _, records, expected = record(tiny_moe)
+    layers = tiny_moe.moe.layers
+    stock = {layer.experts: stock_experts_function("eager", layer.experts) for layer in layers}
+    with routed_through(tiny_moe.model, stock):
+        _, found_records, found = record(tiny_moe)
+        with torch.no_grad(), RoutingRecorder(tiny_moe.moe) as recorder:
+            tiny_moe.model(input_ids=some_tokens()[:, :1])  # a decode step: not exact there
+            with pytest.raises(RuntimeError, match="No forward pass"):
+                recorder.take_expert_sums()
+        assert tiny_moe.model.get_experts_implementation() == {"": "foreroute"}
+        assert all(held_function(layer.experts) is stock[layer.experts] for layer in layers)
+    for layer_idx, (output_sum, count) in found.items():
+        assert torch.equal(count, expected[layer_idx][1])
+        assert torch.allclose(output_sum, expected[layer_idx][0], atol=1e-4, rtol=1e-4)
+        assert torch.equal(found_records[layer_idx].expert_ids, records[layer_idx].expert_ids)
 
 
 def test_expert_sums_add_up_over_passes_and_start_anew_once_taken(tiny_moe):
