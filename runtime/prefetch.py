@@ -10,6 +10,9 @@ from torch import Tensor
 from foreroute.estimators.calibration import uncalibrated
 from foreroute.estimators.stack import EstimatorStack
 
+KNOWN_FIELDS = ("residual", "router_input", "expert_ids", "gate_weights")
+"""Fields of `SourceState` that the runtime has at hand when it predicts."""
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -32,7 +35,16 @@ class Prefetcher:
         Args:
             stack: Estimators, on the engine's device.
             budget: Experts per token and layer.
+
+        Raises:
+            ValueError: If they read what the runtime does not hand them.
         """
+        unknown = [name for name in stack.input_fields if name not in KNOWN_FIELDS]
+        if unknown:
+            raise ValueError(
+                f"These estimators read {', '.join(unknown)}, which the runtime does not compute; "
+                f"it hands them {', '.join(KNOWN_FIELDS)}. Export runs of another --input."
+            )
         self._stack = stack
         self._budget = budget
 

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from foreroute.estimators import EstimatorSpec, EstimatorStack, LayerAnchors, MoEGeometry
+from foreroute.estimators import (
+    EstimatorSpec,
+    EstimatorStack,
+    InputKind,
+    LayerAnchors,
+    MoEGeometry,
+)
 from foreroute.estimators.calibration import Calibration
 from foreroute.runtime.prefetch import Prefetcher
 
@@ -24,7 +30,9 @@ STATE = {
 }
 
 
-def stack_with(selection_bias: torch.Tensor | None) -> EstimatorStack:
+def stack_with(
+    selection_bias: torch.Tensor | None, input_kind: InputKind = "residual"
+) -> EstimatorStack:
     torch.manual_seed(0)
     anchors = LayerAnchors(
         router_weight=torch.randn(3, 8, 16),
@@ -35,7 +43,7 @@ def stack_with(selection_bias: torch.Tensor | None) -> EstimatorStack:
         norm_eps=1e-5,
         selection_bias=selection_bias,
     )
-    return EstimatorStack.training_free(GEOMETRY, anchors, input_kind="residual")
+    return EstimatorStack.training_free(GEOMETRY, anchors, input_kind=input_kind)
 
 
 def test_experts_are_ranked_as_the_router_selects() -> None:
@@ -91,3 +99,8 @@ def test_layers_without_an_estimator_are_refused() -> None:
     assert prefetcher.target_of(1) is None
     with pytest.raises(ValueError, match=r"No estimator reads layer 1; sources are \[0\]"):
         prefetcher.predict(1, **STATE)
+
+
+def test_estimators_that_read_what_the_runtime_lacks_are_refused() -> None:
+    with pytest.raises(ValueError, match="read readout, which the runtime does not compute"):
+        Prefetcher(stack_with(None, "attention-readout"), 2)
