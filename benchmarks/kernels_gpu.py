@@ -20,15 +20,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from foreroute.runtime.host_store import allocate_host
 from foreroute.runtime.kernels import products, transposed
 from foreroute.runtime.kernels.activation import ExpertForm
 from foreroute.runtime.kernels.attention import decode_attention
 from foreroute.runtime.kernels.cache import store_token
 from foreroute.runtime.kernels.fetch import fetch
-from foreroute.runtime.kernels.plan import ResidencyTables, lrfu, plan
+from foreroute.runtime.kernels.head import plan_head
+from foreroute.runtime.kernels.plan import plan
+from foreroute.runtime.kernels.predict import predict_logits, rank_experts
 from foreroute.runtime.kernels.products import expert_products
 from foreroute.runtime.kernels.rotary import rotate
+from foreroute.runtime.kernels.tables import ResidencyTables, lrfu
 from foreroute.runtime.kernels.top_k import softmax_top_k
 
 DEVICE = torch.device("cuda")
@@ -68,6 +70,7 @@ GPT_OSS = Shape(
     has_bias=True,
 )
 MIXTRAL = Shape("mixtral-8x7b", 4096, 14336, 8, 2, 32, 8, 128, ExpertForm(activation="silu"))
+SHAPES = (QWEN3, GPT_OSS, MIXTRAL)
 
 
 def microseconds(call: Callable[[int], object]) -> float:
@@ -145,13 +148,18 @@ def around_the_experts(shape: Shape) -> dict[str, float]:
     cos, sin = random(2, 1, 1, shape.head_dim)
     logits = random(1, shape.experts)
     tables = ResidencyTables.empty(shape.experts, shape.experts, DEVICE)
-    source, target = torch.empty(2, shape.top_k, dtype=torch.int32, device=DEVICE)
+    copies = no_copies(shape.top_k)
     for some in torch.arange(shape.experts, device=DEVICE).split(8):
-        plan(some, tables, lrfu(20.0), *_scratch(len(some)))
+        plan(some, tables, lrfu(20.0), no_copies(len(some)))
     ids = torch.arange(shape.top_k, device=DEVICE).view(1, -1)
-    rows = allocate_host(1, 1 << 20, is_pinned=True)
+    rows = torch.zeros(1, 1 << 20, dtype=torch.uint8, pin_memory=True)
+    weight, bias = random(shape.experts, shape.hidden), torch.zeros(shape.experts, device=DEVICE)
+    vectors, hidden = random(shape.experts, shape.hidden), random(1, shape.hidden)
+    gates = torch.full((1, shape.top_k), 0.1, device=DEVICE)
+    scores = torch.randn(1, shape.experts, device=DEVICE)
+    table = torch.linspace(0, 1, 65, device=DEVICE)
+    chances = torch.full((1, shape.top_k), 0.9, device=DEVICE)
     slots = torch.empty(1, 1 << 20, dtype=torch.uint8, device=DEVICE)
-    source.fill_(-1)
     return {
         "attention": microseconds(
             lambda i: decode_attention(q, keys[i % 8], values[i % 8], mask, scaling=0.1)
@@ -163,25 +171,46 @@ def around_the_experts(shape: Shape) -> dict[str, float]:
         "softmax and top-k": microseconds(
             lambda i: softmax_top_k(logits, shape.top_k, renormalise=True)
         ),
-        "plan, all resident": microseconds(lambda i: plan(ids, tables, lrfu(20.0), source, target)),
-        "fetch of nothing": microseconds(
-            lambda i: fetch(rows, slots, source, target, num_blocks=32)
+        "plan, all resident": microseconds(lambda i: plan(ids, tables, lrfu(20.0), copies)),
+        "predict logits, quasi-hidden": microseconds(
+            lambda i: predict_logits(
+                hidden,
+                weight,
+                bias,
+                eps=1e-6,
+                default_vectors=vectors,
+                expert_ids=ids,
+                gate_weights=gates,
+            )
         ),
+        "rank experts": microseconds(
+            lambda i: rank_experts(
+                scores, table[:1], table[1:2], table, top_k=shape.top_k, budget=shape.top_k
+            )
+        )
+        if shape.experts > shape.top_k
+        else 0.0,
+        "plan a head, all resident": microseconds(
+            lambda i: plan_head(ids, chances, tables, no_copies(1))
+        ),
+        "fetch of nothing": microseconds(lambda i: fetch(rows, slots, copies, num_blocks=32)),
     }
 
 
-def _scratch(count: int) -> list[Tensor]:
-    return [torch.empty(count, dtype=torch.int32, device=DEVICE) for _ in range(2)]
+def no_copies(count: int) -> Tensor:
+    """Room for planned copies, none yet."""
+    return torch.full((3, count), -1, dtype=torch.int32, device=DEVICE)
 
 
 def fetch_bandwidth(expert_bytes: int) -> dict[str, float]:
     """GB/s of the fetch kernel for one, two and four experts, by blocks per expert."""
-    rows = allocate_host(16, expert_bytes // 8 * 8, is_pinned=True)
+    size = expert_bytes // 8 * 8
+    rows = torch.zeros(16, size, dtype=torch.uint8, pin_memory=True)
     slots = torch.empty(16, rows.shape[1], dtype=torch.uint8, device=DEVICE)
     found = {}
     for count, blocks in itertools.product((1, 2, 4), (8, 16, 32, 64)):
-        ids = torch.arange(count, dtype=torch.int32, device=DEVICE)
-        us = microseconds(lambda i: fetch(rows, slots, ids, ids, num_blocks=blocks))  # noqa: B023
+        copies = torch.arange(count, dtype=torch.int32, device=DEVICE).repeat(3, 1)
+        us = microseconds(lambda i: fetch(rows, slots, copies, num_blocks=blocks))  # noqa: B023
         found[f"fetch {count} experts, {blocks} blocks each: GB/s"] = (
             count * rows.shape[1] / us / 1e3
         )
@@ -214,10 +243,13 @@ def main() -> None:
     """Print one table per shape."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--shapes", nargs="+", default=[s.name for s in SHAPES])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     results: dict[str, dict[str, float]] = {}
-    for shape in (QWEN3, GPT_OSS, MIXTRAL):
+    for shape in SHAPES:
+        if shape.name not in args.shapes:
+            continue
         experts = Experts(shape)
         found = around_the_experts(shape)
         found["expert products"] = us = microseconds(experts.run)

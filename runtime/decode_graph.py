@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -129,33 +129,57 @@ class DecodeStep:
 
 
 class DecodeGraph(DecodeStep):
-    """A decode step captured as a CUDA graph: a replay is one launch."""
+    """A decode step captured as CUDA graphs, one for each variant of it: a replay is one launch."""
 
     def __init__(
-        self, model: Any, batch: int, length: int, routers: Sequence[nn.Module] = ()
+        self,
+        model: Any,
+        batch: int,
+        length: int,
+        routers: Sequence[nn.Module] = (),
+        variants: Sequence[Callable[[], None]] = (lambda: None,),
     ) -> None:
-        """Warm up and capture; takes what `DecodeStep` takes.
+        """Warm up and capture; takes what `DecodeStep` takes, and the variants to capture.
+
+        Args:
+            model: See `DecodeStep`.
+            batch: See `DecodeStep`.
+            length: See `DecodeStep`.
+            routers: See `DecodeStep`.
+            variants: Each sets up the model for one variant of the step before it is captured.
 
         Raises:
             RuntimeError: If something in the model cannot be captured.
         """
         super().__init__(model, batch, length, routers)
+        self.choose_variant: Callable[[], int] = lambda: 0
+        """Asked before every replay which variant to run."""
+        self._graphs = []
+        for set_up in variants:
+            set_up()
+            with self._fused():
+                self._graphs.append(self._capture())
+
+    def _capture(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """The graph of a step, and the logits that it writes."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with self._fused():
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UP_STEPS):
-                    self._step()
-            torch.cuda.current_stream().wait_stream(stream)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._logits = self._step()
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_STEPS):
+                self._step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        pool = self._graphs[0][0].pool() if self._graphs else None  # they never run at once
+        with torch.cuda.graph(graph, pool=pool):
+            logits = self._step()
+        return graph, logits
 
     def replay(self, tokens: Tensor) -> Tensor:
         """Run one step: one copy and one launch; see `DecodeStep.replay`."""
         self.tokens.copy_(tokens.unsqueeze(1))
-        self._graph.replay()
-        return self._logits
+        graph, logits = self._graphs[self.choose_variant()]
+        graph.replay()
+        return logits
 
 
 def _layer_types(config: Any) -> Sequence[str] | None:

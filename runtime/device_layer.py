@@ -8,12 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from foreroute.data.adapters import MoELayer
+from foreroute.runtime.config import PrefetchRule
+from foreroute.runtime.device_predictor import DevicePredictor
 from foreroute.runtime.host_store import RowLayout
 from foreroute.runtime.kernels.activation import ExpertForm
-from foreroute.runtime.kernels.fetch import fetch
-from foreroute.runtime.kernels.plan import ResidencyTables, ScoreRule, plan
+from foreroute.runtime.kernels.fetch import BLOCK_WORDS, WORD, fetch
+from foreroute.runtime.kernels.head import plan_head
+from foreroute.runtime.kernels.plan import plan
 from foreroute.runtime.kernels.products import expert_products
-from foreroute.runtime.prefetch import Prefetcher
+from foreroute.runtime.kernels.tables import ResidencyTables, ScoreRule
 from foreroute.runtime.prefill import StreamedPrefill
 
 DEMAND_BLOCKS = 32
@@ -28,10 +31,28 @@ class DeviceRun:
     rule: ScoreRule
     form: ExpertForm
     prefill: StreamedPrefill
-    prefetcher: Prefetcher | None
+    predictor: DevicePredictor | None
+    prefetch: PrefetchRule
     ahead: torch.cuda.Stream
     """Predictions and prefetches run here, beside the compute."""
+    head_words: Tensor
+    """Where an expert's head ends, [1] int32 on the device; see `fetch`."""
+    trust: Tensor
+    """See `ResidencyTables`."""
     is_prefill: bool = True
+    is_looking_ahead: bool = True
+    """Whether decode steps predict; read when a step is captured."""
+
+    def set_head(self, share: float, row_bytes: int) -> None:
+        """Make heads this share of an expert, in whole blocks of the fetch kernel.
+
+        Args:
+            share: 0..1.
+            row_bytes: Of an expert.
+        """
+        words = row_bytes // WORD.itemsize
+        blocks = max(1, round(share * words / BLOCK_WORDS))
+        self.head_words.fill_(min(words, blocks * BLOCK_WORDS))
 
 
 class DeviceLayer:
@@ -44,6 +65,7 @@ class DeviceLayer:
         layout: RowLayout,
         num_slots: int,
         run: DeviceRun,
+        counters: Tensor,
         device: torch.device,
     ) -> None:
         """Allocate the slots, all empty.
@@ -54,6 +76,7 @@ class DeviceLayer:
             layout: How an expert lies in a row.
             num_slots: S.
             run: Shared with the engine's other layers.
+            counters: This layer's, [7] int32, on the device.
             device: The GPU.
         """
         self.layer_idx = layer.layer_idx
@@ -61,7 +84,9 @@ class DeviceLayer:
         self.rows = rows
         self.slots = torch.zeros(num_slots, rows.shape[1], dtype=torch.uint8, device=device)
         self.weights = layout.views(self.slots)
-        self.tables = ResidencyTables.empty(len(rows), num_slots, device)
+        self.tables = ResidencyTables.empty(
+            len(rows), num_slots, device, trust=run.trust, counters=counters
+        )
         self.target: DeviceLayer | None = None
         """The layer whose experts are predicted from this one's state."""
         self.residual: Tensor | None = None
@@ -96,6 +121,7 @@ class DeviceLayer:
         return self._decode(router_input.contiguous(), expert_ids, gate_weights)
 
     def _decode(self, router_input: Tensor, expert_ids: Tensor, gate_weights: Tensor) -> Tensor:
+        guess = self._predict(router_input, expert_ids, gate_weights)
         self._join_prefetch()
         output = torch.empty_like(router_input)
         num_tokens, top_k = expert_ids.shape
@@ -104,8 +130,8 @@ class DeviceLayer:
             tokens = slice(start, start + tokens_at_once)
             ids = expert_ids[tokens].contiguous()
             self.load(ids, num_blocks=DEMAND_BLOCKS)
-            if start + tokens_at_once >= num_tokens:
-                self._look_ahead(router_input, expert_ids, gate_weights)
+            if guess is not None and start + tokens_at_once >= num_tokens:
+                self._look_ahead(*guess)
             self._multiply(
                 router_input[tokens], ids, gate_weights[tokens].contiguous(), output[tokens]
             )
@@ -119,37 +145,58 @@ class DeviceLayer:
             num_blocks: Thread blocks per copy.
             is_prefetch: Whether they are predicted, not yet needed.
         """
-        shape = (2, expert_ids.numel())
-        source, target = torch.empty(shape, dtype=torch.int32, device=expert_ids.device)
-        plan(expert_ids, self.tables, self._run.rule, source, target, is_prefetch=is_prefetch)
-        fetch(self.rows, self.slots, source, target, num_blocks=num_blocks)
+        copies = torch.empty(3, expert_ids.numel(), dtype=torch.int32, device=expert_ids.device)
+        plan(expert_ids, self.tables, self._run.rule, copies, is_prefetch=is_prefetch)
+        self._fetch(copies, num_blocks)
+
+    def _load_head(self, expert_ids: Tensor, chances: Tensor) -> None:
+        """Copy the beginning of the likeliest absent expert, if it is likely enough."""
+        copies = torch.empty(3, 1, dtype=torch.int32, device=expert_ids.device)
+        plan_head(expert_ids, chances, self.tables, copies)
+        self._fetch(copies, PREFETCH_BLOCKS)
+
+    def _fetch(self, copies: Tensor, num_blocks: int) -> None:
+        head_words = self._run.head_words
+        fetch(self.rows, self.slots, copies, num_blocks=num_blocks, head_words=head_words)
 
     def _multiply(self, hidden: Tensor, ids: Tensor, gate_weights: Tensor, output: Tensor) -> None:
         form, slot_of = self._run.form, self.tables.slot_of
         expert_products(hidden, ids, gate_weights, slot_of, self.weights, form, output)
 
-    def _look_ahead(self, router_input: Tensor, expert_ids: Tensor, gate_weights: Tensor) -> None:
-        """Predict the target layer's experts and load them, on the stream beside the compute."""
-        target, run = self.target, self._run
-        if target is None or run.prefetcher is None:
-            return
-        assert self.residual is not None  # the engine hooks the norm wherever it prefetches
-        residual = self.residual
+    def _predict(
+        self, router_input: Tensor, expert_ids: Tensor, gate_weights: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """Rank the target layer's experts, on the stream beside this layer's own demand."""
+        run = self._run
+        if self.target is None or run.predictor is None or not run.is_looking_ahead:
+            return None
         run.ahead.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(run.ahead):
-            _, ranked = run.prefetcher.predict(
+            guess = run.predictor.predict(
                 self.layer_idx,
-                residual=residual,
+                residual=self.residual,
                 router_input=router_input,
                 expert_ids=expert_ids,
                 gate_weights=gate_weights,
             )
-            ids = ranked.T.contiguous()  # [budget, T]: every token's best guess first
-            target.load(ids, num_blocks=PREFETCH_BLOCKS, is_prefetch=True)
+        # read on the other stream until the target joins it: keep the memory from being used again
+        states = (self.residual, router_input, expert_ids, gate_weights, *guess)
+        self.target._read_ahead = tuple(state for state in states if state is not None)
+        return guess
+
+    def _look_ahead(self, expert_ids: Tensor, chances: Tensor) -> None:
+        """Load ahead for the target layer, after this layer's demand: that has the link alone."""
+        target, run = self.target, self._run
+        assert target is not None  # there is a guess
+        run.ahead.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(run.ahead):
+            if run.prefetch == "budgeted":
+                target._load_head(expert_ids, chances)
+            else:
+                ids = expert_ids.T.contiguous()  # [M, T]: every token's best guess first
+                target.load(ids, num_blocks=PREFETCH_BLOCKS, is_prefetch=True)
             target._arriving = torch.cuda.Event()
             target._arriving.record(run.ahead)
-        # read on the other stream until the target joins it: keep the memory from being used again
-        target._read_ahead = (residual, router_input, expert_ids, gate_weights)
 
     def _join_prefetch(self) -> None:
         if self._arriving is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,17 +11,36 @@ from torch import Tensor
 
 from foreroute.runtime.config import EngineConfig
 from foreroute.runtime.decode_graph import DecodeGraph
-from foreroute.runtime.device_layer import DeviceLayer, DeviceRun
+from foreroute.runtime.device_layer import DEMAND_BLOCKS, DeviceLayer, DeviceRun
+from foreroute.runtime.device_predictor import DevicePredictor
 from foreroute.runtime.engine import Engine
 from foreroute.runtime.expert_form import find_expert_form
 from foreroute.runtime.fusions import fuse_norms
+from foreroute.runtime.give_up import LOOK_AHEAD, ON_DEMAND, GiveUp
 from foreroute.runtime.graph_sampling import decode_loop
-from foreroute.runtime.kernels.plan import HITS, MISSES, PREFETCHES, WASTED, lrfu
+from foreroute.runtime.kernels.fetch import WORD, fetch
+from foreroute.runtime.kernels.tables import (
+    EMPTY,
+    HEADS,
+    HITS,
+    MISSES,
+    NUM_COUNTERS,
+    PREFETCHES,
+    TAILS,
+    TRUST_START,
+    WASTED,
+    WASTED_HEADS,
+    WHOLE,
+    lrfu,
+)
 from foreroute.runtime.offload import OffloadedModel
 from foreroute.runtime.prefill import StreamedPrefill
 from foreroute.runtime.stats import PhaseStats, RuntimeStats
 
 HALF_LIFE_STEPS = 20.0
+FIRST_HEAD_SHARE = 0.4
+PREDICTION_MS = 0.01  # from the router's choice until a head can begin
+TUNING_REPLAYS = 8
 PREFILL_GROUP = 16
 UNSUPPORTED_ARGUMENTS = (
     "return_dict_in_generate",
@@ -60,18 +80,30 @@ class GraphEngine(Engine):
         offloaded, store = self.offloaded, self.offloaded.store
         form = find_expert_form(offloaded.moe.layers[0].experts)
         assert form is not None  # `why_not_on_device` was asked before
+        device, dtype = self.device, offloaded.moe.model.dtype
+        prefetcher = self._run.prefetcher
         self._device_run = DeviceRun(
             rule=lrfu(HALF_LIFE_STEPS),
             form=form,
-            prefill=StreamedPrefill(store.layouts[0], PREFILL_GROUP, self.device),
-            prefetcher=self._run.prefetcher,
-            ahead=torch.cuda.Stream(device=self.device, priority=-1),
+            prefill=StreamedPrefill(store.layouts[0], PREFILL_GROUP, device),
+            predictor=(
+                DevicePredictor(prefetcher.stack, prefetcher.budget, dtype) if prefetcher else None
+            ),
+            prefetch=self.config.prefetch,
+            ahead=torch.cuda.Stream(device=device, priority=-1),
+            head_words=torch.zeros(1, dtype=torch.int32, device=device),
+            trust=torch.full((2,), TRUST_START, device=device),
         )
+        self._device_run.set_head(FIRST_HEAD_SHARE, store.rows[0].shape[1])
         self._graph: DecodeGraph | None = None
+        self._give_up: GiveUp | None = None
+        num_layers = len(offloaded.moe.layers)
+        self._counters = torch.zeros(num_layers, NUM_COUNTERS, dtype=torch.int32, device=device)
+        self._counted_before = self._counters.clone()
         return [
-            DeviceLayer(layer, rows, layout, self.num_slots, self._device_run, self.device)
-            for layer, rows, layout in zip(
-                offloaded.moe.layers, store.rows, store.layouts, strict=True
+            DeviceLayer(layer, rows, layout, self.num_slots, self._device_run, counters, device)
+            for layer, rows, layout, counters in zip(
+                offloaded.moe.layers, store.rows, store.layouts, self._counters, strict=True
             )
         ]
 
@@ -112,11 +144,12 @@ class GraphEngine(Engine):
             stopping_criteria,
             generation_config,
             streamer,
-            on_step=self._count_step,
         )
 
-    def _count_step(self) -> None:
+    def _before_step(self) -> int:
+        """Count a decode step, and choose its variant."""
         self._run.stats.decode.forwards += 1
+        return self._give_up.next_variant() if self._give_up else LOOK_AHEAD
 
     def graph_for(self, batch: int, length: int) -> DecodeGraph:
         """The captured step for so many sequences of at most this length; captured when needed."""
@@ -124,28 +157,80 @@ class GraphEngine(Engine):
         if graph is None or graph.batch != batch or graph.length < length:
             self._graph = None  # its cache's memory is free before the next one's is taken
             stats, self._run.stats = self._run.stats, RuntimeStats()
-            counters = [layer.tables.counters.clone() for layer in self.layers]
-            routers = [layer.router for layer in self.offloaded.moe.layers]
-            self._graph = DecodeGraph(self.model, batch, length, routers)
-            for layer, before in zip(self.layers, counters, strict=True):
-                layer.tables.counters.copy_(before)
+            counters, trust = self._counters.clone(), self._device_run.trust.clone()
+            self._graph = self._captured(batch, length)
+            self._graph.choose_variant = self._before_step
+            self._counters.copy_(counters)
+            self._device_run.trust.copy_(trust)
             self._run.stats = stats
         assert self._graph is not None
         return self._graph
 
+    def _captured(self, batch: int, length: int) -> DecodeGraph:
+        """Capture the step; with prefetch twice, one looks ahead and the other does not."""
+        run, routers = self._device_run, [layer.router for layer in self.offloaded.moe.layers]
+        if run.predictor is None:
+            return DecodeGraph(self.model, batch, length, routers)
+
+        def looking(ahead: bool) -> Callable[[], None]:
+            return lambda: setattr(run, "is_looking_ahead", ahead)
+
+        variants = [looking(True), looking(False)]  # LOOK_AHEAD, ON_DEMAND
+        graph = DecodeGraph(self.model, batch, length, routers, variants)
+        run.is_looking_ahead = True
+        self._tune(graph)
+        return graph
+
+    def _tune(self, graph: DecodeGraph) -> None:
+        """Measure this machine: how long a head may be, and what looking ahead must save."""
+        run, row_bytes = self._device_run, self.offloaded.store.rows[0].shape[1]
+        graph.begin(torch.ones(graph.batch, 1, dtype=torch.long, device=self.device))
+        token = torch.zeros(graph.batch, dtype=torch.long, device=self.device)
+        step_ms = []
+        for variant in (LOOK_AHEAD, ON_DEMAND):
+            graph.choose_variant = partial(int, variant)
+            replays = [_milliseconds(lambda: graph.replay(token)) for _ in range(TUNING_REPLAYS)]
+            step_ms.append(min(replays))  # the same token again and again: nothing is missing
+        expert_ms = self._fetch_ms()
+        window_ms = step_ms[ON_DEMAND] / len(self.layers)
+        head_ms = min(expert_ms, max(0.0, window_ms - PREDICTION_MS))
+        run.set_head(head_ms / expert_ms, row_bytes)
+
+        def saved_ms(change: list[int]) -> float:
+            used = change[PREFETCHES] - change[WASTED]
+            return change[TAILS] * head_ms + used * min(expert_ms, window_ms)
+
+        cost_ms = step_ms[LOOK_AHEAD] - step_ms[ON_DEMAND]
+        self._give_up = GiveUp(self._counters, saved_ms, cost_ms)
+
+    def _fetch_ms(self) -> float:
+        """Time to fetch one expert that is resident already, over itself."""
+        layer = self.layers[0]
+        slot = int((layer.tables.expert_in != EMPTY).nonzero()[0])
+        place = [int(layer.tables.expert_in[slot]), slot, WHOLE]
+        copies = torch.tensor(place, dtype=torch.int32, device=self.device).unsqueeze(1)
+
+        def once() -> None:
+            fetch(layer.rows, layer.slots, copies, num_blocks=DEMAND_BLOCKS)
+
+        return min(_milliseconds(once) for _ in range(TUNING_REPLAYS))
+
     def stats(self) -> RuntimeStats:
         """Counters and times so far; reads the counters off the device."""
         stats, expert_bytes = self._run.stats, self.offloaded.expert_bytes
-        totals = torch.stack([layer.tables.counters for layer in self.layers]).sum(0).tolist()
+        head_bytes = int(self._device_run.head_words) * WORD.itemsize
+        totals = (self._counters - self._counted_before).sum(0).tolist()
+        misses = totals[MISSES] + totals[TAILS]
         stats.decode = PhaseStats(
             forwards=stats.decode.forwards,
-            lookups=totals[HITS] + totals[MISSES],
+            lookups=totals[HITS] + misses,
             hits=totals[HITS],
-            misses=totals[MISSES],
-            fetched_bytes=totals[MISSES] * expert_bytes,
-            prefetches=totals[PREFETCHES],
-            prefetched_bytes=totals[PREFETCHES] * expert_bytes,
-            wasted_bytes=totals[WASTED] * expert_bytes,
+            misses=misses,
+            late=totals[TAILS],
+            fetched_bytes=misses * expert_bytes - totals[TAILS] * head_bytes,
+            prefetches=totals[PREFETCHES] + totals[HEADS],
+            prefetched_bytes=totals[PREFETCHES] * expert_bytes + totals[HEADS] * head_bytes,
+            wasted_bytes=totals[WASTED] * expert_bytes + totals[WASTED_HEADS] * head_bytes,
         )
         stats.prefill.fetched_bytes = self._device_run.prefill.prompt_bytes
         return stats
@@ -154,8 +239,7 @@ class GraphEngine(Engine):
         """Start counting anew; resident experts stay."""
         super().reset_stats()
         self._device_run.prefill.prompt_bytes = 0
-        for layer in self.layers:
-            layer.tables.counters.zero_()
+        self._counted_before.copy_(self._counters)
 
     def fill_slots(self) -> None:
         """Make as many experts resident as fit, lowest ids first, not counted in the statistics."""
@@ -177,3 +261,12 @@ class GraphEngine(Engine):
         """Detach from the model and drop the captured graph."""
         self._graph = None
         super().close()
+
+
+def _milliseconds(run: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,7 +39,6 @@ def decode_loop(
     stopping_criteria: Any,
     generation_config: Any,
     streamer: Any,
-    on_step: Callable[[], None],
 ) -> Tensor:
     """Read the prompt, then replay the graph until every sequence has ended.
 
@@ -56,7 +54,6 @@ def decode_loop(
         stopping_criteria: As `generate` prepares it.
         generation_config: As `generate` prepares it.
         streamer: Gets each step's tokens, or None.
-        on_step: Called for every decode step that counts.
 
     Returns:
         Prompts and continuations, [B, P + new].
@@ -88,7 +85,6 @@ def decode_loop(
             _hand_out(pending, streamer)
             break
         logits = graph.replay(tokens)
-        on_step()
     if streamer is not None:
         streamer.end()
     return input_ids

@@ -6,6 +6,8 @@ One copy then moves one expert. A slot on the device has the same layout as a ro
 from __future__ import annotations
 
 import math
+import mmap
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,22 +115,26 @@ def allocate_host(num_rows: int, row_bytes: int, *, is_pinned: bool) -> Tensor:
     """Host memory of exactly that size, page-locked in place where asked.
 
     PyTorch's own pinned allocator rounds up to a power of two, which can double a model's memory;
-    registering an ordinary allocation does not.
+    registering an ordinary mapping does not. The page lock ends with the memory.
 
     Returns:
-        [num_rows, row_bytes] uint8, uninitialised.
+        [num_rows, row_bytes] uint8, zeros.
 
     Raises:
         RuntimeError: If CUDA refuses to pin it.
     """
-    rows = torch.empty(num_rows, row_bytes, dtype=torch.uint8)
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(-1, num_rows * row_bytes, flags=private)
+    rows = torch.frombuffer(memory, dtype=torch.uint8).view(num_rows, row_bytes)
     if is_pinned:
-        status = torch.cuda.cudart().cudaHostRegister(rows.data_ptr(), rows.nbytes, 0)
+        address = rows.data_ptr()
+        status = torch.cuda.cudart().cudaHostRegister(address, rows.nbytes, 0)
         if int(status) != 0:
             raise RuntimeError(
                 f"CUDA could not pin {rows.nbytes / 2**30:.1f} GiB of host memory ({status}); "
                 "free memory or raise the container's locked-memory limit."
             )
+        weakref.finalize(memory, torch.cuda.cudart().cudaHostUnregister, address)
     return rows
 
 
@@ -205,7 +211,5 @@ class HostExpertStore:
         return sum(rows.nbytes for rows in self.rows)
 
     def close(self) -> None:
-        """Give the page locks back; the store cannot be used afterwards."""
-        for rows in self.rows if self.is_pinned else ():
-            torch.cuda.cudart().cudaHostUnregister(rows.data_ptr())
+        """Let the experts' memory go; the store cannot be used afterwards."""
         self.rows.clear()

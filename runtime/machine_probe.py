@@ -138,10 +138,10 @@ def _gather_rates(device: torch.device, expert_bytes: int) -> Rates:
     slots = torch.zeros(most, expert_bytes, dtype=torch.uint8, device=device)
     rates = []
     for count in GATHER_COUNTS:
-        ids: Tensor = torch.arange(count, dtype=torch.int32, device=device)
+        copies: Tensor = torch.arange(count, dtype=torch.int32, device=device).repeat(3, 1)
 
-        def gather(ids: Tensor = ids) -> None:
-            fetch(rows, slots, ids, ids, num_blocks=GATHER_BLOCKS)
+        def gather(copies: Tensor = copies) -> None:
+            fetch(rows, slots, copies, num_blocks=GATHER_BLOCKS)
 
         rates.append(
             (count * expert_bytes, _gbps(count * expert_bytes, _median_ms(gather, device)))

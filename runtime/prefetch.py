@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -24,6 +24,16 @@ class Prediction:
     """The same on the host."""
     router_logits: Tensor
     """[T, E], as predicted."""
+    chances: list[list[float]] = field(default_factory=list)
+    """[T][budget], that the experts are needed; only where a budget decides."""
+
+    def chance_of_any(self) -> dict[int, float]:
+        """By expert, how likely at least one of the tokens needs it."""
+        misses: dict[int, float] = {}
+        for row, chances in zip(self.rows, self.chances, strict=True):
+            for expert, chance in zip(row, chances, strict=True):
+                misses[expert] = misses.get(expert, 1.0) * (1 - chance)
+        return {expert: 1 - miss for expert, miss in misses.items()}
 
 
 class Prefetcher:
@@ -45,17 +55,17 @@ class Prefetcher:
                 f"These estimators read {', '.join(unknown)}, which the runtime does not compute; "
                 f"it hands them {', '.join(KNOWN_FIELDS)}. Export runs of another --input."
             )
-        self._stack = stack
-        self._budget = budget
+        self.stack = stack
+        self.budget = budget
 
     def target_of(self, source_layer: int) -> int | None:
         """Decoder layer index predicted from this one, if any."""
-        return self._stack.target_of(source_layer)
+        return self.stack.target_of(source_layer)
 
     @property
     def is_calibrated(self) -> bool:
         """Whether probabilities were fitted; only those of a bundle are."""
-        return self._stack.calibration is not None
+        return self.stack.calibration is not None
 
     def probabilities(self, source_layer: int, logits: Tensor) -> Tensor:
         """How likely each expert is among the target layer's top K; no host sync.
@@ -68,7 +78,7 @@ class Prefetcher:
             [T, E], float32, 0..1, never falling along the ranking. Without a calibration the
             sigmoid of the decision margin: an order, but no share of what comes true.
         """
-        stack = self._stack
+        stack = self.stack
         if stack.calibration is None:
             return uncalibrated(stack.ranking(logits, source_layer), stack.geometry.top_k)
         return stack.probabilities(logits, source_layer)
@@ -88,15 +98,15 @@ class Prefetcher:
             Router logits as predicted, [T, E], and the budget's best experts, [T, budget], most
             likely first; both on the device.
         """
-        logits = self._stack.predict(
+        logits = self.stack.predict(
             source_layer,
             residual=residual,
             router_input=router_input,
             expert_ids=expert_ids,
             gate_weights=gate_weights,
         )
-        ranking = self._stack.ranking(logits, source_layer)
-        return logits, ranking.topk(self._budget, dim=-1).indices
+        ranking = self.stack.ranking(logits, source_layer)
+        return logits, ranking.topk(self.budget, dim=-1).indices
 
 
 def most_wanted(ranked: list[list[int]], limit: int) -> list[int]:

@@ -20,7 +20,8 @@ from foreroute.data.adapters import (
 )
 from foreroute.runtime.host_store import RowLayout
 from foreroute.runtime.kernels.fetch import fetch
-from foreroute.runtime.kernels.plan import EMPTY, plan
+from foreroute.runtime.kernels.plan import plan
+from foreroute.runtime.kernels.tables import EMPTY
 
 if TYPE_CHECKING:
     from foreroute.runtime.device_layer import DeviceLayer
@@ -137,11 +138,11 @@ class StreamedPrefill:
             return
         device = buffer.rows.device
         ids = torch.tensor(kept, device=device)
-        source, target = torch.empty(2, len(kept), dtype=torch.int32, device=device)
+        copies = torch.empty(3, len(kept), dtype=torch.int32, device=device)
         counters = layer.tables.counters.clone()  # these copies cost the link nothing
-        plan(ids, layer.tables, layer.rule, source, target, is_prefetch=True)
+        plan(ids, layer.tables, layer.rule, copies, is_prefetch=True)
         layer.tables.counters.copy_(counters)
         layer.tables.is_unused_prefetch.zero_()
         places = torch.tensor([experts.index(e) for e in kept], dtype=torch.int32, device=device)
-        from_buffer = torch.where(source >= 0, places, source)
-        fetch(buffer.rows, layer.slots, from_buffer, target, num_blocks=COPY_BLOCKS)
+        copies[0] = torch.where(copies[0] >= 0, places, copies[0])
+        fetch(buffer.rows, layer.slots, copies, num_blocks=COPY_BLOCKS)

@@ -11,6 +11,12 @@ from foreroute.runtime.kernels.attention import (
     decode_attention_reference,
 )
 from foreroute.runtime.kernels.cache import store_token, store_token_reference
+from foreroute.runtime.kernels.predict import (
+    predict_logits,
+    predict_logits_reference,
+    rank_experts,
+    rank_experts_reference,
+)
 from foreroute.runtime.kernels.rotary import rotate, rotate_reference
 from foreroute.runtime.kernels.top_k import softmax_top_k, softmax_top_k_reference
 
@@ -107,3 +113,30 @@ def test_top_k_chooses_what_the_reference_chooses(
 def test_equal_logits_go_to_the_lower_ids() -> None:
     _, ids = softmax_top_k(torch.zeros(1, 6, device=DEVICE), 3, renormalise=True)
     assert ids.tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("has_vectors", [False, True])
+@pytest.mark.parametrize("eps", [None, 1e-5])
+def test_predicted_logits_are_those_of_the_reference(eps: float | None, has_vectors: bool) -> None:
+    extras = {}
+    if has_vectors:
+        extras = {
+            "default_vectors": random(9, 40, seed=3),
+            "expert_ids": torch.tensor([[0, 8], [3, 4], [5, 3]], device=DEVICE),
+            "gate_weights": random(3, 2, seed=4),
+        }
+    given = random(3, 40), random(9, 40, seed=1), random(9, seed=2)
+    got = predict_logits(*given, eps=eps, **extras)
+    expected = predict_logits_reference(*given, eps=eps, **extras)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("budget", [2, 4, 7])
+def test_ranks_and_chances_are_those_of_the_reference(budget: int) -> None:
+    table = torch.linspace(0, 1, 9, device=DEVICE).square()
+    settings = torch.tensor([-2.0], device=DEVICE), torch.tensor([2.0], device=DEVICE), table
+    logits = 2 * random(5, 24)
+    ids, chances = rank_experts(logits, *settings, top_k=4, budget=budget)
+    expected = rank_experts_reference(logits, *settings, top_k=4, budget=budget)
+    assert torch.equal(ids, expected[0])
+    torch.testing.assert_close(chances, expected[1], atol=1e-5, rtol=1e-5)

@@ -62,7 +62,6 @@ def test_pinned_memory_has_exactly_the_size_asked_for() -> None:
     rows = allocate_host(3, 1_000_003, is_pinned=True)
     assert rows.is_pinned()
     assert rows.untyped_storage().nbytes() == 3 * 1_000_003
-    torch.cuda.cudart().cudaHostUnregister(rows.data_ptr())
 
 
 def test_copies_land_and_compute_waits_for_them() -> None:
@@ -74,7 +73,6 @@ def test_copies_land_and_compute_waits_for_them() -> None:
         slots.zero_()
         transfers.copy([(rows[i], slots[i]) for i in range(4)]).wait()
         assert torch.equal(slots.clone().cpu(), rows)
-    torch.cuda.cudart().cudaHostUnregister(rows.data_ptr())
 
 
 @pytest.mark.parametrize("policy", ["on-demand", "prefetch"])
@@ -138,16 +136,20 @@ def graph_logits(engine: GraphEngine, tokens: Tensor, steps: int) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("policy", ["on-demand", "prefetch"])
+@pytest.mark.parametrize(
+    ("policy", "prefetch"),
+    [("on-demand", "every"), ("prefetch", "every"), ("prefetch", "budgeted")],
+)
 @pytest.mark.parametrize("slots", ["4", "6", "9"])
 def test_graph_gives_the_all_resident_logits_bit_for_bit_at_any_slot_count(
-    offloaded: OffloadedModel, slots: str, policy: Any
+    offloaded: OffloadedModel, slots: str, policy: Any, prefetch: Any
 ) -> None:
     with GraphEngine(offloaded, EngineConfig(expert_slots="100%")) as engine:
         engine.fill_slots()
         expected = graph_logits(engine, prompt(), steps=40)
         assert engine.stats().hit_rate == 1.0
-    with GraphEngine(offloaded, EngineConfig(expert_slots=slots, policy=policy)) as engine:
+    config = EngineConfig(expert_slots=slots, policy=policy, prefetch=prefetch)
+    with GraphEngine(offloaded, config) as engine:
         assert torch.equal(graph_logits(engine, prompt(), steps=40), expected)
         engine.check_integrity()
         stats = engine.stats()

@@ -63,7 +63,6 @@ def generate(model: Any, tokens: Tensor, streamer: Any, **settings: Any) -> tupl
             given["stopping_criteria"],
             given["generation_config"],
             streamer,
-            on_step=lambda: None,
         )
 
     output = model.generate(

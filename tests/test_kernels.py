@@ -6,19 +6,21 @@ import torch
 pytest.importorskip("triton", reason="needs triton")
 
 from foreroute.runtime.kernels.activation import ExpertForm
-from foreroute.runtime.kernels.fetch import fetch, fetch_reference
-from foreroute.runtime.kernels.plan import (
+from foreroute.runtime.kernels.fetch import BLOCK_WORDS, fetch, fetch_reference
+from foreroute.runtime.kernels.head import plan_head, plan_head_reference
+from foreroute.runtime.kernels.plan import plan, plan_reference
+from foreroute.runtime.kernels.products import expert_products, expert_products_reference
+from foreroute.runtime.kernels.tables import (
+    HEAD,
     LFU,
     LRU,
+    TAIL,
+    TAILS,
+    WASTED_HEADS,
+    WHOLE,
     ResidencyTables,
     ScoreRule,
     lrfu,
-    plan,
-    plan_reference,
-)
-from foreroute.runtime.kernels.products import (
-    expert_products,
-    expert_products_reference,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -45,10 +47,10 @@ def test_plans_agree_with_the_reference_over_random_residency_sequences(rule: Sc
             is_prefetch = bool(torch.rand((), generator=generator) < 0.4)
             if is_prefetch:
                 ids = torch.where(torch.rand(len(ids), generator=generator) < 0.2, -1, ids)
-            outputs = [torch.full((2, len(ids)), -7, dtype=torch.int32) for _ in range(2)]
+            outputs = [torch.full((3, len(ids)), -7, dtype=torch.int32) for _ in range(2)]
             outputs[1] = outputs[1].to(DEVICE)
-            plan_reference(ids, expected, rule, *outputs[0], is_prefetch=is_prefetch)
-            plan(ids.to(DEVICE), got, rule, *outputs[1], is_prefetch=is_prefetch)
+            plan_reference(ids, expected, rule, outputs[0], is_prefetch=is_prefetch)
+            plan(ids.to(DEVICE), got, rule, outputs[1], is_prefetch=is_prefetch)
             assert torch.equal(outputs[1].cpu(), outputs[0])
             for name, tensor in vars(expected).items():
                 torch.testing.assert_close(vars(got)[name].cpu(), tensor, rtol=1e-6, atol=0)
@@ -57,28 +59,28 @@ def test_plans_agree_with_the_reference_over_random_residency_sequences(rule: Sc
 
 def test_recency_by_hand() -> None:
     tables = ResidencyTables.empty(6, 2, DEVICE)
-    source, target = torch.zeros(2, 2, dtype=torch.int32, device=DEVICE)
+    copies = torch.zeros(3, 2, dtype=torch.int32, device=DEVICE)
     for ids in ([0, 1], [1, -1], [2, -1]):
-        plan(torch.tensor(ids, device=DEVICE), tables, LRU, source, target)
+        plan(torch.tensor(ids, device=DEVICE), tables, LRU, copies)
     assert tables.expert_in.tolist() == [2, 1]  # 0 was used longest ago
-    assert source.tolist() == [2, -1]
-    assert int(target[0]) == 0
-    assert tables.counters.tolist() == [1, 3, 0, 0]
+    assert copies[0].tolist() == [2, -1]
+    assert int(copies[1, 0]) == 0
+    assert tables.counters[:4].tolist() == [1, 3, 0, 0]
 
 
 def test_experts_of_the_call_are_never_victims() -> None:
     tables = ResidencyTables.empty(8, 4, DEVICE)
-    source, target = torch.zeros(2, 4, dtype=torch.int32, device=DEVICE)
-    plan(torch.tensor([0, 1, 2, 3], device=DEVICE), tables, LRU, source, target)
-    plan(torch.tensor([7, 0, 6, 1], device=DEVICE), tables, LRU, source, target)
+    copies = torch.zeros(3, 4, dtype=torch.int32, device=DEVICE)
+    plan(torch.tensor([0, 1, 2, 3], device=DEVICE), tables, LRU, copies)
+    plan(torch.tensor([7, 0, 6, 1], device=DEVICE), tables, LRU, copies)
     assert sorted(tables.expert_in.tolist()) == [0, 1, 6, 7]
 
 
 def test_a_prefetch_that_would_evict_its_own_experts_leaves_them_out() -> None:
     tables = ResidencyTables.empty(8, 2, DEVICE)
-    source, target = torch.zeros(2, 4, dtype=torch.int32, device=DEVICE)
-    plan(torch.tensor([5, 4, 3, 2], device=DEVICE), tables, LRU, source, target, is_prefetch=True)
-    assert source.tolist() == [5, 4, -1, -1]
+    copies = torch.zeros(3, 4, dtype=torch.int32, device=DEVICE)
+    plan(torch.tensor([5, 4, 3, 2], device=DEVICE), tables, LRU, copies, is_prefetch=True)
+    assert copies[0].tolist() == [5, 4, -1, -1]
     assert tables.expert_in.tolist() == [5, 4]
 
 
@@ -86,13 +88,73 @@ def test_fetch_copies_the_planned_rows_and_nothing_else() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(0, 255, (6, 3 * 64), dtype=torch.uint8, generator=generator)
     slots = torch.randint(0, 255, (4, 3 * 64), dtype=torch.uint8, generator=generator)
-    source = torch.tensor([4, -1, 0], dtype=torch.int32)
-    target = torch.tensor([1, 3, 2], dtype=torch.int32)
+    copies = torch.tensor([[4, -1, 0], [1, 3, 2], [WHOLE, WHOLE, WHOLE]], dtype=torch.int32)
     expected = slots.clone()
-    fetch_reference(rows, expected, source, target)
+    fetch_reference(rows, expected, copies)
     got = slots.to(DEVICE)
-    fetch(rows.to(DEVICE), got, source.to(DEVICE), target.to(DEVICE), num_blocks=2)
+    fetch(rows.to(DEVICE), got, copies.to(DEVICE), num_blocks=2)
     assert torch.equal(got.cpu(), expected)
+
+
+@pytest.mark.parametrize("part", [HEAD, TAIL])
+def test_a_head_and_its_tail_make_a_whole(part: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(
+        0, 255, (3, 5 * 8 * BLOCK_WORDS - 64), dtype=torch.uint8, generator=generator
+    )
+    middle = torch.tensor([2 * BLOCK_WORDS], dtype=torch.int32)
+    copies = torch.tensor([[2], [1], [part]], dtype=torch.int32)
+    expected = torch.zeros(2, rows.shape[1], dtype=torch.uint8)
+    fetch_reference(rows, expected, copies, middle)
+    got = torch.zeros_like(expected, device=DEVICE)
+    fetch(rows.to(DEVICE), got, copies.to(DEVICE), num_blocks=2, head_words=middle.to(DEVICE))
+    assert torch.equal(got.cpu(), expected)
+    copies[2] = TAIL if part == HEAD else HEAD
+    fetch(rows.to(DEVICE), got, copies.to(DEVICE), num_blocks=3, head_words=middle.to(DEVICE))
+    assert torch.equal(got[1].cpu(), rows[2])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2])
+def test_heads_agree_with_the_reference_over_random_residency_sequences(num_tokens: int) -> None:
+    settled = 0
+    for seed in range(NUM_SEQUENCES // 4):
+        generator = torch.Generator().manual_seed(seed)
+        num_experts, top_k = int(torch.randint(8, 20, (), generator=generator)), 3
+        num_slots = int(torch.randint(top_k * num_tokens, num_experts + 1, (), generator=generator))
+        expected = ResidencyTables.empty(num_experts, num_slots, "cpu")
+        got = on_device(expected)
+        for _ in range(8):
+            noise = torch.rand(2, num_tokens, num_experts, generator=generator)
+            ids, guess = noise.topk(top_k, dim=-1).indices
+            guess = torch.where(noise[0, :, :top_k] < 0.6, ids, guess)
+            chances = torch.rand(num_tokens, top_k, generator=generator).sort(-1).values.flip(-1)
+            both = [torch.full((3, 1), -7, dtype=torch.int32, device=d) for d in ("cpu", DEVICE)]
+            plan_head_reference(guess, chances, expected, both[0])
+            plan_head(guess.to(DEVICE), chances.to(DEVICE), got, both[1])
+            assert torch.equal(both[1].cpu(), both[0])
+            size = (3, ids.numel())
+            both = [torch.full(size, -7, dtype=torch.int32, device=d) for d in ("cpu", DEVICE)]
+            plan_reference(ids, expected, lrfu(5.0), both[0])
+            plan(ids.to(DEVICE), got, lrfu(5.0), both[1])
+            assert torch.equal(both[1].cpu(), both[0])
+            for name, tensor in vars(expected).items():
+                torch.testing.assert_close(vars(got)[name].cpu(), tensor, rtol=1e-5, atol=1e-6)
+            got.check_integrity()
+        settled += int(expected.counters[TAILS]) * int(expected.counters[WASTED_HEADS])
+    assert settled > 0  # some were right and some were wrong
+
+
+def test_heads_that_come_to_nothing_lose_trust_until_none_is_begun() -> None:
+    tables = ResidencyTables.empty(40, 8, DEVICE)
+    copies = torch.empty(3, 1, dtype=torch.int32, device=DEVICE)
+    begun = []
+    for step in range(60):
+        wrong = torch.tensor([20 + step % 10], device=DEVICE)
+        plan_head(wrong, torch.tensor([0.9], device=DEVICE), tables, copies)
+        begun.append(int(copies[0, 0]) >= 0)
+        plan(torch.tensor([step % 4], device=DEVICE), tables, LFU, copies.clone())
+    assert begun[0]
+    assert not any(begun[-10:])
 
 
 FORMS = {

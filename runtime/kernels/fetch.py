@@ -7,47 +7,81 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from foreroute.runtime.kernels.tables import HEAD, TAIL, WHOLE
+
 WORD = torch.int64
 BLOCK_WORDS = 1024
 
 
 @triton.jit
-def _fetch_kernel(rows, slots, source, target, num_words, BLOCK: tl.constexpr):
-    expert = tl.load(source + tl.program_id(1)).to(tl.int64)
+def _fetch_kernel(
+    rows,
+    slots,
+    copies,
+    head_words,
+    num_copies,
+    num_words,
+    HAS_PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    expert = tl.load(copies + tl.program_id(1)).to(tl.int64)
     if expert >= 0:
-        slot = tl.load(target + tl.program_id(1)).to(tl.int64)
-        for block in range(tl.program_id(0), tl.cdiv(num_words, BLOCK), tl.num_programs(0)):
+        slot = tl.load(copies + num_copies + tl.program_id(1)).to(tl.int64)
+        begin, end = 0, num_words
+        if HAS_PARTS:
+            part = tl.load(copies + 2 * num_copies + tl.program_id(1))
+            middle = tl.load(head_words)
+            begin = tl.where(part == 2, middle, 0)
+            end = tl.where(part == 1, middle, num_words)
+        first = begin // BLOCK + tl.program_id(0)
+        for block in range(first, tl.cdiv(end, BLOCK), tl.num_programs(0)):
             words = block * BLOCK + tl.arange(0, BLOCK)
-            is_word = words < num_words
+            is_word = words < end
             values = tl.load(rows + expert * num_words + words, mask=is_word)
             tl.store(slots + slot * num_words + words, values, mask=is_word)
 
 
-def fetch(rows: Tensor, slots: Tensor, source: Tensor, target: Tensor, *, num_blocks: int) -> None:
+def fetch(
+    rows: Tensor,
+    slots: Tensor,
+    copies: Tensor,
+    *,
+    num_blocks: int,
+    head_words: Tensor | None = None,
+) -> None:
     """Copy the planned experts; programs with nothing to copy end at once.
 
     Args:
         rows: Host weights, [E, row_bytes] uint8, pinned (or on the device).
         slots: [S, row_bytes] uint8, on the device.
-        source: Expert to copy or -1, [N] int32.
-        target: Slot to copy it to, [N] int32.
+        copies: [3, N] int32: experts or -1, their slots, and the part to copy (0 all, 1 its head, 2
+            its tail).
         num_blocks: Thread blocks per expert: enough to fill the link, few enough to leave the
             GPU's multiprocessors to compute that runs beside.
+        head_words: Where heads end and tails begin, [1] int32, in words of 8 bytes and a multiple
+            of `BLOCK_WORDS`; everything is copied whole if None.
     """
-    grid = (num_blocks, source.numel())
-    _fetch_kernel[grid](
+    num_copies = copies.shape[1]
+    _fetch_kernel[(num_blocks, num_copies)](
         rows.view(WORD),
         slots.view(WORD),
-        source,
-        target,
+        copies,
+        copies if head_words is None else head_words,
+        num_copies,
         rows.shape[1] // WORD.itemsize,
+        HAS_PARTS=head_words is not None,
         BLOCK=BLOCK_WORDS,
         num_warps=4,
     )
 
 
-def fetch_reference(rows: Tensor, slots: Tensor, source: Tensor, target: Tensor) -> None:
+def fetch_reference(
+    rows: Tensor, slots: Tensor, copies: Tensor, head_words: Tensor | None = None
+) -> None:
     """What `fetch` does, in plain PyTorch."""
-    for expert, slot in zip(source.tolist(), target.tolist(), strict=True):
+    for expert, slot, part in copies.T.tolist():
         if expert >= 0:
-            slots[slot].copy_(rows[expert])
+            middle = 0 if head_words is None else int(head_words) * WORD.itemsize
+            part = WHOLE if head_words is None else part
+            begin, end = {WHOLE: (0, None), HEAD: (0, middle), TAIL: (middle, None)}[part]
+            slots[slot, begin:end].copy_(rows[expert, begin:end])

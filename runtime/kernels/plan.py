@@ -2,93 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-EMPTY = -1
-HITS, MISSES, PREFETCHES, WASTED = range(4)
-NUM_COUNTERS = 4
-
-
-@dataclass(frozen=True)
-class ScoreRule:
-    """How an expert's score follows from its uses; the slot with the least score is evicted.
-
-    At each step `score = decay * score`, and `+ 1` for experts in use; or, for recency, the score
-    of experts in use is the step's number.
-    """
-
-    decay: float = 1.0
-    """1 counts uses (LFU); 0.5 ** (1 / h) halves a use's worth every h steps (LRFU)."""
-    is_recency: bool = False
-    """Least recently used goes first."""
-
-
-LRU = ScoreRule(is_recency=True)
-LFU = ScoreRule()
-
-
-def lrfu(half_life_steps: float) -> ScoreRule:
-    """Decayed frequency."""
-    return ScoreRule(decay=0.5 ** (1 / half_life_steps))
-
-
-@dataclass
-class ResidencyTables:
-    """One layer's residency, on the device; every field is changed in place."""
-
-    slot_of: Tensor
-    """[E] int32, the expert's slot or -1."""
-    expert_in: Tensor
-    """[S] int32, the slot's expert or -1."""
-    score: Tensor
-    """[E] float32; see `ScoreRule`."""
-    is_unused_prefetch: Tensor
-    """[S] int32, 1 where a prefetched expert has not been used yet."""
-    step: Tensor
-    """[1] int32, decode steps so far."""
-    counters: Tensor
-    """[4] int32: hits, misses, prefetches, wasted prefetches."""
-
-    @classmethod
-    def empty(cls, num_experts: int, num_slots: int, device: torch.device | str) -> ResidencyTables:
-        """Tables of a layer with no expert resident."""
-
-        def filled(size: int, value: int) -> Tensor:
-            return torch.full((size,), value, dtype=torch.int32, device=device)
-
-        return cls(
-            slot_of=filled(num_experts, EMPTY),
-            expert_in=filled(num_slots, EMPTY),
-            score=torch.zeros(num_experts, dtype=torch.float32, device=device),
-            is_unused_prefetch=filled(num_slots, 0),
-            step=filled(1, 0),
-            counters=filled(NUM_COUNTERS, 0),
-        )
-
-    def reset(self) -> None:
-        """Forget everything that is resident, in place."""
-        self.slot_of.fill_(EMPTY)
-        self.expert_in.fill_(EMPTY)
-        for tensor in (self.score, self.is_unused_prefetch, self.step, self.counters):
-            tensor.zero_()
-
-    def check_integrity(self) -> None:
-        """Check the tables against each other.
-
-        Raises:
-            RuntimeError: If they disagree.
-        """
-        expert_in = self.expert_in.tolist()
-        placed = {e: s for e, s in enumerate(self.slot_of.tolist()) if s != EMPTY}
-        if placed != {e: s for s, e in enumerate(expert_in) if e != EMPTY}:
-            raise RuntimeError(f"Slot table {placed} and slot contents {expert_in} disagree.")
-        if len(set(placed.values())) != len(placed):
-            raise RuntimeError(f"Two experts share a slot: {placed}.")
+from foreroute.runtime.kernels.tables import (
+    EMPTY,
+    HITS,
+    MISSES,
+    PREFETCHES,
+    TAIL,
+    TAILS,
+    TRUST_MEMORY,
+    WASTED,
+    WASTED_HEADS,
+    WHOLE,
+    ResidencyTables,
+    ScoreRule,
+)
 
 
 @triton.jit
@@ -100,11 +32,14 @@ def _plan_kernel(
     is_unused_prefetch,
     step,
     counters,
-    source,
-    target,
+    pending,
+    pending_confidence,
+    trust,
+    copies,
     num_experts,
     num_slots,
     decay,
+    memory,
     IS_RECENCY: tl.constexpr,
     IS_PREFETCH: tl.constexpr,
     NUM_IDS: tl.constexpr,
@@ -126,13 +61,33 @@ def _plan_kernel(
         expert = tl.load(expert_ids + i).to(tl.int32)
         taken = tl.where((held == expert) & (expert >= 0), 1, taken)
         in_use = tl.where(experts == expert, 1, in_use)
-    if not IS_PREFETCH:
-        is_hit = is_slot & (taken == 1)
-        unused = tl.where(is_hit, 0, unused)
-        tl.store(counters, tl.load(counters) + tl.sum(is_hit.to(tl.int32), 0))
-        tl.store(step, now)
     copied = tl.full([IDS], -1, dtype=tl.int32)
     placed = tl.zeros([IDS], dtype=tl.int32)
+    part = tl.zeros([IDS], dtype=tl.int32)
+    if not IS_PREFETCH:
+        num_hits = tl.sum((is_slot & (taken == 1)).to(tl.int32), 0)
+        unused = tl.where(is_slot & (taken == 1), 0, unused)
+        early = tl.load(pending)
+        if early >= 0:  # its head is here: settle it
+            early_slot = tl.load(pending + 1)
+            first = tl.min(tl.where(ids == early, at, IDS), 0)
+            is_right = (first < IDS).to(tl.int32)
+            expected = tl.load(trust + 1) * memory + tl.load(pending_confidence)
+            tl.store(trust, tl.load(trust) * memory + is_right)
+            tl.store(trust + 1, expected)
+            tl.store(pending, -1)
+            copied = tl.where(at == first, early, copied)
+            placed = tl.where(at == first, early_slot, placed)
+            part = tl.where(at == first, 2, part)
+            num_hits -= is_right  # its tail is missing
+            tl.store(counters + 5, tl.load(counters + 5) + is_right)
+            tl.store(counters + 6, tl.load(counters + 6) + 1 - is_right)
+            if is_right == 0:
+                tl.store(slot_of + early, -1)
+                tl.store(expert_in + early_slot, -1)
+                held = tl.where(slots == early_slot, -1, held)
+        tl.store(counters, tl.load(counters) + num_hits)
+        tl.store(step, now)
     if tl.sum(((ids >= 0) & (where_held < 0)).to(tl.int32), 0) > 0:
         worth = tl.load(score + held, mask=held >= 0, other=-1.0)
         num_copies, num_wasted = 0, 0
@@ -158,8 +113,9 @@ def _plan_kernel(
         kind = counters + (2 if IS_PREFETCH else 1)
         tl.store(kind, tl.load(kind) + num_copies)
         tl.store(counters + 3, tl.load(counters + 3) + num_wasted)
-    tl.store(source + at, copied, mask=at < NUM_IDS)
-    tl.store(target + at, placed, mask=copied >= 0)
+    tl.store(copies + at, copied, mask=at < NUM_IDS)
+    tl.store(copies + NUM_IDS + at, placed, mask=copied >= 0)
+    tl.store(copies + 2 * NUM_IDS + at, part, mask=copied >= 0)
     tl.store(is_unused_prefetch + slots, unused, mask=is_slot)
     if IS_RECENCY:
         tl.store(score + experts, now.to(tl.float32), mask=in_use == 1)
@@ -171,22 +127,23 @@ def plan(
     expert_ids: Tensor,
     tables: ResidencyTables,
     rule: ScoreRule,
-    source: Tensor,
-    target: Tensor,
+    copies: Tensor,
     *,
     is_prefetch: bool = False,
 ) -> None:
     """Give every absent expert a slot, evicting the lowest scores; one launch.
 
-    Experts of this call are never victims. Where a prefetch finds only such slots, it leaves the
-    expert out; a demand must not name more distinct experts than there are slots.
+    A demand also settles the layer's pending head (`plan_head`): if it is needed, its tail is to be
+    copied, else its slot is free again. Experts of this call are never victims. Where a prefetch
+    finds only such slots, it leaves the expert out; a demand must not name more distinct experts
+    than there are slots.
 
     Args:
         expert_ids: Experts asked for, [N], any integer dtype; -1 asks for nothing.
         tables: Of the layer, changed in place.
         rule: How scores change. A prefetch leaves frequencies alone.
-        source: Written: the expert to copy for each id or -1, [N] int32.
-        target: Written where source is not -1: the slot to copy it to, [N] int32.
+        copies: Written, [3, N] int32: for each id the expert to copy or -1; where it is not -1, the
+            slot to copy it to, and whether that is all of it (0) or what its head left (2).
         is_prefetch: Whether the experts are predicted, not yet needed.
     """
     num_experts, num_slots = len(tables.slot_of), len(tables.expert_in)
@@ -199,11 +156,14 @@ def plan(
         tables.is_unused_prefetch,
         tables.step,
         tables.counters,
-        source,
-        target,
+        tables.pending,
+        tables.pending_confidence,
+        tables.trust,
+        copies,
         num_experts,
         num_slots,
         rule.decay,
+        TRUST_MEMORY,
         IS_RECENCY=rule.is_recency,
         IS_PREFETCH=is_prefetch,
         NUM_IDS=num_ids,
@@ -218,8 +178,7 @@ def plan_reference(
     expert_ids: Tensor,
     tables: ResidencyTables,
     rule: ScoreRule,
-    source: Tensor,
-    target: Tensor,
+    copies: Tensor,
     *,
     is_prefetch: bool = False,
 ) -> None:
@@ -230,10 +189,27 @@ def plan_reference(
     now = float(tables.step)
     taken = {s for s, e in _held(tables).items() if e >= 0 and e in ids}
     seen: set[int] = set()
+    early, early_slot = tables.pending.tolist()
+    if early != EMPTY and not is_prefetch:
+        tables.trust *= TRUST_MEMORY
+        tables.trust[1] += tables.pending_confidence[0]
+        tables.pending[0] = EMPTY
+        if early in ids:
+            tables.trust[0] += 1
+            tables.counters[TAILS] += 1
+            seen.add(early_slot)
+        else:
+            tables.slot_of[early] = tables.expert_in[early_slot] = EMPTY
+            worth[early_slot] = -1.0
+            tables.counters[WASTED_HEADS] += 1
     for i, expert in enumerate(ids):
         slot = int(tables.slot_of[expert]) if expert >= 0 else EMPTY
         free = [s for s in worth if s not in taken]
-        source[i] = -1
+        copies[0, i] = -1
+        if early != EMPTY and not is_prefetch and ids.index(expert) == i and expert == early:
+            copies[:, i] = torch.tensor([early, early_slot, TAIL])
+            tables.is_unused_prefetch[early_slot] = 0
+            continue
         if expert >= 0 and slot == EMPTY and free:
             slot = min(free, key=lambda s: (worth[s], s))
             evicted = int(tables.expert_in[slot])
@@ -241,7 +217,7 @@ def plan_reference(
             if evicted >= 0:
                 tables.slot_of[evicted] = EMPTY
             tables.slot_of[expert], tables.expert_in[slot] = slot, expert
-            source[i], target[i] = expert, slot
+            copies[:, i] = torch.tensor([expert, slot, WHOLE])
             taken.add(slot)
             tables.is_unused_prefetch[slot] = int(is_prefetch)
             tables.counters[PREFETCHES if is_prefetch else MISSES] += 1

@@ -1,0 +1,139 @@
+"""Budgeted prefetch on the device: the head of one expert, where it is likely to be needed.
+
+While a layer computes, the link has time for a part of one expert. So at most one absent expert of
+the next layer is begun, the likeliest, and only its head: if the router asks for it, the tail
+follows with the layer's other misses; if not, little time was lost.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from foreroute.runtime.kernels.tables import EMPTY, HEAD, HEADS, WASTED, ResidencyTables
+
+LEAST_CONFIDENCE = 0.5
+"""A wrong head delays as much as a right one saves."""
+
+
+@triton.jit
+def _head_kernel(
+    expert_ids,
+    confidence,
+    slot_of,
+    expert_in,
+    score,
+    is_unused_prefetch,
+    counters,
+    pending,
+    pending_confidence,
+    trust,
+    copies,
+    num_slots,
+    least,
+    NUM_IDS: tl.constexpr,
+    IDS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    at, slots = tl.arange(0, IDS), tl.arange(0, SLOTS)
+    is_id, is_slot = at < NUM_IDS, slots < num_slots
+    ids = tl.load(expert_ids + at, mask=is_id, other=0).to(tl.int32)
+    chance = tl.load(confidence + at, mask=is_id, other=-1.0)
+    is_absent = tl.load(slot_of + ids, mask=is_id, other=0) < 0
+    chance = tl.where(is_absent, chance, -1.0)
+    held = tl.load(expert_in + slots, mask=is_slot, other=-2)
+    worth = tl.load(score + held, mask=held >= 0, other=-1.0)
+    taken = tl.where(is_slot, 0, 1)  # slots that may not be evicted
+    for i in tl.static_range(NUM_IDS):
+        taken = tl.where(held == tl.load(expert_ids + i).to(tl.int32), 1, taken)
+    best = tl.argmax(chance, 0)
+    likely = tl.max(chance, 0)
+    expert = tl.sum(tl.where(at == best, ids, 0), 0)
+    share = tl.minimum(1.0, tl.load(trust) / tl.load(trust + 1))
+    if (likely * share >= least) & (tl.min(taken, 0) == 0):
+        slot = tl.argmin(tl.where(taken == 0, worth, float("inf")), 0)
+        evicted = tl.sum(tl.where(slots == slot, held, 0), 0)
+        if evicted >= 0:
+            tl.store(slot_of + evicted, -1)
+        wasted = tl.load(is_unused_prefetch + slot)
+        tl.store(counters + 3, tl.load(counters + 3) + wasted)
+        tl.store(is_unused_prefetch + slot, 0)
+        tl.store(slot_of + expert, slot)
+        tl.store(expert_in + slot, expert)
+        tl.store(pending, expert)
+        tl.store(pending + 1, slot)
+        tl.store(pending_confidence, likely)
+        tl.store(counters + 4, tl.load(counters + 4) + 1)
+        tl.store(copies, expert)
+        tl.store(copies + 1, slot)
+        tl.store(copies + 2, 1)
+    else:
+        tl.store(copies, -1)
+
+
+def plan_head(
+    expert_ids: Tensor, confidence: Tensor, tables: ResidencyTables, copies: Tensor
+) -> None:
+    """Choose the expert whose head is copied early, if any is likely enough; one launch.
+
+    Its confidence counts less the more earlier heads came to nothing (`ResidencyTables.trust`).
+    Predicted experts are never victims. The layer's next demand (`plan`) settles the head.
+
+    Args:
+        expert_ids: Predicted, [..] with N elements, any integer dtype.
+        confidence: How likely each is among the true ones, of the same shape, float32.
+        tables: Of the layer they belong to, with nothing pending; changed in place.
+        copies: Written, [3, 1] int32, as `fetch` takes it.
+    """
+    num_ids, num_slots = expert_ids.numel(), len(tables.expert_in)
+    _head_kernel[(1,)](
+        expert_ids,
+        confidence,
+        tables.slot_of,
+        tables.expert_in,
+        tables.score,
+        tables.is_unused_prefetch,
+        tables.counters,
+        tables.pending,
+        tables.pending_confidence,
+        tables.trust,
+        copies,
+        num_slots,
+        LEAST_CONFIDENCE,
+        NUM_IDS=num_ids,
+        IDS=triton.next_power_of_2(num_ids),
+        SLOTS=triton.next_power_of_2(num_slots),
+        num_warps=1,
+    )
+
+
+def plan_head_reference(
+    expert_ids: Tensor, confidence: Tensor, tables: ResidencyTables, copies: Tensor
+) -> None:
+    """What `plan_head` does, in plain Python."""
+    copies[0, 0] = EMPTY
+    guesses = list(zip(expert_ids.flatten().tolist(), confidence.flatten().tolist(), strict=True))
+    absent = [
+        (chance, -i, e) for i, (e, chance) in enumerate(guesses) if tables.slot_of[e] == EMPTY
+    ]
+    named = {expert for expert, _ in guesses}
+    held = tables.expert_in.tolist()
+    free = [slot for slot, expert in enumerate(held) if expert not in named]
+    if not absent or not free:
+        return
+    likely, _, expert = max(absent)
+    if likely * min(1.0, float(tables.trust[0] / tables.trust[1])) < LEAST_CONFIDENCE:
+        return
+    worth = {s: -1.0 if held[s] == EMPTY else float(tables.score[held[s]]) for s in free}
+    slot = min(free, key=lambda s: (worth[s], s))
+    if held[slot] != EMPTY:
+        tables.slot_of[held[slot]] = EMPTY
+    tables.counters[WASTED] += tables.is_unused_prefetch[slot]
+    tables.is_unused_prefetch[slot] = 0
+    tables.slot_of[expert], tables.expert_in[slot] = slot, expert
+    tables.pending.copy_(torch.tensor([expert, slot]))
+    tables.pending_confidence.fill_(likely)
+    tables.counters[HEADS] += 1
+    copies[:, 0] = torch.tensor([expert, slot, HEAD])

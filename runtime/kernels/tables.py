@@ -1,0 +1,125 @@
+"""What the kernels know about residency: one layer's tables on the device, and scoring rules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+EMPTY = -1
+HITS, MISSES, PREFETCHES, WASTED, HEADS, TAILS, WASTED_HEADS = range(7)
+NUM_COUNTERS = 7
+WHOLE, HEAD, TAIL = range(3)
+"""Parts of an expert that a copy moves."""
+TRUST_MEMORY = 0.995
+"""Kept of what is known about earlier heads, when another one is settled."""
+TRUST_START = 20.0
+"""Heads that predictions are trusted for before any is settled."""
+
+
+@dataclass(frozen=True)
+class ScoreRule:
+    """How an expert's score follows from its uses; the slot with the least score is evicted.
+
+    At each step `score = decay * score`, and `+ 1` for experts in use; or, for recency, the score
+    of experts in use is the step's number.
+    """
+
+    decay: float = 1.0
+    """1 counts uses (LFU); 0.5 ** (1 / h) halves a use's worth every h steps (LRFU)."""
+    is_recency: bool = False
+    """Least recently used goes first."""
+
+
+LRU = ScoreRule(is_recency=True)
+LFU = ScoreRule()
+
+
+def lrfu(half_life_steps: float) -> ScoreRule:
+    """Decayed frequency."""
+    return ScoreRule(decay=0.5 ** (1 / half_life_steps))
+
+
+@dataclass
+class ResidencyTables:
+    """One layer's residency, on the device; every field is changed in place."""
+
+    slot_of: Tensor
+    """[E] int32, the expert's slot or -1."""
+    expert_in: Tensor
+    """[S] int32, the slot's expert or -1."""
+    score: Tensor
+    """[E] float32; see `ScoreRule`."""
+    is_unused_prefetch: Tensor
+    """[S] int32, 1 where a prefetched expert has not been used yet."""
+    step: Tensor
+    """[1] int32, decode steps so far."""
+    counters: Tensor
+    """[7] int32: hits, misses, prefetches, prefetches never used; heads, heads that were needed and
+    got their tails, heads that were not."""
+    pending: Tensor
+    """[2] int32: the expert whose head is here or on its way, or -1, and its slot."""
+    pending_confidence: Tensor
+    """[1] float32: how likely that expert was said to be needed."""
+    trust: Tensor
+    """[2] float32, shared by all layers: heads that were needed, and how many were expected to be;
+    both fade by `TRUST_MEMORY`."""
+
+    @classmethod
+    def empty(
+        cls,
+        num_experts: int,
+        num_slots: int,
+        device: torch.device | str,
+        *,
+        trust: Tensor | None = None,
+        counters: Tensor | None = None,
+    ) -> ResidencyTables:
+        """Tables of a layer with no expert resident.
+
+        Args:
+            num_experts: E.
+            num_slots: S.
+            device: Where they lie.
+            trust: Shared with other layers; own if None.
+            counters: A row of a tensor that holds all layers' counters; own if None.
+        """
+
+        def filled(size: int, value: int) -> Tensor:
+            return torch.full((size,), value, dtype=torch.int32, device=device)
+
+        return cls(
+            slot_of=filled(num_experts, EMPTY),
+            expert_in=filled(num_slots, EMPTY),
+            score=torch.zeros(num_experts, dtype=torch.float32, device=device),
+            is_unused_prefetch=filled(num_slots, 0),
+            step=filled(1, 0),
+            counters=filled(NUM_COUNTERS, 0) if counters is None else counters,
+            pending=filled(2, EMPTY),
+            pending_confidence=torch.zeros(1, device=device),
+            trust=torch.full((2,), TRUST_START, device=device) if trust is None else trust,
+        )
+
+    def reset(self) -> None:
+        """Forget everything that is resident, in place."""
+        self.slot_of.fill_(EMPTY)
+        self.expert_in.fill_(EMPTY)
+        self.pending.fill_(EMPTY)
+        for tensor in (self.score, self.is_unused_prefetch, self.step, self.counters):
+            tensor.zero_()
+
+    def check_integrity(self) -> None:
+        """Check the tables against each other.
+
+        Raises:
+            RuntimeError: If they disagree.
+        """
+        if self.pending[0] != EMPTY:
+            raise RuntimeError(f"Only the head of expert {int(self.pending[0])} has been copied.")
+        expert_in = self.expert_in.tolist()
+        placed = {e: s for e, s in enumerate(self.slot_of.tolist()) if s != EMPTY}
+        if placed != {e: s for s, e in enumerate(expert_in) if e != EMPTY}:
+            raise RuntimeError(f"Slot table {placed} and slot contents {expert_in} disagree.")
+        if len(set(placed.values())) != len(placed):
+            raise RuntimeError(f"Two experts share a slot: {placed}.")
