@@ -161,7 +161,7 @@ class Study:
         parts = []
         for sequences in (self.fitting, self.choosing):
             shards = PairedShards(self.traces, stack.spec, sequences, cache_bytes=0)
-            parts.append(ListedShards(tuple(PreparedShards(stack, shards))))
+            parts.append(ListedShards(tuple(PreparedShards(stack, shards, seed=0))))
         return parts[0], parts[1]
 
     def fit(self, stack: EstimatorStack, fitting: ListedShards, choosing: ListedShards) -> None:

@@ -43,21 +43,47 @@ def eager_us(stack: EstimatorStack) -> float:
 def captured_us(stack: EstimatorStack) -> float:
     """The same as one CUDA graph."""
     source = one_token(stack)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
-            stack(source)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        stack(source)
-    return _repeat(graph.replay, stack.input.device)
+    return _repeat(_captured(lambda: stack(source)), stack.input.device)
+
+
+@torch.inference_mode()
+def layer_by_layer_us(stack: EstimatorStack) -> float:
+    """Microseconds of one token through one pair after the other, as decoding does it.
+
+    One CUDA graph of all pairs on a GPU, eager on a CPU.
+    """
+    source = one_token(stack)
+    fields = [name for name in source._fields if name in stack.input.needed]
+    states = [
+        {name: getattr(source, name)[pair] for name in fields}
+        for pair in range(len(stack.source_layers))
+    ]
+
+    def predict_all() -> None:
+        for layer, given in zip(stack.source_layers, states, strict=True):
+            stack.predict(layer, **given)
+
+    is_gpu = stack.input.device.type == "cuda"
+    return _repeat(_captured(predict_all) if is_gpu else predict_all, stack.input.device)
 
 
 def prediction_us(stack: EstimatorStack) -> float:
     """As the runtime would do it: a CUDA graph on a GPU, eager on a CPU."""
     return captured_us(stack) if stack.input.device.type == "cuda" else eager_us(stack)
+
+
+def _captured(step: Callable[[], object]) -> Callable[[], object]:
+    """The replay of a step as a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def _repeat(step: Callable[[], object], device: torch.device) -> float:

@@ -1,5 +1,6 @@
 """Splitting, batching, fitting and measuring estimators."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -25,7 +26,13 @@ from foreroute.train.datamodule import BatchStream
 from foreroute.train.fit import choose_device, train_estimator
 from foreroute.train.losses import LOSSES, RouterRule, kl_to_router, kl_to_scores
 from foreroute.train.module import EstimatorModule
-from foreroute.train.prepared import PreparedBatch, PreparedShards
+from foreroute.train.prepared import (
+    BOUNDARY_WIDTH,
+    PreparedBatch,
+    PreparedShards,
+    prepare,
+    soft_membership,
+)
 from foreroute.train.ridge import NormalEquations
 from foreroute.train.run import FitConfig, load_run
 from foreroute.train.shards import PairedShards, RoutingBatch
@@ -56,8 +63,9 @@ def toy_geometry(layer_indices=(0, 1, 2), num_experts=16, hidden_size=128) -> Mo
     )
 
 
-def toy_stack(form: str) -> EstimatorStack:
+def toy_stack(form: str, family: str = "other", bias=None) -> EstimatorStack:
     anchors = LayerAnchors(
+        selection_bias=bias,
         router_weight=torch.randn(3, 16, 128) / 11,
         router_bias=torch.zeros(3, 16),
         norm_weight=torch.ones(3, 128),
@@ -66,7 +74,8 @@ def toy_stack(form: str) -> EstimatorStack:
         norm_eps=1e-6,
     )
     spec = EstimatorSpec(form=form, input_kind="residual", width=64, target_layers=(1, 2))
-    return EstimatorStack.build(toy_geometry(), spec, anchors)
+    geometry = dataclasses.replace(toy_geometry(), gate_family=family)
+    return EstimatorStack.build(geometry, spec, anchors)
 
 
 def toy_batch(num_tokens: int) -> RoutingBatch:
@@ -187,21 +196,28 @@ def test_kl_matches_a_hand_worked_number() -> None:
     assert divergence.item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
 
 
-def test_every_loss_is_least_at_the_true_logits() -> None:
+@pytest.mark.parametrize("family", ["softmax-topk-renorm", "sigmoid-topk-renorm"])
+def test_kl_and_boundary_are_least_at_the_true_logits(family: str) -> None:
     torch.manual_seed(0)
-    batch = toy_batch(32)
-    tokens = PreparedBatch(batch.source.residual, batch.target_logits, *batch[1:4])
-    for family in ("softmax-topk-renorm", "sigmoid-topk-renorm"):
-        bias = torch.randn(2, 1, 16) if family.startswith("sigmoid") else None
-        rule = RouterRule(family=family, selection_bias=bias)
-        for name, loss in LOSSES.items():
-            logits = batch.target_logits.clone().requires_grad_(True)
-            value = loss(logits, tokens, rule)
-            assert value.shape == (2,)
-            if name != "gate-mass":  # its target leaves out the experts that were not chosen
-                assert torch.allclose(value, torch.zeros(2), atol=1e-4)
-            worse = loss(logits + torch.randn(2, 32, 16), tokens, rule)
-            assert (worse > value).all()
+    bias = torch.randn(3, 16) if family.startswith("sigmoid") else None
+    stack, batch = toy_stack("linear", family, bias), toy_batch(32)
+    tokens, rule = prepare(stack, batch), RouterRule.of(stack)
+    for name in ("kl", "boundary"):
+        logits = batch.target_logits.clone().requires_grad_(True)
+        value = LOSSES[name](logits, tokens, rule)
+        assert value.shape == (2,)
+        (gradient,) = torch.autograd.grad(value.sum(), logits)
+        assert torch.allclose(gradient, torch.zeros_like(gradient), atol=1e-6)
+        worse = LOSSES[name](batch.target_logits + torch.randn(2, 32, 16), tokens, rule)
+        assert (worse > value).all()
+
+
+def test_soft_membership_matches_a_hand_worked_number() -> None:
+    scores = torch.tensor([[[3.0, 1.0, -1.0, -3.0]]])  # top 1 of 4: the boundary is at 2
+    membership, boundary = soft_membership(scores, 1)
+    width = BOUNDARY_WIDTH * (20 / 3) ** 0.5
+    assert boundary.flatten().tolist() == pytest.approx([2.0, width])
+    assert membership.flatten()[0].item() == pytest.approx(1 / (1 + math.exp(-1 / width)))
 
 
 def test_sigmoid_divergence_matches_a_hand_worked_number() -> None:
@@ -217,6 +233,8 @@ def test_gate_mass_matches_a_hand_worked_number() -> None:
         target_logits=torch.zeros(1, 1, 4),
         target_ids=torch.tensor([[[0, 2]]]),
         target_gate_weights=torch.tensor([[[1.5, 0.5]]]),
+        membership=torch.zeros(1, 1, 4),
+        boundary=torch.zeros(1, 1, 2),
     )
     rule = RouterRule(family="softmax-topk", selection_bias=None)
     expected = 0.75 * math.log(0.75 / 0.25) + 0.25 * math.log(0.25 / 0.25)

@@ -1,4 +1,4 @@
-"""Batches for the fit: shard by shard, shuffled shards and shuffled tokens in them."""
+"""Batches for the fit: shard by shard, in shuffled order."""
 
 from __future__ import annotations
 
@@ -42,12 +42,14 @@ class Shards(Protocol[TokensT_co]):
 
 
 class BatchStream(Generic[TokensT]):
-    """Batches of one epoch, never across shards.
+    """Batches of one epoch, never across shards: neighbouring tokens, as views.
+
+    Shards that are trained on hold their tokens in random order themselves (`PreparedShards`).
 
     Args:
         shards: The tokens.
         batch_size: Tokens per batch (a shard's last may hold fewer).
-        seed: Orders shards and tokens; recording order if None.
+        seed: Orders shards and the batches in them; recording order if None.
     """
 
     def __init__(self, shards: Shards[TokensT], batch_size: int, seed: int | None = None) -> None:
@@ -60,19 +62,19 @@ class BatchStream(Generic[TokensT]):
 
     def __iter__(self) -> Iterator[TokensT]:
         """Yield every token once."""
-        shard_indices = list(self.shards.rows)
+        generator = torch.Generator()
+        if self.seed is not None:
+            generator.manual_seed(self.seed)
+        for shard_idx in self._ordered(list(self.shards.rows), generator):
+            shard = self.shards.read(shard_idx)
+            starts = list(range(0, shard.num_tokens, self.batch_size))
+            for start in self._ordered(starts, generator):
+                yield shard.select(slice(start, start + self.batch_size))
+
+    def _ordered(self, items: list[int], generator: torch.Generator) -> list[int]:
         if self.seed is None:
-            for shard_idx in shard_indices:
-                shard = self.shards.read(shard_idx)
-                for start in range(0, shard.num_tokens, self.batch_size):
-                    yield shard.select(slice(start, start + self.batch_size))
-            return
-        generator = torch.Generator().manual_seed(self.seed)
-        for i in torch.randperm(len(shard_indices), generator=generator).tolist():
-            shard = self.shards.read(shard_indices[i])
-            order = torch.randperm(shard.num_tokens, generator=generator)
-            for rows in torch.split(order, self.batch_size):
-                yield shard.select(rows)
+            return items
+        return [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
 
 
 class RoutingDataModule(LightningDataModule):
@@ -82,7 +84,7 @@ class RoutingDataModule(LightningDataModule):
         train: Tokens to train on.
         validation: Tokens of other training sequences; may hold none.
         batch_size: Tokens per batch.
-        seed: Orders the training tokens, anew in every epoch.
+        seed: Orders the training batches, anew in every epoch.
     """
 
     def __init__(

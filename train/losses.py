@@ -10,13 +10,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from foreroute.estimators import EstimatorStack, selection_scores
-from foreroute.estimators.calibration import decision_margins
 from foreroute.estimators.types import GateFamily
 from foreroute.train.prepared import PreparedBatch
 
 LossName = Literal["kl", "boundary", "gate-mass"]
-BOUNDARY_WIDTH = 0.2
-"""Softness of the boundary between chosen and other experts, in standard deviations of scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +74,7 @@ def kl_to_scores(predicted_logits: Tensor, router_logits: Tensor) -> Tensor:
         Sum over experts of KL(Bernoulli(true) || Bernoulli(predicted)) in nats, mean over tokens,
         [P], float32.
     """
-    return _bernoulli_kl(predicted_logits.float(), router_logits.float())
-
-
-def _bernoulli_kl(predicted: Tensor, true: Tensor) -> Tensor:
-    """Of the sigmoids of both, summed over experts, mean over tokens, [P]."""
+    predicted, true = predicted_logits.float(), router_logits.float()
     excess = functional.softplus(predicted) - functional.softplus(true)
     return (excess - true.sigmoid() * (predicted - true)).sum(dim=-1).mean(dim=-1)
 
@@ -93,19 +86,14 @@ def kl(predicted_logits: Tensor, target: PreparedBatch, rule: RouterRule) -> Ten
 
 
 def boundary(predicted_logits: Tensor, target: PreparedBatch, rule: RouterRule) -> Tensor:
-    """Divergence of predicted from true soft membership in the top K, plus `kl`.
+    """Cross-entropy of soft membership in the top K, summed over experts.
 
-    Membership is the sigmoid of how far an expert's score lies above the middle of the K-th and the
-    next one's, in units of `BOUNDARY_WIDTH` standard deviations of the layer's true scores. Experts
-    far from the boundary weigh nothing there, on either side, and ties are not forced apart; `kl`
-    keeps their logits the router's.
+    Experts far from the boundary weigh nothing, on either side, and ties are not forced apart.
     """
-    top_k = target.target_ids.shape[-1]
-    true = rule.ranking(target.target_logits.float())
-    width = BOUNDARY_WIDTH * true.std(dim=(1, 2), keepdim=True)  # [P, 1, 1]
-    wanted = decision_margins(true, top_k) / width
-    margins = decision_margins(rule.ranking(predicted_logits), top_k) / width
-    return _bernoulli_kl(margins, wanted) + kl(predicted_logits, target, rule)
+    middle, width = target.boundary[..., :1], target.boundary[..., 1:]
+    distance = (rule.ranking(predicted_logits) - middle) / width  # [P, T, E]
+    entropy = functional.softplus(distance) - target.membership * distance
+    return entropy.sum(dim=(1, 2)) / target.num_tokens
 
 
 def gate_mass(predicted_logits: Tensor, target: PreparedBatch, rule: RouterRule) -> Tensor:

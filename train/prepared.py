@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from foreroute.estimators import EstimatorStack
-from foreroute.train.shards import CACHE_BYTES, PairedShards, RoutingBatch
+from foreroute.train.shards import CACHE_BYTES, RoutingBatch
 
-DEVICE_SHARE = 0.6
+DEVICE_SHARE = 0.75
 """Share of a GPU's free memory that prepared tokens may take."""
 HOST_SHARE = 0.5
 """Share of the host's free memory that they may take."""
 PREPARE_TOKENS = 4096
+BOUNDARY_WIDTH = 0.25
+"""Softness of the boundary between chosen and other experts, in standard deviations of scores."""
+SMALLEST_WIDTH = 1e-6
 
 
 class PreparedBatch(NamedTuple):
@@ -32,6 +35,10 @@ class PreparedBatch(NamedTuple):
     """Experts the target layers chose, [P, T, K], integer."""
     target_gate_weights: Tensor
     """What each of them was multiplied with, [P, T, K], float."""
+    membership: Tensor
+    """Soft membership of each expert in the true top K, 0..1, [P, T, E], of the features' dtype."""
+    boundary: Tensor
+    """Where it is a half, and in what width of score it rises, [P, T, 2], float32."""
 
     @property
     def num_tokens(self) -> int:
@@ -60,6 +67,24 @@ class PreparedBatch(NamedTuple):
         return sum(tensor.nbytes for tensor in self)
 
 
+def soft_membership(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """How clearly each expert is among the top K of a token, as the true router ranks them.
+
+    Args:
+        scores: What the router ranks by, [P, T, E], float32.
+        top_k: K, less than E.
+
+    Returns:
+        The sigmoid of the distance from the middle of the K-th and the next score, [P, T, E], and
+        that middle with the width the distance is counted in, `BOUNDARY_WIDTH` standard deviations
+        of the token's scores, [P, T, 2].
+    """
+    best = scores.topk(min(top_k + 1, scores.shape[-1]), dim=-1).values
+    middle = best[..., -2:].mean(dim=-1, keepdim=True)
+    width = BOUNDARY_WIDTH * scores.std(dim=-1, keepdim=True).clamp(min=SMALLEST_WIDTH)
+    return ((scores - middle) / width).sigmoid(), torch.cat([middle, width], dim=-1)
+
+
 @torch.no_grad()
 def prepare(
     stack: EstimatorStack, batch: RoutingBatch, dtype: torch.dtype = torch.float32
@@ -72,13 +97,32 @@ def prepare(
         dtype: Of the features kept.
     """
     features = stack.input.features(batch.source)
+    scores = stack.ranking(batch.target_logits.float())
+    membership, boundary = soft_membership(scores, batch.target_ids.shape[-1])
     return PreparedBatch(
         features=features.to(dtype),
         anchor_logits=stack.anchor_logits(features),
         target_logits=batch.target_logits,
         target_ids=batch.target_ids,
         target_gate_weights=batch.target_gate_weights,
+        membership=membership.to(dtype),
+        boundary=boundary,
     )
+
+
+class SourceShards(Protocol):
+    """What is prepared: `PairedShards`, or anything that reads tokens shard by shard."""
+
+    @property
+    def rows(self) -> Mapping[int, slice]:
+        """Tokens wanted of each shard that has some."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all shards."""
+
+    def read(self, shard_idx: int) -> RoutingBatch:
+        """One shard's tokens."""
 
 
 class PreparedShards:
@@ -90,6 +134,7 @@ class PreparedShards:
     Args:
         stack: Prepares them; its features and anchors must not change.
         shards: Where they come from.
+        seed: Brings each shard's tokens into random order; recording order if None.
         device_bytes: Most bytes to keep on a GPU; by its free memory if None.
         host_bytes: Most bytes to keep on the host; by its free memory if None.
     """
@@ -97,13 +142,14 @@ class PreparedShards:
     def __init__(
         self,
         stack: EstimatorStack,
-        shards: PairedShards,
+        shards: SourceShards,
         *,
+        seed: int | None = None,
         device_bytes: int | None = None,
         host_bytes: int | None = None,
     ) -> None:
         self.rows = shards.rows
-        self._stack, self._shards = stack, shards
+        self._stack, self._shards, self._seed = stack, shards, seed
         self._device = stack.input.device
         self._is_on_gpu = self._device.type == "cuda"
         self._free_bytes = {
@@ -114,7 +160,7 @@ class PreparedShards:
         self._kept: dict[int, PreparedBatch] = {}
 
     @classmethod
-    def streamed(cls, stack: EstimatorStack, shards: PairedShards) -> PreparedShards:
+    def streamed(cls, stack: EstimatorStack, shards: SourceShards) -> PreparedShards:
         """Shards that are prepared anew at every reading: for one pass."""
         return cls(stack, shards, device_bytes=0, host_bytes=0)
 
@@ -132,6 +178,9 @@ class PreparedShards:
         if shard_idx in self._kept:
             return self._kept[shard_idx]
         batch = self._prepare(self._shards.read(shard_idx))
+        if self._seed is not None:
+            generator = torch.Generator().manual_seed(self._seed + shard_idx)
+            batch = batch.select(torch.randperm(batch.num_tokens, generator=generator))
         for place in self._free_bytes:
             if batch.num_bytes <= self._free_bytes[place]:
                 self._free_bytes[place] -= batch.num_bytes
