@@ -111,3 +111,9 @@ def test_tables_that_make_no_sense_are_refused(change, message) -> None:
     Calibration(**good, top_k=1)
     with pytest.raises(ValueError, match=message):
         Calibration(**(good | change), top_k=1)
+
+
+def test_no_value_is_read_on_the_host(table) -> None:
+    # Tensors without values: anything that synced with the host would raise.
+    chance = table.to("meta")(torch.empty(3, 5, 8, device="meta"))
+    assert chance.shape == (3, 5, 8)
