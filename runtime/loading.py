@@ -142,7 +142,9 @@ def _load_the_rest(source: Source, config: Any, dtype: torch.dtype) -> Any:
         logging.set_verbosity(before)
         if had_bar:
             logging.enable_progress_bar()
-    return model.eval().requires_grad_(False)
+    # Parameters keep requires_grad as stock's do: torch's matmul looks at it to decide whether to
+    # fold a batch into rows, and the two ways round differently (jamba's projections).
+    return model.eval()
 
 
 def fill_store(store: HostExpertStore, moe: MoEModel, files: Mapping[str, Path]) -> None:

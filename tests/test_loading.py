@@ -77,8 +77,9 @@ def test_tied_embeddings_stay_tied(tmp_path):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_the_engine_runs_what_was_loaded_exactly(tmp_path):
-    save(tmp_path, "mixtral")
+@pytest.mark.parametrize("model_type", ["mixtral", "jamba"])  # jamba rounds by requires_grad
+def test_the_engine_runs_what_was_loaded_exactly(tmp_path, model_type):
+    save(tmp_path, model_type)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     stock.set_experts_implementation("batched_mm")
     tokens = torch.arange(3, 12).unsqueeze(0)
