@@ -174,13 +174,15 @@ class OffloadedLayer:
         self, router_input: Tensor, pairs: Tensor, top_k: int, slot_of_pair: Tensor
     ) -> Tensor:
         """Unweighted outputs of some (token, expert) pairs, [pairs, D]."""
-        function = self._grouped if self._is_grouped(pairs) else self._per_token
         is_alone = len(pairs) == 1 and len(slot_of_pair) > 1
         if is_alone:  # a product of one row may round differently from the same row among several
             pairs = pairs.repeat(2)
         hidden, slots = router_input[pairs // top_k], slot_of_pair[pairs]
-        view = self._view if function is self._per_token else self._view.decoded()
-        outputs = unweighted_outputs(function, view, hidden, slots)
+        if self._is_grouped(pairs):
+            view, slots = self._view.decoded(slots)
+            outputs = unweighted_outputs(self._grouped, view, hidden, slots)
+        else:
+            outputs = unweighted_outputs(self._per_token, self._view, hidden, slots)
         return outputs[:1] if is_alone else outputs
 
     def _prefetch_onward(self, onward: Prediction | None) -> None:

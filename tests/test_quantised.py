@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
+from foreroute.data.adapters import ExpertsView
 from foreroute.runtime import Engine, EngineConfig
 from foreroute.runtime.encodings import EXPERT_DTYPES, Fp8Blocks, Int4, Mxfp4
 from foreroute.runtime.offload import load_offloaded, offload
@@ -103,6 +104,24 @@ def test_loading_quantises_as_it_reads(tmp_path, name):
             strict=True,
         ):
             assert torch.equal(view.view(torch.uint8), other.view(torch.uint8))
+
+
+def test_only_the_experts_asked_for_are_decoded_for_a_prompt():
+    offloaded = offload(tiny_model("mixtral"), device=torch.device("cpu"), expert_dtype="int8")
+    layer, store = offloaded.moe.layers[0], offloaded.store
+    weights = store.layouts[0].weights(store.rows[0])
+    asked = torch.tensor([[6, 1], [1, 6], [6, 6]])
+    view, ids = ExpertsView(layer.experts, weights).decoded(asked)
+    assert view.num_experts == 2
+    for name, weight in weights.items():
+        assert torch.equal(getattr(view, name)[ids], weight[asked.flatten()].unflatten(0, (3, 2)))
+
+
+def test_plain_weights_are_used_where_they_lie():
+    experts = tiny_model("mixtral").model.layers[0].mlp.experts
+    view = ExpertsView(experts, dict(experts.named_parameters()))
+    asked = torch.tensor([5, 3])
+    assert view.decoded(asked) == (view, asked)
 
 
 def test_unknown_expert_dtypes_are_refused(tmp_path):

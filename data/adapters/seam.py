@@ -90,10 +90,21 @@ class ExpertsView:
         self._weights = weights
         self.num_experts = next(iter(weights.values())).shape[0]
 
-    def decoded(self) -> ExpertsView:
-        """The same with every weight a tensor, for functions that do more than index them."""
-        weights = {n: w if isinstance(w, Tensor) else w[:] for n, w in self._weights.items()}
-        return ExpertsView(self._experts, weights)
+    def decoded(self, expert_ids: Tensor) -> tuple[ExpertsView, Tensor]:
+        """The same with every weight a tensor, for functions that do more than index them.
+
+        Args:
+            expert_ids: Those that will be used, any shape. Where weights must be decoded, these
+                experts are and no others.
+
+        Returns:
+            The view, and the ids that stand there for the given ones.
+        """
+        if all(isinstance(weight, Tensor) for weight in self._weights.values()):
+            return self, expert_ids
+        rows, ids = expert_ids.unique(return_inverse=True)
+        weights = {name: weight[rows] for name, weight in self._weights.items()}
+        return ExpertsView(self._experts, weights), ids
 
     def __getattr__(self, name: str) -> Any:
         weights = object.__getattribute__(self, "_weights")
