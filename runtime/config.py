@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from foreroute.runtime.policies import find_policy
+
 Policy = Literal["on-demand", "prefetch"]
 OnMiss = Literal["fetch", "skip", "predicted"]
 SpeculativeWeights = Literal["true", "predicted"]
 CacheKind = Literal["lru", "none"]
 DecideOn = Literal["auto", "host"]
 PrefetchRule = Literal["budgeted", "every"]
+SlotBudget = Literal["equal", "by-misses"]
 
 _CHOICES = {
     "policy": get_args(Policy),
@@ -19,6 +22,7 @@ _CHOICES = {
     "cache": get_args(CacheKind),
     "decide_on": get_args(DecideOn),
     "prefetch": get_args(PrefetchRule),
+    "slot_budget": get_args(SlotBudget),
 }
 
 
@@ -27,12 +31,26 @@ class EngineConfig:
     """How an engine runs a model."""
 
     expert_slots: str = "25%"
-    """Cache slots per MoE layer: a number, or a share of the experts such as `25%`."""
+    """Cache slots per MoE layer: a number, a share of the experts such as `25%`, or `auto`: as
+    many as the device has memory for."""
+    context: int = 4096
+    """Tokens of prompt and answer that `expert_slots=auto` leaves memory for."""
+    slot_budget: SlotBudget = "equal"
+    """`by-misses` gives layers that miss more in the recording of `warm_start` more of them."""
+    eviction: str = "default"
+    """Which expert goes when room is needed: `default`, `lru`, `lfu`, `lrfu`, `predicted` or
+    `static`; `lrfu:30` sets a half-life in decode steps."""
+    warm_start: str = "prompt"
+    """What fills the slots before the first token: the `prompt`'s routing, `none`, or the path of
+    recorded routing (traces, or what else `foreroute simulate` reads)."""
     policy: Policy = "on-demand"
     """`on-demand` loads an expert when the router asks; `prefetch` also loads what is predicted."""
     prefetch: PrefetchRule = "budgeted"
     """What `policy="prefetch"` loads early: `budgeted` what is expected to save more time than it
-    costs, `every` each prediction."""
+    costs, `every` each prediction; speculative execution always loads every one."""
+    profile: str = "h100-pcie5"
+    """The machine that `budgeted` decides by where the host decides: a built-in profile, or a file
+    that `foreroute profile` wrote."""
     on_miss: OnMiss = "fetch"
     """`fetch` waits for the expert (exact). `skip` leaves it out; `predicted` runs the predicted
     experts in place of the true ones: both are speculative execution and change the output."""
@@ -45,7 +63,8 @@ class EngineConfig:
     """Speculative execution switches itself off when fewer of its experts than this share, over
     the last tokens, are ones the true router chose. 0..1."""
     cache: CacheKind = "lru"
-    """`none` forgets all slots before each layer: the baseline without an expert cache."""
+    """`lru` keeps experts in their slots, under `eviction`; `none` forgets all slots before each
+    layer: the baseline without an expert cache."""
     decide_on: DecideOn = "auto"
     """`auto` lets a GPU decide what to fetch and evict, inside one graph per decode step, wherever
     model and settings allow it; `host` never does."""
@@ -65,6 +84,15 @@ class EngineConfig:
             raise ValueError("on_miss=predicted runs predicted experts: it needs policy=prefetch.")
         if self.cache == "none" and self.policy == "prefetch":
             raise ValueError("policy=prefetch needs slots that are kept: use cache=lru.")
+        if find_policy(self.eviction).needs_future:
+            raise ValueError(f"eviction={self.eviction} is a bound that only a simulator reaches.")
+        if self.slot_budget == "by-misses" and self.warm_start in ("none", "prompt"):
+            raise ValueError(
+                "slot_budget=by-misses counts misses in recorded routing: give its path as "
+                f"warm_start, not {self.warm_start!r}."
+            )
+        if self.context < 0:
+            raise ValueError(f"context must not be negative, not {self.context}.")
         if self.budget is not None and self.budget < 1:
             raise ValueError(f"budget must be at least 1 expert, not {self.budget}.")
         if not 0 <= self.agreement_floor <= 1:

@@ -14,13 +14,16 @@ from foreroute.data.adapters import MoELayer, first_tensor, routed_through, rout
 from foreroute.data.adapters.seam import SEAM_NAME
 from foreroute.estimators.stack import EstimatorStack
 from foreroute.export.bundle import load_bundle
-from foreroute.runtime.config import EngineConfig, parse_slots
+from foreroute.runtime.config import EngineConfig
 from foreroute.runtime.layer import OffloadedLayer
+from foreroute.runtime.machine import find_profile
 from foreroute.runtime.offload import OffloadedModel, load_offloaded
+from foreroute.runtime.policies import PrefetchBudget, find_policy, find_prefetch_rule
 from foreroute.runtime.prefetch import Prefetcher
 from foreroute.runtime.residency import Residency
 from foreroute.runtime.run_state import RunState
 from foreroute.runtime.slot_cache import SlotCache
+from foreroute.runtime.slot_plan import plan_slots, read_recording
 from foreroute.runtime.speculation import AgreementGuard, gate_weights_of
 from foreroute.runtime.stats import RuntimeStats
 from foreroute.runtime.timing import TimingStreamer
@@ -56,9 +59,8 @@ class Engine:
         self.model = offloaded.moe.model
         self.geometry = geometry = offloaded.moe.geometry
         self.device = offloaded.device
-        self.num_slots = parse_slots(
-            config.expert_slots, num_experts=geometry.num_experts, top_k=geometry.top_k
-        )
+        recording = read_recording(offloaded, config)
+        self.slots_per_layer = plan_slots(offloaded, config, recording)
         if config.on_miss == "predicted":  # refuse unknown gate rules before anything runs
             one = torch.zeros(1, 1)
             gate_weights_of(one, one.long(), geometry.gate_family, 1.0, torch.float32)
@@ -69,9 +71,13 @@ class Engine:
             transfers=Transfers.for_device(self.device),
             prefetcher=self._make_prefetcher(stack),
             guard=AgreementGuard(config.agreement_floor),
+            policy=find_policy(config.eviction),
+            budget=self._make_budget(),
         )
         self.layers = self._make_layers()
         self._link_targets()
+        if recording is not None:
+            self._warm([list(layer) for layer in zip(*recording.rows(), strict=True)])
         self._attachments = contextlib.ExitStack()
         self._attach()
 
@@ -170,14 +176,37 @@ class Engine:
             stack = EstimatorStack.training_free(geometry, self.offloaded.moe.anchors)
         return Prefetcher(stack.to(self.device), budget)
 
+    def _make_budget(self) -> PrefetchBudget | None:
+        """What decides on prefetches; speculative execution needs every prediction."""
+        config, geometry = self.config, self.geometry
+        if config.policy != "prefetch" or config.prefetch == "every" or not config.is_exact:
+            return None
+        machine, expert_bytes = find_profile(config.profile), self.offloaded.expert_bytes
+        return PrefetchBudget(
+            rule=find_prefetch_rule("budgeted"),
+            layer_ms=machine.layer_ms_for(geometry.top_k * expert_bytes),
+            copy_ms=machine.copy_ms(expert_bytes),
+        )
+
+    def _warm(self, rows: list[list[tuple[int, ...]]]) -> None:
+        """Fill the slots with what a recording used most, [L][T], not counted in the statistics."""
+        for layer, uses in zip(self.layers, rows, strict=True):
+            layer.residency.warm(uses)
+
+    @property
+    def num_slots(self) -> int:
+        """Slots per MoE layer; the mean where layers have different ones."""
+        return round(sum(self.slots_per_layer) / len(self.slots_per_layer))
+
     def _make_layers(self) -> list[OffloadedLayer]:
         store = self.offloaded.store
         layers = []
-        for moe_layer, rows, layout in zip(
-            self.offloaded.moe.layers, store.rows, store.layouts, strict=True
+        for moe_layer, rows, layout, num_slots in zip(
+            self.offloaded.moe.layers, store.rows, store.layouts, self.slots_per_layer, strict=True
         ):
-            num_slots = min(self.num_slots, moe_layer.num_experts)
-            cache = SlotCache(moe_layer.num_experts, num_slots, layout, self.device)
+            cache = SlotCache(
+                moe_layer.num_experts, num_slots, layout, self.device, self._run.policy
+            )
             layers.append(OffloadedLayer(moe_layer, Residency(rows, cache, self._run), self._run))
         return layers
 
@@ -188,6 +217,9 @@ class Engine:
         for layer in self.layers:
             target_idx = prefetcher.target_of(layer.layer_idx) if prefetcher else None
             layer.target = by_idx[target_idx] if target_idx is not None else None
+            if layer.target is not None:
+                distance = self.layers.index(layer.target) - self.layers.index(layer)
+                layer.target.seen_from = distance
 
     def _attach(self) -> None:
         if self.model.get_experts_implementation() == {"": SEAM_NAME}:
@@ -196,6 +228,7 @@ class Engine:
         handlers = {m.experts: own for m, own in zip(moe_layers, self.layers, strict=True)}
         self._attachments.enter_context(routed_through(self.model, handlers))
         needs_logits = self.config.on_miss == "predicted" and self.config.weights == "true"
+        needs_logits = needs_logits or self._run.policy.likely_bonus > 0
         for moe_layer, own in zip(moe_layers, self.layers, strict=True):
             if self._run.prefetcher is not None:
                 self._hook_residual(moe_layer, own)

@@ -20,6 +20,7 @@ from foreroute.runtime.run_state import RunState
 from foreroute.runtime.slot_cache import EMPTY
 from foreroute.runtime.speculation import gate_weights_of, without_missing
 
+NEARLY_CHOSEN = 2  # experts credited per expert chosen
 GATHER_LIMIT_BYTES = 64 * 2**20  # batched_mm copies a token's experts: bound what one call copies
 
 
@@ -38,6 +39,8 @@ class OffloadedLayer:
         self.residency = residency
         self.target: OffloadedLayer | None = None
         """The layer whose experts are predicted from this one's state."""
+        self.seen_from = 1
+        """Layers from the one whose state predicts this one."""
         self.num_calls = 0
         self.residual: Tensor | None = None
         """Set by a hook, [T, D]; only where estimators read it."""
@@ -70,8 +73,21 @@ class OffloadedLayer:
             self.residency.cache.clear()
         if self._run.is_prefill:
             self._prediction = None
-            return self._run_exact(router_input, expert_ids, expert_ids.tolist(), gate_weights)
-        return self._decode(router_input, expert_ids, gate_weights)
+            rows = expert_ids.tolist()
+            if self._run.config.warm_start == "prompt":
+                self.residency.cache.count_prompt(rows)
+            return self._run_exact(router_input, expert_ids, rows, gate_weights)
+        output = self._decode(router_input, expert_ids, gate_weights)
+        if self._run.policy.likely_bonus:
+            self._expect_next(expert_ids.shape[-1])
+        return output
+
+    def _expect_next(self, top_k: int) -> None:
+        """Credit what the router nearly chose: the next token may."""
+        assert self.router_logits is not None  # the engine hooks the router under this policy
+        chances = self.router_logits.float().softmax(-1).mul(top_k).clamp(max=1).amax(0)  # [E]
+        best = chances.topk(min(NEARLY_CHOSEN * top_k, len(chances)))
+        self.residency.cache.state.expect(best.indices.tolist(), best.values.tolist())
 
     def _decode(self, router_input: Tensor, expert_ids: Tensor, gate_weights: Tensor) -> Tensor:
         prediction, self._prediction = self._prediction, None
@@ -80,6 +96,11 @@ class OffloadedLayer:
         if mode == "predicted" and prediction is not None:
             run_ids, run_weights = self._speculate(prediction, gate_weights)
         true_rows, onward = self._look_ahead(expert_ids, router_input, run_ids, run_weights)
+        if self._run.budget is not None:
+            needed = {expert for row in true_rows for expert in row}
+            here = self.residency.cache.state.here
+            has_missed = not all(here[expert] for expert in needed)
+            self._run.budget.settle(self.layer_idx, needed, has_missed=has_missed)
         if mode == "skip":
             return self._run_present(router_input, true_rows, gate_weights, onward)
         if run_ids is expert_ids or prediction is None:
@@ -106,10 +127,17 @@ class OffloadedLayer:
             expert_ids=run_ids,
             gate_weights=run_weights,
         )
-        top_k = true_ids.shape[-1]
-        both = torch.cat([true_ids, ranked], dim=-1).tolist()
-        onward = Prediction(ranked, [row[top_k:] for row in both], logits)
-        return [row[:top_k] for row in both], onward
+        top_k, end = true_ids.shape[-1], true_ids.shape[-1] + ranked.shape[-1]
+        columns = [true_ids, ranked]
+        if self._run.budget is not None:
+            chances = self._run.prefetcher.probabilities(self.layer_idx, logits)  # [T, E]
+            columns = [true_ids.float(), ranked.float(), chances.gather(-1, ranked)]
+        rows = torch.cat(columns, dim=-1).tolist()
+        ids = [[int(number) for number in row[:end]] for row in rows]
+        onward = Prediction(
+            ranked, [row[top_k:] for row in ids], logits, [row[end:] for row in rows]
+        )
+        return [row[:top_k] for row in ids], onward
 
     def _run_exact(
         self,
@@ -140,7 +168,9 @@ class OffloadedLayer:
     ) -> Tensor:
         """Compute with more experts, or more pairs, than slots or one call can take."""
         cache, top_k = self.residency.cache, expert_ids.shape[-1]
-        order = sorted(needed, key=lambda e: cache.slot_of(e) == EMPTY)  # resident first
+        worth = cache.state.worth
+        # resident first: nothing is copied twice; then ascending, so that the best stay
+        order = sorted(needed, key=lambda e: (cache.slot_of(e) == EMPTY, worth[e]))
         flat_ids = expert_ids.reshape(-1)  # [T * K]
         outputs = router_input.new_empty(flat_ids.numel(), router_input.shape[-1])
         for start in range(0, len(order), cache.num_slots):
@@ -190,9 +220,18 @@ class OffloadedLayer:
             self.target.expect(onward)
 
     def expect(self, prediction: Prediction) -> None:
-        """Load the experts predicted for this layer, and remember the prediction."""
+        """Load experts predicted for this layer, and remember the prediction."""
         self._prediction = prediction
-        self.residency.prefetch(most_wanted(prediction.rows, self.residency.cache.num_slots))
+        cache, budget = self.residency.cache, self._run.budget
+        wanted = most_wanted(prediction.rows, cache.num_slots)
+        if budget is None:
+            self.residency.prefetch(wanted, kept=wanted)
+            return
+        guesses = prediction.chance_of_any().items()
+        chosen = budget.choose(
+            self.layer_idx, cache.state, guesses, kept=wanted, ahead=self.seen_from
+        )
+        self.residency.prefetch(chosen, kept=wanted)
 
     def _speculate(self, prediction: Prediction, gate_weights: Tensor) -> tuple[Tensor, Tensor]:
         """The predicted experts and their gate weights, both [T, K], in place of the true ones."""

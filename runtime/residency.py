@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -52,24 +54,25 @@ class Residency:
             else:
                 phase.hits += 1
         if missing:
-            tickets.append(self._copy(missing))
+            tickets.append(self._copy(self._admit(missing)))
             phase.misses += len(missing)
         phase.lookups += len(needed)
-        cache.use(needed)
+        cache.use(needed, is_step=not self._run.is_prefill)
         cache.unpin()
         return tickets
 
-    def prefetch(self, wanted: list[int]) -> None:
-        """Ask for those of these experts that are absent; none of the others has to go for them.
+    def prefetch(self, wanted: Iterable[int], *, kept: Sequence[int]) -> None:
+        """Ask for those of these experts that are absent.
 
         Args:
-            wanted: Distinct experts, at most as many as slots, most likely first.
+            wanted: Distinct experts, most likely first; an iterator sees each one's slot taken
+                before it is asked for the next.
+            kept: Experts that may not go for them, those wanted among them.
         """
-        absent = [expert for expert in wanted if self.cache.slot_of(expert) == EMPTY]
-        if absent:
-            self.cache.pin(wanted)
-            self._ask_for(absent, is_prefetch=True)
-            self.cache.unpin()
+        self.cache.pin(kept)
+        absent = (expert for expert in wanted if self.cache.slot_of(expert) == EMPTY)
+        self._ask_for(absent, is_prefetch=True)
+        self.cache.unpin()
 
     def use_present(self, needed: list[int]) -> set[int]:
         """Use the experts that are there; the absent ones are copied for later, not waited for.
@@ -97,11 +100,15 @@ class Residency:
         cache.unpin()
         return set(present)
 
+    def warm(self, rows: Sequence[Sequence[int]]) -> None:
+        """Fill the slots with what a recording used most, per token its experts; not counted."""
+        self._copy(self.cache.warm(rows)).wait()
+
     def fill(self) -> None:
         """Make as many experts resident as there are free slots, lowest ids first."""
         absent = [e for e in range(len(self.rows)) if self.cache.slot_of(e) == EMPTY]
         free = self.cache.num_slots - len(self.cache.resident)
-        self._copy(absent[:free]).wait()
+        self._copy(self._admit(absent[:free])).wait()
 
     def check_integrity(self) -> None:
         """Check the tables, and every resident expert against its host row.
@@ -115,21 +122,26 @@ class Residency:
             if not torch.equal(slot.cpu(), self.rows[expert]):
                 raise RuntimeError(f"The slot of expert {expert} differs from its host row.")
 
-    def _ask_for(self, expert_ids: list[int], *, is_prefetch: bool = False) -> None:
-        if expert_ids:
-            ticket = self._copy(expert_ids, is_prefetch=is_prefetch)
-            self.cache.arriving.update(dict.fromkeys(expert_ids, ticket))
+    def _ask_for(self, expert_ids: Iterable[int], *, is_prefetch: bool = False) -> None:
+        slots = self._admit(expert_ids, is_prefetch=is_prefetch)
+        if slots:
+            self.cache.arriving.update(dict.fromkeys(slots, self._copy(slots)))
 
-    def _copy(self, expert_ids: list[int], *, is_prefetch: bool = False) -> Ticket:
-        phase = self._run.phase
-        pairs = []
+    def _admit(self, expert_ids: Iterable[int], *, is_prefetch: bool = False) -> dict[int, int]:
+        """Give absent experts slots, and count their copies; the slot of each."""
+        phase, slots = self._run.phase, {}
         for expert in expert_ids:
-            slot, is_wasted = self.cache.admit(expert, is_prefetch=is_prefetch)
+            slots[expert], is_wasted = self.cache.admit(expert, is_prefetch=is_prefetch)
             phase.wasted_bytes += self.expert_bytes * is_wasted
-            pairs.append((self.rows[expert], self.cache.slots[slot]))
         if is_prefetch:
-            phase.prefetches += len(pairs)
-            phase.prefetched_bytes += self.expert_bytes * len(pairs)
+            phase.prefetches += len(slots)
+            phase.prefetched_bytes += self.expert_bytes * len(slots)
         else:
-            phase.fetched_bytes += self.expert_bytes * len(pairs)
-        return self._run.transfers.copy(pairs)
+            phase.fetched_bytes += self.expert_bytes * len(slots)
+        return slots
+
+    def _copy(self, slots: dict[int, int]) -> Ticket:
+        """Copy experts to the slots they were given."""
+        return self._run.transfers.copy(
+            [(self.rows[expert], self.cache.slots[slot]) for expert, slot in slots.items()]
+        )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from foreroute.estimators.types import GateFamily
 from foreroute.runtime.config import EngineConfig
+from foreroute.runtime.policies import EvictionPolicy, PrefetchBudget
 from foreroute.runtime.prefetch import Prefetcher
 from foreroute.runtime.speculation import AgreementGuard
 from foreroute.runtime.stats import PhaseStats, RuntimeStats
@@ -23,6 +24,9 @@ class RunState:
     transfers: Transfers
     prefetcher: Prefetcher | None
     guard: AgreementGuard
+    policy: EvictionPolicy
+    budget: PrefetchBudget | None = None
+    """Decides which predictions are fetched early; every one is if None."""
     stats: RuntimeStats = field(default_factory=RuntimeStats)
     is_prefill: bool = True
     """Whether the forward pass at hand reads a prompt (else it is one decode step)."""

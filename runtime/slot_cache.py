@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from foreroute.runtime.host_store import RowLayout
+from foreroute.runtime.policies import EvictionPolicy, LayerState, find_policy
 from foreroute.runtime.transfers import Ticket
 
 EMPTY = -1
 
 
 class SlotCache:
-    """S slots on the device for the experts of one MoE layer; least recently used goes first."""
+    """S slots on the device for the experts of one MoE layer, under an eviction policy."""
 
     def __init__(
-        self, num_experts: int, num_slots: int, layout: RowLayout, device: torch.device
+        self,
+        num_experts: int,
+        num_slots: int,
+        layout: RowLayout,
+        device: torch.device,
+        policy: EvictionPolicy | None = None,
     ) -> None:
         """Allocate the slots, all empty.
 
@@ -27,6 +32,7 @@ class SlotCache:
             num_slots: S, at most E.
             layout: How one expert lies in a slot.
             device: Where the slots are.
+            policy: Who goes when room is needed; the default policy if None.
         """
         self.num_slots = num_slots
         self.slots = torch.zeros(num_slots, layout.row_bytes, dtype=torch.uint8, device=device)
@@ -36,26 +42,51 @@ class SlotCache:
         self.arriving: dict[int, Ticket] = {}
         """Copies on their way, by expert."""
         self._slot_of = [EMPTY] * num_experts
-        self._expert_in = [EMPTY] * num_slots
-        self._free = list(range(num_slots - 1, -1, -1))
-        self._by_use: OrderedDict[int, None] = OrderedDict()  # oldest first
+        self.state = LayerState(policy or find_policy("default"), num_experts, num_slots)
+        """What each expert is worth, and which are resident."""
         self._pinned: set[int] = set()
         self._unused_prefetches: set[int] = set()
 
     @property
     def resident(self) -> list[int]:
-        """Experts in slots (or arriving there), least recently used first."""
-        return list(self._by_use)
+        """Experts in slots (or arriving there), least worth first."""
+        held = [expert for expert in self.state.expert_in if expert != EMPTY]
+        return sorted(held, key=lambda expert: self.state.worth[expert])
 
     def slot_of(self, expert_id: int) -> int:
         """The slot an expert is in, or `EMPTY`; does not count as a use."""
         return self._slot_of[expert_id]
 
-    def use(self, expert_ids: Iterable[int]) -> None:
-        """Mark resident experts as used now, in this order."""
-        for expert_id in expert_ids:
-            self._by_use.move_to_end(expert_id)
-            self._unused_prefetches.discard(expert_id)
+    def use(self, expert_ids: Sequence[int], *, is_step: bool = True) -> None:
+        """Mark resident experts as used now.
+
+        Args:
+            expert_ids: Distinct experts.
+            is_step: Whether this is a decode step, which scores count; a prompt's uses are counted
+                by `count_prompt`.
+        """
+        self._unused_prefetches.difference_update(expert_ids)
+        if is_step:
+            self.state.use(expert_ids)
+
+    def count_prompt(self, rows: Sequence[Sequence[int]]) -> None:
+        """Count a prompt's uses, per token the experts it used."""
+        self.state.count_prompt(rows)
+
+    def warm(self, rows: Sequence[Sequence[int]]) -> dict[int, int]:
+        """Count a recording's uses and make its experts of most worth resident.
+
+        Returns:
+            Those experts and their slots; the caller copies them there.
+        """
+        self.state.warm(rows)
+        self._slot_of = [EMPTY] * len(self._slot_of)
+        self.arriving.clear()
+        self._unused_prefetches.clear()
+        slots = {e: slot for slot, e in enumerate(self.state.expert_in) if e != EMPTY}
+        for expert, slot in slots.items():
+            self._slot_of[expert] = slot
+        return slots
 
     def pin(self, expert_ids: Iterable[int]) -> None:
         """Forbid the eviction of these experts until `unpin`."""
@@ -68,7 +99,7 @@ class SlotCache:
     @property
     def num_evictable(self) -> int:
         """Slots that `admit` could fill now."""
-        return len(self._free) + sum(e not in self._pinned for e in self._by_use)
+        return sum(expert not in self._pinned for expert in self.state.expert_in)
 
     def admit(self, expert_id: int, *, is_prefetch: bool = False) -> tuple[int, bool]:
         """Give an absent expert a slot; the caller fills it.
@@ -84,19 +115,14 @@ class SlotCache:
             RuntimeError: If every slot holds a pinned expert.
         """
         assert self._slot_of[expert_id] == EMPTY
-        wasted = False
-        if self._free:
-            slot = self._free.pop()
-        else:
-            victim = next((e for e in self._by_use if e not in self._pinned), None)
-            if victim is None:
-                raise RuntimeError(f"All {self.num_slots} slots hold pinned experts.")
-            slot = self._slot_of[victim]
-            wasted = victim in self._unused_prefetches
+        slot = self.state.victim_slot(self._pinned)
+        if slot < 0:
+            raise RuntimeError(f"All {self.num_slots} slots hold pinned experts.")
+        victim = self.state.admit(expert_id, self._pinned)
+        wasted = victim in self._unused_prefetches
+        if victim != EMPTY:
             self._forget(victim)
         self._slot_of[expert_id] = slot
-        self._expert_in[slot] = expert_id
-        self._by_use[expert_id] = None
         if is_prefetch:
             self._unused_prefetches.add(expert_id)
         return slot, wasted
@@ -104,14 +130,12 @@ class SlotCache:
     def clear(self) -> None:
         """Empty all slots (copies on their way still land, in slots nobody reads)."""
         for expert_id in self.resident:
-            self._free.append(self._slot_of[expert_id])
             self._forget(expert_id)
+        self.state.clear()
         self._pinned.clear()
 
     def _forget(self, expert_id: int) -> None:
-        self._expert_in[self._slot_of[expert_id]] = EMPTY
         self._slot_of[expert_id] = EMPTY
-        del self._by_use[expert_id]
         self._unused_prefetches.discard(expert_id)
         self.arriving.pop(expert_id, None)
 
@@ -133,14 +157,12 @@ class SlotCache:
         Raises:
             RuntimeError: If they disagree.
         """
+        self.state.check_integrity()
         placed = {e: s for e, s in enumerate(self._slot_of) if s != EMPTY}
-        back = {e: s for s, e in enumerate(self._expert_in) if e != EMPTY}
+        back = {e: s for s, e in enumerate(self.state.expert_in) if e != EMPTY}
         problems = {
             "slot table and slot contents disagree": placed != back,
             "two experts share a slot": len(set(placed.values())) != len(placed),
-            "use order and slot table disagree": set(self._by_use) != set(placed),
-            "free slots are not the empty ones": sorted(self._free)
-            != [s for s, e in enumerate(self._expert_in) if e == EMPTY],
             "a copy is on its way for an absent expert": not set(self.arriving) <= set(placed),
         }
         for problem, is_so in problems.items():

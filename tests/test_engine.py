@@ -22,7 +22,13 @@ EXACT = {
     "on-demand": {},
     "no-cache": {"cache": "none"},
     "prefetch": {"policy": "prefetch"},
+    "every-prefetch": {"policy": "prefetch", "prefetch": "every"},
     "wide-prefetch": {"policy": "prefetch", "budget": 5},
+    "lru": {"eviction": "lru", "warm_start": "none"},
+    "lfu": {"eviction": "lfu", "policy": "prefetch"},
+    "lrfu": {"eviction": "lrfu:5", "policy": "prefetch", "prefetch": "every"},
+    "predicted": {"eviction": "predicted", "policy": "prefetch"},
+    "static": {"eviction": "static"},
 }
 SPECULATIVE = {
     "skip": {"on_miss": "skip"},
@@ -171,7 +177,7 @@ def test_a_perfect_predictor_leaves_no_miss_after_the_first_layer(
     tiny_moe: Any, stock: Any, offloaded: OffloadedModel
 ) -> None:
     tokens = prompt(1, 8)
-    config = EngineConfig(expert_slots="2", policy="prefetch")
+    config = EngineConfig(expert_slots="2", policy="prefetch", prefetch="every")
     with Engine(offloaded, config, make_oracle(tiny_moe, tokens)) as engine:
         assert torch.equal(greedy(engine, tokens), greedy(stock, tokens))
         decode = engine.stats().decode
@@ -198,7 +204,8 @@ def test_a_useless_predictor_still_gives_the_right_tokens(
             return torch.rand(len(router_input), 8)
 
     useless = Useless.training_free(tiny_moe.moe.geometry, tiny_moe.moe.anchors)
-    with Engine(offloaded, EngineConfig(expert_slots="3", policy="prefetch"), useless) as engine:
+    config = EngineConfig(expert_slots="3", policy="prefetch", prefetch="every")
+    with Engine(offloaded, config, useless) as engine:
         assert torch.equal(greedy(engine, prompt(2, 8)), greedy(stock, prompt(2, 8)))
         assert engine.stats().decode.wasted_bytes > 0
 

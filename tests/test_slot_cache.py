@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from foreroute.runtime.host_store import ALIGNMENT_BYTES, HostExpertStore, RowLayout
+from foreroute.runtime.policies import find_policy
 from foreroute.runtime.slot_cache import EMPTY, SlotCache
 
 NUM_EXPERTS = 12
@@ -22,8 +23,9 @@ class TwoMatrices(nn.Module):
         )
 
 
-def make_cache(num_slots: int) -> SlotCache:
-    return SlotCache(NUM_EXPERTS, num_slots, RowLayout.of(TwoMatrices()), torch.device("cpu"))
+def make_cache(num_slots: int, policy: str = "default") -> SlotCache:
+    layout, device = RowLayout.of(TwoMatrices()), torch.device("cpu")
+    return SlotCache(NUM_EXPERTS, num_slots, layout, device, find_policy(policy))
 
 
 def test_store_keeps_every_weight_and_takes_it_from_the_module() -> None:
@@ -62,12 +64,31 @@ def test_random_operations_keep_the_tables_consistent(seed: int) -> None:
 
 
 def test_least_recently_used_goes_first() -> None:
-    cache = make_cache(num_slots=3)
+    cache = make_cache(num_slots=3, policy="lru")
     for expert in (4, 7, 1):
         cache.admit(expert)
+        cache.use([expert])
     cache.use([4])
     cache.admit(9)
-    assert cache.resident == [1, 4, 9]
+    assert sorted(cache.resident) == [1, 4, 9]
+
+
+def test_the_policy_decides_who_goes() -> None:
+    cache = make_cache(num_slots=2, policy="lfu")
+    for expert in (4, 7):
+        cache.admit(expert)
+    for used in (4, 4, 7):
+        cache.use([used])
+    cache.admit(9)
+    assert sorted(cache.resident) == [4, 9]
+
+
+def test_a_recording_fills_the_slots_with_what_it_used_most() -> None:
+    cache = make_cache(num_slots=2)
+    cache.admit(5)
+    assert sorted(cache.warm([(1, 2), (1, 3), (1, 3)])) == [1, 3]
+    cache.check_integrity()
+    assert cache.slot_of(5) == EMPTY
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -1,5 +1,6 @@
 """Rules of the expert cache: what to evict, what to fetch early, how many slots a layer gets."""
 
+from foreroute.runtime.policies.budget import PrefetchBudget
 from foreroute.runtime.policies.eviction import (
     DEFAULT_POLICY,
     EvictionPolicy,
@@ -8,12 +9,18 @@ from foreroute.runtime.policies.eviction import (
 )
 from foreroute.runtime.policies.layer_state import LayerState
 from foreroute.runtime.policies.prefetching import PrefetchRule, find_prefetch_rule
-from foreroute.runtime.policies.slot_budget import equal_slots, miss_curve, share_slots
+from foreroute.runtime.policies.slot_budget import (
+    equal_slots,
+    miss_curve,
+    share_slots,
+    slots_by_misses,
+)
 
 __all__ = [
     "DEFAULT_POLICY",
     "EvictionPolicy",
     "LayerState",
+    "PrefetchBudget",
     "PrefetchRule",
     "equal_slots",
     "find_policy",
@@ -21,4 +28,5 @@ __all__ = [
     "known_policies",
     "miss_curve",
     "share_slots",
+    "slots_by_misses",
 ]

@@ -187,12 +187,25 @@ class LayerState:
         forgets = max(1 - self.policy.decay, 1 / (1 + self.step))
         return min(1.0, self.worth[expert] / self.unit * forgets)
 
+    def clear(self) -> None:
+        """Empty every slot; scores stay."""
+        for expert in self.expert_in:
+            if expert >= 0:
+                self.here[expert] = False
+        self.expert_in = [EMPTY] * self.num_slots
+        self._heap = [(-1.0, slot) for slot in range(self.num_slots)]
+
     def warm(self, prompt: Sequence[Sequence[int]]) -> None:
         """Count a prompt's uses, then fill the slots with the experts of most worth.
 
         Args:
             prompt: Per token the experts it used.
         """
+        self.count_prompt(prompt)
+        self.fill()
+
+    def count_prompt(self, prompt: Sequence[Sequence[int]]) -> None:
+        """Count a prompt's uses, per token the experts it used; slots stay as they are."""
         for ids in prompt:
             weight = self.policy.prompt_weight
             self.step += 1
@@ -204,7 +217,6 @@ class LayerState:
                     self.worth[expert] += self.unit * weight
             if self.unit > _RESCALE_ABOVE:
                 self._rescale()
-        self.fill()
 
     def fill(self) -> None:
         """Make the experts of most worth resident, none that was never used."""

@@ -9,6 +9,8 @@ from foreroute.runtime.policies.eviction import EvictionPolicy
 from foreroute.runtime.policies.layer_state import LayerState
 
 CURVE_POINTS = 12
+BOLDNESS = 0.5
+"""How far slots follow the misses of a recording: prompts are short, and mislead."""
 
 
 def equal_slots(num_layers: int, slots_per_layer: int) -> list[int]:
@@ -72,6 +74,34 @@ def share_slots(
     for _, layer in gains[: total - layers * fewest]:
         followed[layer] += 1
     return _mixed(followed, total / layers, boldness, total, [fewest] * layers, most)
+
+
+def slots_by_misses(
+    past: Sequence[Sequence[Sequence[int]]],
+    policy: EvictionPolicy,
+    *,
+    slots_per_layer: int,
+    num_experts: int,
+    top_k: int,
+) -> list[int]:
+    """More slots for layers that missed more in a recording.
+
+    Args:
+        past: [T][L], the experts of each token and layer.
+        policy: How it evicts.
+        slots_per_layer: What every layer would get if all got the same.
+        num_experts: E.
+        top_k: K, the fewest slots.
+
+    Returns:
+        Slots per layer, as many together.
+    """
+    num_layers = len(past[0])
+    curves = [
+        miss_curve([token[layer] for token in past], policy, num_experts=num_experts, top_k=top_k)
+        for layer in range(num_layers)
+    ]
+    return share_slots(curves, slots_per_layer * num_layers, fewest=top_k, boldness=BOLDNESS)
 
 
 def _falling_gains(curve: Sequence[float]) -> list[float]:

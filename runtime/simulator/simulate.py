@@ -13,8 +13,7 @@ from foreroute.runtime.policies import (
     equal_slots,
     find_policy,
     find_prefetch_rule,
-    miss_curve,
-    share_slots,
+    slots_by_misses,
 )
 from foreroute.runtime.simulator.link import LinkTimes
 from foreroute.runtime.simulator.predictions import Predictions
@@ -23,8 +22,6 @@ from foreroute.runtime.simulator.result import SimulationRow
 from foreroute.runtime.simulator.route import Route
 
 LayerSlots = Literal["equal", "by-misses"]
-BOLDNESS = 0.5
-"""How far slots follow the misses of a recording: prompts are short, and mislead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,17 +56,13 @@ class Scenario:
             return equal_slots(route.num_layers, each)
         seen = self.warm_route
         past = seen.rows() if seen else _prompt_rows(route)
-        curves = [
-            miss_curve(
-                [token[layer] for token in past],
-                policy,
-                num_experts=route.num_experts,
-                top_k=route.top_k,
-            )
-            for layer in range(route.num_layers)
-        ]
-        total = each * route.num_layers
-        return share_slots(curves, total, fewest=route.top_k, boldness=BOLDNESS)
+        return slots_by_misses(
+            past,
+            policy,
+            slots_per_layer=each,
+            num_experts=route.num_experts,
+            top_k=route.top_k,
+        )
 
 
 def simulate(

@@ -1,0 +1,113 @@
+"""How many cache slots each layer of an engine gets, and what fills them before the first token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from foreroute.runtime.config import EngineConfig, parse_slots
+from foreroute.runtime.host_memory import available_host_bytes
+from foreroute.runtime.offload import OffloadedModel
+from foreroute.runtime.planner import auto_slots
+from foreroute.runtime.policies import equal_slots, find_policy, slots_by_misses
+
+if TYPE_CHECKING:
+    from foreroute.runtime.simulator.route import Route
+
+MOST_TOKENS = 1024
+"""Of a recording that slots are shared by; its first ones."""
+
+
+def plan_slots(
+    offloaded: OffloadedModel, config: EngineConfig, recording: Route | None
+) -> list[int]:
+    """Slots per MoE layer.
+
+    Args:
+        offloaded: The model; everything but its slots is on the device already.
+        config: How many, and how shared.
+        recording: What `slot_budget=by-misses` counts misses in.
+
+    Raises:
+        ValueError: If they do not fit the model or the device.
+    """
+    geometry, layers = offloaded.moe.geometry, offloaded.moe.layers
+    if config.expert_slots.strip() == "auto":
+        each = fitting_slots(offloaded, config.context)
+    else:
+        each = parse_slots(
+            config.expert_slots, num_experts=geometry.num_experts, top_k=geometry.top_k
+        )
+    if config.slot_budget == "equal" or recording is None:
+        slots = equal_slots(len(layers), each)
+    else:
+        slots = slots_by_misses(
+            recording.rows()[:MOST_TOKENS],
+            find_policy(config.eviction),
+            slots_per_layer=each,
+            num_experts=geometry.num_experts,
+            top_k=geometry.top_k,
+        )
+    return [min(count, layer.num_experts) for count, layer in zip(slots, layers, strict=True)]
+
+
+def fitting_slots(offloaded: OffloadedModel, context: int) -> int:
+    """Slots per layer that the memory that is free now can hold: `expert_slots=auto`.
+
+    Args:
+        offloaded: The model.
+        context: Tokens whose keys and values shall fit beside them.
+
+    Raises:
+        ValueError: If not even one token's experts fit.
+    """
+    geometry = offloaded.moe.geometry
+    free = _free_bytes(offloaded.device)
+    if free is None:
+        return geometry.num_experts
+    return auto_slots(
+        free - context * _cache_bytes_per_token(offloaded.moe.model),
+        expert_bytes=offloaded.expert_bytes,
+        num_layers=geometry.num_layers,
+        num_experts=geometry.num_experts,
+        top_k=geometry.top_k,
+    )
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """Memory of the device that can still be taken; None where the system does not say."""
+    if device.type != "cuda":
+        return available_host_bytes()
+    torch.cuda.empty_cache()
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
+def _cache_bytes_per_token(model: Any) -> int:
+    """Keys and values of one token in all layers, if every layer attends to all."""
+    text = model.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * text.num_hidden_layers * heads * width * model.dtype.itemsize)
+
+
+def read_recording(offloaded: OffloadedModel, config: EngineConfig) -> Route | None:
+    """The recorded routing that `warm_start` names, if it names one.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+        ValueError: If it cannot be read, or is of another model.
+    """
+    if config.warm_start in ("none", "prompt"):
+        return None
+    from foreroute.runtime.simulator.cli import read_any
+    from foreroute.runtime.simulator.readers import ReadOptions
+
+    geometry = offloaded.moe.geometry
+    route = read_any(Path(config.warm_start), ReadOptions(num_experts=geometry.num_experts))
+    if (route.num_layers, route.num_experts) != (geometry.num_layers, geometry.num_experts):
+        raise ValueError(
+            f"warm_start {route.describe()} does not fit this model: {geometry.describe()}."
+        )
+    return route
