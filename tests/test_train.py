@@ -13,6 +13,7 @@ from lightning import Trainer
 from foreroute.data.traces import Traces
 from foreroute.estimators import (
     FORMS,
+    EstimatorForm,
     EstimatorSpec,
     EstimatorStack,
     LayerAnchors,
@@ -21,10 +22,16 @@ from foreroute.estimators import (
     SourceState,
     parse_layers,
 )
-from foreroute.train.baselines import build_stack, previous_token_predictor
+from foreroute.train.baselines import (
+    build_stack,
+    count_experts,
+    frequency_predictor,
+    previous_token_predictor,
+)
 from foreroute.train.datamodule import BatchStream
-from foreroute.train.fit import choose_device, train_estimator
+from foreroute.train.fit import choose_device, train_estimator, train_stack
 from foreroute.train.losses import LOSSES, RouterRule, kl_to_router, kl_to_scores
+from foreroute.train.measure import measure, predictor_of
 from foreroute.train.module import EstimatorModule
 from foreroute.train.prepared import (
     BOUNDARY_WIDTH,
@@ -33,7 +40,7 @@ from foreroute.train.prepared import (
     prepare,
     soft_membership,
 )
-from foreroute.train.ridge import NormalEquations
+from foreroute.train.ridge import NormalEquations, set_to_ridge
 from foreroute.train.run import FitConfig, load_run
 from foreroute.train.shards import PairedShards, RoutingBatch
 from foreroute.train.split import rows_of, split_sequences
@@ -444,6 +451,123 @@ def test_prepared_tokens_give_what_the_stack_gives(tiny_traces) -> None:
         logits = stack.form(tokens.features, tokens.anchor_logits)
         assert torch.allclose(logits, stack(shards.read(0).source), atol=1e-4)
         assert (prepared.read(0) is tokens) == (host_bytes > 0)
+
+
+class Listed:
+    """Prepared tokens in memory, as training reads them."""
+
+    def __init__(self, *batches: PreparedBatch) -> None:
+        self.batches = batches
+        self.rows = {i: slice(0, batch.num_tokens) for i, batch in enumerate(batches)}
+
+    def read(self, shard_idx: int) -> PreparedBatch:
+        return self.batches[shard_idx]
+
+
+def related_batch(stack: EstimatorStack, num_tokens: int) -> RoutingBatch:
+    """Routing by a linear map of the features that is not the anchor's, and some noise."""
+    generator = torch.Generator().manual_seed(7)
+    weight = torch.randn(2, 128, 16, generator=generator) / 8
+    source = SourceState(residual=torch.randn(2, num_tokens, 128))
+    logits = stack.input.features(source) @ weight + torch.randn(2, num_tokens, 16)
+    weights, ids = logits.softmax(dim=-1).topk(4)
+    return RoutingBatch(source, logits, ids, weights, torch.full_like(ids, -1))
+
+
+@pytest.mark.parametrize("learning_rate", [3e-3, 3.0])
+def test_low_rank_started_from_ridge_never_ends_below_it(learning_rate, tmp_path) -> None:
+    torch.manual_seed(0)
+    stack = toy_stack("low-rank")
+    fitting, choosing = (Listed(prepare(stack, related_batch(stack, n))) for n in (3000, 3000))
+    held_out = related_batch(stack, 8000)
+    set_to_ridge(stack, fitting.batches)
+    ridge = recall_of(stack, held_out)
+    config = FitConfig(epochs=4, batch_size=256, learning_rate=learning_rate)
+    train_stack(stack, fitting, choosing, config, tmp_path, show_progress=False)
+    after = recall_of(stack, held_out)
+    # A step size of 3 destroys every layer, so that all must be given back exactly; the other's
+    # choice is made on 12,000 draws, whose standard error is about 0.004.
+    tolerance = 0.0 if learning_rate > 1 else 0.004
+    assert all(new >= old - tolerance for new, old in zip(after, ridge, strict=True))
+
+
+def test_a_leaked_future_is_predicted_perfectly(tiny_traces) -> None:
+    traces = Traces.open(tiny_traces)
+    free = dataclasses.replace(SPEC, form="next-router", input_kind="router-input")
+    stack = build_stack(traces, free, traces.default_vectors()[0], torch.device("cpu"))
+    own = dataclasses.replace(SPEC, input_kind="pre-attention", horizon=0)
+    leaked = PairedShards(
+        traces, own, range(traces.num_sequences), source_fields=("router_input",)
+    ).read(0)
+    meter = RecallMeter(3, 2)
+    meter.update(stack(leaked.source), leaked.target_ids, leaked.target_gate_weights)
+    # The logits were computed by other kernels: a tie may fall the other way.
+    assert min(meter.compute().recall_at_k) > 0.999
+
+
+def test_shuffled_labels_leave_nothing_but_frequency(tiny_traces, tmp_path) -> None:
+    traces = Traces.open(tiny_traces)
+    spec = dataclasses.replace(SPEC, form="linear")
+    stack = build_stack(traces, spec, traces.default_vectors()[0], torch.device("cpu"))
+    split = split_sequences(traces.num_sequences)
+    fitting = PreparedShards(stack, PairedShards(traces, spec, split.train)).read(0)
+    order = torch.randperm(fitting.num_tokens)
+    shuffled = fitting.select(order)._replace(
+        features=fitting.features, anchor_logits=fitting.anchor_logits
+    )
+    config = FitConfig(epochs=2, batch_size=256)
+    train_stack(stack, Listed(shuffled), Listed(), config, tmp_path, show_progress=False)
+    held_out = PairedShards(traces, spec, split.held_out)
+    counts = count_experts(traces, spec, split.train)
+    predictors = {"shuffled": predictor_of(stack), "frequency": frequency_predictor(counts)}
+    found = measure(predictors, held_out, traces.geometry, ())
+    for shuffled_recall, frequency in zip(
+        found["shuffled"].recall_at_k, found["frequency"].recall_at_k, strict=True
+    ):
+        assert shuffled_recall < frequency + 0.05
+
+
+def test_a_form_defined_here_trains_and_loads(tiny_traces, tmp_path, monkeypatch) -> None:
+    class Scaled(EstimatorForm):
+        """The next router's logits, scaled expert by expert."""
+
+        def __init__(self, spec, *, num_pairs, hidden_size, num_experts) -> None:
+            super().__init__(
+                spec, num_pairs=num_pairs, hidden_size=hidden_size, num_experts=num_experts
+            )
+            self.scale = torch.nn.Parameter(torch.ones(num_pairs, 1, num_experts))
+
+        def forward(self, features, anchor_logits, pairs=slice(None)):
+            return anchor_logits * self.scale[pairs]
+
+    monkeypatch.setitem(FORMS, "scaled", Scaled)
+    spec = dataclasses.replace(SPEC, form="scaled")
+    metrics = train_estimator(tiny_traces, spec, QUICK, tmp_path / "run", device="cpu")
+    assert metrics["form"] == "scaled"
+    stack = load_run(tmp_path / "run").stack
+    assert (stack.form.scale != 1).any()
+
+
+@pytest.mark.parametrize(
+    ("input_kind", "message"),
+    [
+        ("attention-readout", "collect-traces.*readout"),
+        ("pre-attention", "collect-traces.*layer-input"),
+    ],
+)
+def test_an_input_that_was_not_recorded_is_refused(tiny_traces, tmp_path, input_kind, message):
+    spec = dataclasses.replace(SPEC, input_kind=input_kind)
+    with pytest.raises(ValueError, match=message):
+        train_estimator(tiny_traces, spec, QUICK, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_readout_is_not_recorded_further_than_the_next_layer(tiny_traces) -> None:
+    spec = EstimatorSpec(
+        form="ridge", input_kind="attention-readout", horizon=2, target_layers=(2, 3)
+    )
+    with pytest.raises(ValueError, match="takes horizon 1, not 2"):
+        PairedShards(Traces.open(tiny_traces), spec, range(3))
 
 
 @pytest.mark.gpu

@@ -16,6 +16,7 @@ from torch import Tensor
 from foreroute.data.manifest import MANIFEST_FILE
 from foreroute.data.traces import Traces
 from foreroute.estimators import (
+    SOURCE_FIELDS,
     EstimatorSpec,
     EstimatorStack,
     RecallMeter,
@@ -82,6 +83,7 @@ def train_estimator(
     vectors = train_default_vectors(traces, plan)
     torch.manual_seed(config.seed)
     stack = build_stack(traces, spec, vectors, chosen)
+    traces.read(stack.source_layers[0], 0, SOURCE_FIELDS[spec.input_kind])  # is it recorded?
     traces.verify()
     open_run(out, plan, overwrite=overwrite, resume=resume)
     if (out / METRICS_NAME).is_file():

@@ -37,7 +37,7 @@ class FitConfig:
 
     epochs: int = 10
     """Passes over the training tokens."""
-    batch_size: int = 512
+    batch_size: int = 1024
     """Tokens per optimizer step."""
     learning_rate: float = 3e-3
     """AdamW's, at the first step; follows a cosine to zero."""
