@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from foreroute.data.adapters import discover, load_model, load_tokenizer
 from foreroute.data.collect import CollectRequest, collect_traces
 from foreroute.data.live_traces import LiveTraces
 from foreroute.data.traces import Traces
@@ -40,11 +41,12 @@ def live(tiny_moe, request_of, tmp_path):
     def make(buffer_bytes=1 << 20, **changes):
         request = CollectRequest(out=tmp_path / "live", **(request_of | changes))
         moe = tiny_moe.moe
-        tokenizer = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(
-            tiny_moe.folder
-        )
         return LiveTraces.begin(
-            moe, tokenizer, request.manifest(moe), request.out, buffer_bytes=buffer_bytes
+            moe,
+            load_tokenizer(str(tiny_moe.folder)),
+            request.manifest(moe),
+            request.out,
+            buffer_bytes=buffer_bytes,
         )
 
     return make
@@ -116,21 +118,31 @@ def test_a_buffer_for_less_than_two_sequences_is_refused(live):
         live(buffer_bytes=20_000)
 
 
-def test_training_online_gives_what_training_from_stored_traces_gives(request_of, live, tmp_path):
-    stored = collect_traces(**request_of, out=tmp_path / "stored")
-    traces = live(buffer_bytes=120_000)
-    assert len(traces.manifest.shards) >= len(stored.manifest.shards)
-    runs = {
-        "stored": train_estimator(stored.folder, SPEC, QUICK, tmp_path / "a", device="cpu"),
-        "online": train_estimator(
-            traces, SPEC, QUICK, tmp_path / "b", device="cpu", memory_bytes=120_000
-        ),
-    }
-    assert traces.peak_bytes <= 120_000
-    online, stored_run = runs["online"], runs["stored"]
-    assert online["num_held_out_tokens"] == stored_run["num_held_out_tokens"]
-    assert online["mean"]["next-router"] == pytest.approx(stored_run["mean"]["next-router"])
-    assert online["mean"]["estimator"] == pytest.approx(stored_run["mean"]["estimator"], abs=0.01)
+def test_training_online_gives_what_training_from_stored_traces_gives(tmp_path):
+    asked = {"tokens": 2048, "sequence_length": 128, "batch_size": 2, "shard_tokens": 512}
+    stored = collect_traces(**asked, out=tmp_path / "stored")
+    moe = discover(load_model("bundled"), "bundled")
+    request = CollectRequest(**asked, out=tmp_path / "live")
+    buffer_bytes = stored.manifest.num_bytes // 3
+    traces = LiveTraces.begin(
+        moe,
+        load_tokenizer("bundled"),
+        request.manifest(moe),
+        request.out,
+        buffer_bytes=buffer_bytes,
+    )
+    runs = [
+        train_estimator(
+            source, SPEC, QUICK, tmp_path / name, device="cpu", memory_bytes=buffer_bytes
+        )
+        for name, source in {"from stored": stored, "online": traces}.items()
+    ]
+    assert 0 < traces.peak_bytes <= buffer_bytes
+    assert traces.manifest.num_bytes == 0
+    from_stored, online = runs
+    assert online["num_held_out_tokens"] == from_stored["num_held_out_tokens"]
+    for name in ("next-router", "quasi-hidden", "estimator"):
+        assert online["mean"][name] == pytest.approx(from_stored["mean"][name], abs=0.01)
 
 
 def test_the_command_trains_without_traces_and_export_runs_the_model_again(
