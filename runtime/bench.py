@@ -79,13 +79,20 @@ class ModeResult:
 
 
 def modes_for(
-    expert_slots: str, *, has_bundle: bool, budget: int | None, can_speculate: bool
+    expert_slots: str,
+    *,
+    has_bundle: bool,
+    has_anchors: bool,
+    budget: int | None,
+    can_speculate: bool,
 ) -> list[Mode]:
     """All modes, baselines first.
 
     Args:
         expert_slots: Slots per layer of every mode but the all-resident one.
         has_bundle: Whether there are trained estimators.
+        has_anchors: Whether the routers' copies predict without training; where they do not, modes
+            that need predictions are left out unless there is a bundle.
         budget: Experts prefetched per token and layer; top-k if None.
         can_speculate: Whether gate weights of predicted experts can be had on this model.
     """
@@ -95,8 +102,11 @@ def modes_for(
         Mode(name="all-resident", config=EngineConfig(expert_slots="100%"), is_filled=True),
         Mode(name="on-demand-no-cache", config=replace(demand, cache="none")),
         Mode(name=BASELINE, config=demand),
-        Mode(name="prefetch-next-router", config=prefetch),
     ]
+    if has_anchors:
+        modes.append(Mode(name="prefetch-next-router", config=prefetch))
+    if not has_anchors and not has_bundle:
+        return modes
     if has_bundle:
         modes.append(Mode(name="prefetch", config=prefetch, uses_bundle=True))
     if can_speculate:

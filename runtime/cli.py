@@ -146,14 +146,17 @@ def bench(
     from foreroute.export.bundle import load_bundle
     from foreroute.runtime import bench as measure
     from foreroute.runtime.config import parse_slots
+    from foreroute.runtime.loading import Source, require_room_for_whole
     from foreroute.runtime.offload import offload
 
     if min(num_prompts, prompt_tokens, repeats) < 1 or new_tokens < 8:
         raise ValueError("bench needs at least 1 prompt of 1 token, 1 repeat and 8 new tokens.")
     target = resolve_device(device)
     loaded = load_bundle(bundle) if bundle else None
+    require_room_for_whole(Source(name=model, dtype=dtype, trust_remote_code=trust_remote_code))
     whole = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
-    geometry = discover(whole, model).geometry
+    moe = discover(whole, model)
+    geometry = moe.geometry
     if loaded is not None:
         loaded.require_fits(geometry)
     slots = parse_slots(expert_slots, num_experts=geometry.num_experts, top_k=geometry.top_k)
@@ -168,6 +171,7 @@ def bench(
     modes = measure.modes_for(
         expert_slots,
         has_bundle=loaded is not None,
+        has_anchors=moe.found_anchors is not None,
         budget=budget,
         can_speculate=geometry.gate_family != "other",
     )

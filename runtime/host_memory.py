@@ -19,13 +19,19 @@ def available_host_bytes() -> int | None:
     return min(amounts, default=None)
 
 
-def require_host_memory(expert_bytes: int, other_bytes: int, *, model_name: str) -> None:
+FEWER_BITS = "Store the experts in fewer bits (--expert-dtype int8 or int4), or free memory."
+
+
+def require_host_memory(
+    expert_bytes: int, other_bytes: int, *, model_name: str, remedy: str = FEWER_BITS
+) -> None:
     """Refuse a model that the host cannot hold.
 
     Args:
         expert_bytes: All experts, as they will be stored.
         other_bytes: Everything else that is loaded on the host, if only on its way to a device.
         model_name: For the message.
+        remedy: What the user can do, one sentence.
 
     Raises:
         ValueError: If less is available; gives the numbers.
@@ -35,8 +41,8 @@ def require_host_memory(expert_bytes: int, other_bytes: int, *, model_name: str)
         return
     raise ValueError(
         f"{model_name} needs {expert_bytes / GIB:.1f} GiB of host memory for its experts and "
-        f"{other_bytes / GIB:.1f} GiB for the rest; {available / GIB:.1f} GiB are available. Store "
-        "the experts in fewer bits (--expert-dtype int8 or int4), or free memory."
+        f"{other_bytes / GIB:.1f} GiB for the rest; {available / GIB:.1f} GiB are available. "
+        f"{remedy}"
     )
 
 

@@ -65,8 +65,7 @@ def load_with_host_experts(source: Source, *, is_pinned: bool) -> tuple[MoEModel
     experts = experts_by_path(shapes)
     if not experts:
         discover(shapes, source.name)  # says why there are none
-    whole_bytes = sum(p.nbytes for module in experts.values() for p in module.parameters())
-    other_bytes = sum(p.nbytes for p in shapes.parameters()) - whole_bytes
+    _, other_bytes = _bytes_of(shapes)
     stored_bytes = sum(
         RowLayout.of(module, encoder).row_bytes * len(next(module.parameters()))
         for module in experts.values()
@@ -79,6 +78,30 @@ def load_with_host_experts(source: Source, *, is_pinned: bool) -> tuple[MoEModel
     store = HostExpertStore(all_experts, is_pinned=is_pinned, encoder=encoder)
     fill_store(store, moe, files)
     return moe, store
+
+
+def require_room_for_whole(source: Source) -> None:
+    """Refuse a model that the host cannot hold the way stock transformers loads it.
+
+    Raises:
+        ValueError: If less memory is available; gives the numbers.
+    """
+    config = load_config(source.name, trust_remote_code=source.trust_remote_code)
+    files = checkpoint_files(resolve_model(source.name))
+    dtype = _dtype(source, config, files)
+    shapes = outline(config, dtype, trust_remote_code=source.trust_remote_code)
+    require_host_memory(
+        *_bytes_of(shapes),
+        model_name=source.name,
+        remedy="The stock model is loaded whole, in full precision; foreroute generate is not.",
+    )
+
+
+def _bytes_of(shapes: Any) -> tuple[int, int]:
+    """Of all experts, and of everything else, as the model has them."""
+    experts = experts_by_path(shapes).values()
+    expert_bytes = sum(p.nbytes for module in experts for p in module.parameters())
+    return expert_bytes, sum(p.nbytes for p in shapes.parameters()) - expert_bytes
 
 
 def _dtype(source: Source, config: Any, files: Mapping[str, Path]) -> torch.dtype:
