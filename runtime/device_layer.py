@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from foreroute.runtime.kernels.head import plan_head
 from foreroute.runtime.kernels.plan import plan
 from foreroute.runtime.kernels.products import expert_products
 from foreroute.runtime.kernels.tables import ResidencyTables, ScoreRule
+from foreroute.runtime.policies import EvictionPolicy, LayerState
 from foreroute.runtime.prefill import StreamedPrefill
 
 DEMAND_BLOCKS = 32
@@ -202,6 +204,18 @@ class DeviceLayer:
         if self._arriving is not None:
             torch.cuda.current_stream().wait_event(self._arriving)
             self._arriving, self._read_ahead = None, ()
+
+    def warm(self, rows: Sequence[Sequence[int]], policy: EvictionPolicy) -> None:
+        """Count a recording's uses, per token its experts, and make the best ones resident."""
+        state = LayerState(policy, len(self.rows), len(self.slots))
+        state.warm(rows)
+        held = [expert for expert in state.expert_in if expert >= 0]
+        for ids in torch.tensor(held, device=self.slots.device).split(FILL_EXPERTS):
+            self.load(ids, num_blocks=DEMAND_BLOCKS, is_prefetch=True)
+        unit = 1.0 if policy.worth == "recency" else state.unit
+        self.tables.score.copy_(torch.tensor(state.worth) / unit)
+        self.tables.step.fill_(state.step)
+        self.tables.is_unused_prefetch.zero_()
 
     def fill(self) -> None:
         """Make as many experts resident as fit, lowest ids first."""

@@ -31,13 +31,12 @@ from foreroute.runtime.kernels.tables import (
     WASTED,
     WASTED_HEADS,
     WHOLE,
-    lrfu,
 )
 from foreroute.runtime.offload import OffloadedModel
+from foreroute.runtime.policies import find_policy
 from foreroute.runtime.prefill import StreamedPrefill
 from foreroute.runtime.stats import PhaseStats, RuntimeStats
 
-HALF_LIFE_STEPS = 20.0
 FIRST_HEAD_SHARE = 0.4
 PREDICTION_MS = 0.01  # from the router's choice until a head can begin
 TUNING_REPLAYS = 8
@@ -58,6 +57,8 @@ def why_not_on_device(offloaded: OffloadedModel, config: EngineConfig) -> str | 
         return "it needs a CUDA device"
     if not config.is_exact or config.cache == "none":
         return "speculative execution and running without a cache are decided on the host"
+    if find_policy(config.eviction).worth == "static" or find_policy(config.eviction).likely_bonus:
+        return f"eviction={config.eviction} is decided on the host"
     if len(set(map(_shape_of, offloaded.store.layouts))) > 1:
         return "its layers have experts of different shapes"
     if any(layout.encoded for layout in offloaded.store.layouts):
@@ -83,7 +84,7 @@ class GraphEngine(Engine):
         device, dtype = self.device, offloaded.moe.model.dtype
         prefetcher = self._run.prefetcher
         self._device_run = DeviceRun(
-            rule=lrfu(HALF_LIFE_STEPS),
+            rule=self._run.policy.device_rule(),
             form=form,
             prefill=StreamedPrefill(store.layouts[0], PREFILL_GROUP, device),
             predictor=(
@@ -101,11 +102,21 @@ class GraphEngine(Engine):
         self._counters = torch.zeros(num_layers, NUM_COUNTERS, dtype=torch.int32, device=device)
         self._counted_before = self._counters.clone()
         return [
-            DeviceLayer(layer, rows, layout, self.num_slots, self._device_run, counters, device)
-            for layer, rows, layout, counters in zip(
-                offloaded.moe.layers, store.rows, store.layouts, self._counters, strict=True
+            DeviceLayer(layer, rows, layout, num_slots, self._device_run, counters, device)
+            for layer, rows, layout, num_slots, counters in zip(
+                offloaded.moe.layers,
+                store.rows,
+                store.layouts,
+                self.slots_per_layer,
+                self._counters,
+                strict=True,
             )
         ]
+
+    def _warm(self, rows: list[list[tuple[int, ...]]]) -> None:
+        for layer, uses in zip(self.layers, rows, strict=True):
+            layer.warm(uses, self._run.policy)
+        self.reset_stats()
 
     def _attach(self) -> None:
         super()._attach()

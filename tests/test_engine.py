@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TextIteratorStreamer
 
 from foreroute.estimators import EstimatorStack
 from foreroute.export.bundle import PairEntry, save_bundle
-from foreroute.runtime import Engine, EngineConfig
+from foreroute.runtime import Engine, EngineConfig, slot_plan
 from foreroute.runtime import layer as layer_module
 from foreroute.runtime.config import parse_slots
 from foreroute.runtime.offload import OffloadedModel, offload
+from foreroute.runtime.planner import RESERVE_BYTES
 
 PROMPT_SHAPES = [(1, 1), (1, 17), (3, 5), (2, 40)]
 EXACT = {
@@ -383,3 +385,98 @@ def test_another_models_bundle_is_refused_and_both_are_named(
     bundle = write_training_free_bundle(other, tmp_path / "bundle")
     with pytest.raises(ValueError, match=r"16 experts.*8 experts"):
         Engine.from_pretrained(str(tiny_moe.folder), bundle=bundle, device="cpu")
+
+
+def write_route(folder: Path, steps: int = 40) -> Path:
+    """Recorded routing for the tiny model: experts 6 and 7 much liked, but in the last layer."""
+    dice = torch.Generator().manual_seed(0)
+    liking = torch.tensor([1.0, 1, 1, 1, 1, 1, 20, 20]).expand(4, 8).clone()
+    liking[3] = 1.0
+    ids = [torch.multinomial(liking, 2, generator=dice) for _ in range(steps)]
+    save_file({"routed_experts": torch.stack(ids)}, folder / "route.safetensors")
+    return folder / "route.safetensors"
+
+
+def test_a_recording_fills_the_slots_before_the_first_token(
+    stock: Any, offloaded: OffloadedModel, tmp_path: Path
+) -> None:
+    config = EngineConfig(expert_slots="2", warm_start=str(write_route(tmp_path)))
+    with Engine(offloaded, config) as engine:
+        assert sorted(engine.layers[0].residency.cache.resident) == [6, 7]
+        engine.check_integrity()
+        assert engine.stats().decode.lookups == 0
+        assert torch.equal(greedy(engine, prompt(1, 9)), greedy(stock, prompt(1, 9)))
+
+
+def test_slots_by_misses_go_to_the_layer_that_misses_more(
+    stock: Any, offloaded: OffloadedModel, tmp_path: Path
+) -> None:
+    route = str(write_route(tmp_path))
+    config = EngineConfig(expert_slots="4", warm_start=route, slot_budget="by-misses")
+    with Engine(offloaded, config) as engine:
+        assert sum(engine.slots_per_layer) == 4 * 4
+        assert engine.slots_per_layer[3] > engine.slots_per_layer[0]
+        assert torch.equal(greedy(engine, prompt(2, 9)), greedy(stock, prompt(2, 9)))
+
+
+def test_automatic_slots_are_what_the_memory_holds(
+    offloaded: OffloadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EngineConfig(expert_slots="auto", context=0)
+    room = 8 * offloaded.expert_bytes + RESERVE_BYTES
+    with Engine(offloaded, config) as engine:
+        assert engine.slots_per_layer == [8] * 4
+    slots_of_five = 4 * 5 * offloaded.expert_bytes
+    monkeypatch.setattr(slot_plan, "available_host_bytes", lambda: room + slots_of_five)
+    with Engine(offloaded, config) as engine:
+        assert engine.slots_per_layer == [5] * 4
+    monkeypatch.setattr(slot_plan, "available_host_bytes", lambda: room)
+    with pytest.raises(ValueError, match="free on the device"):
+        Engine(offloaded, config)
+
+
+def test_a_prompt_leaves_its_most_used_experts_resident(offloaded: OffloadedModel) -> None:
+    tokens = prompt(1, 40)
+    config = EngineConfig(expert_slots="3", eviction="lfu")
+    with Engine(offloaded, config) as engine:
+        engine(tokens)
+        for layer in engine.layers:
+            state = layer.residency.cache.state
+            least = min(state.worth[expert] for expert in layer.residency.cache.resident)
+            absent = [state.worth[e] for e in range(8) if not state.here[e]]
+            assert least >= max(absent)
+
+
+def test_budgeted_prefetch_leaves_what_does_not_pay(offloaded: OffloadedModel) -> None:
+    copied = {}
+    for prefetch in ("every", "budgeted"):
+        config = EngineConfig(expert_slots="2", policy="prefetch", prefetch=prefetch)
+        with Engine(offloaded, config) as engine:
+            greedy(engine, prompt(1, 9), count=40)
+            copied[prefetch] = engine.stats().decode
+    assert 0 < copied["budgeted"].prefetches < copied["every"].prefetches
+    assert copied["budgeted"].wasted_bytes < copied["every"].wasted_bytes
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eviction": "belady"}, "bound"),
+        ({"eviction": "mru"}, "known: default, lru"),
+        ({"slot_budget": "by-misses"}, "path as warm_start"),
+        ({"prefetch": "some"}, "known: budgeted, every"),
+        ({"context": -1}, "not be negative"),
+    ],
+)
+def test_policies_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EngineConfig(**settings)
+
+
+def test_a_recording_of_another_model_is_refused(offloaded: OffloadedModel, tmp_path: Path) -> None:
+    save_file({"routed_experts": torch.tensor([[[0, 1]]])}, tmp_path / "one-layer.safetensors")
+    path = str(tmp_path / "one-layer.safetensors")
+    with pytest.raises(ValueError, match="does not fit this model"):
+        Engine(offloaded, EngineConfig(expert_slots="2", warm_start=path))
+    with pytest.raises(FileNotFoundError):
+        Engine(offloaded, EngineConfig(expert_slots="2", warm_start=str(tmp_path / "none.csv")))

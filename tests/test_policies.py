@@ -55,13 +55,14 @@ def test_lru_misses_what_an_ordered_dict_misses() -> None:
 @pytest.mark.parametrize("policy", ["lfu", "lrfu", "lrfu:3"])
 def test_host_and_kernel_rule_make_the_same_decisions(policy: str) -> None:
     plan = pytest.importorskip("foreroute.runtime.kernels.plan")
+    tables_of = pytest.importorskip("foreroute.runtime.kernels.tables").ResidencyTables
     rule = find_policy(policy)
     state = LayerState(rule, EXPERTS, SLOTS)
-    tables = plan.ResidencyTables.empty(EXPERTS, SLOTS, "cpu")
-    source, target = torch.zeros(2, TOP_K, dtype=torch.int32)
+    tables = tables_of.empty(EXPERTS, SLOTS, "cpu")
+    copies = torch.zeros(3, TOP_K, dtype=torch.int32)
     for ids in random_route(200):
-        plan.plan_reference(torch.tensor(ids), tables, rule.device_rule(), source, target)
-        copied = [int(e) for e in source if e >= 0]
+        plan.plan_reference(torch.tensor(ids), tables, rule.device_rule(), copies)
+        copied = [int(e) for e in copies[0] if e >= 0]
         assert state.demand(ids) == copied
         assert state.expert_in == tables.expert_in.tolist()
 
