@@ -31,11 +31,13 @@ class NormalEquations:
     def __init__(
         self, num_pairs: int, num_features: int, num_targets: int, device: torch.device
     ) -> None:
-        double = {"dtype": torch.float64, "device": device}
-        self.squares = torch.zeros(num_pairs, num_features, num_features, **double)
-        self.products = torch.zeros(num_pairs, num_features, num_targets, **double)
-        self.feature_sum = torch.zeros(num_pairs, 1, num_features, **double)
-        self.target_sum = torch.zeros(num_pairs, 1, num_targets, **double)
+        def zeros(rows: int, columns: int) -> Tensor:
+            return torch.zeros(num_pairs, rows, columns, dtype=torch.float64, device=device)
+
+        self.squares = zeros(num_features, num_features)
+        self.products = zeros(num_features, num_targets)
+        self.feature_sum = zeros(1, num_features)
+        self.target_sum = zeros(1, num_targets)
         self.num_tokens = 0
 
     def add(self, features: Tensor, targets: Tensor) -> None:
