@@ -64,6 +64,9 @@ class RowLayout:
             is_transposed = bool(experts.is_transposed)
             rows, columns = shape[:0:-1] if is_transposed else shape[1:]
             encoding = encoder(name, rows, columns)
+            if encoding.parts() == {"": ((rows, columns), dtype)}:  # bf16 of what is in bf16
+                parts[name] = (shape[1:], dtype)
+                continue
             encoded[name] = EncodedParameter(encoding, shape[1:], dtype, is_transposed)
             parts |= {name + suffix: part for suffix, part in encoding.parts().items()}
         parameters: dict[str, ParameterSpec] = {}

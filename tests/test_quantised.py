@@ -106,6 +106,14 @@ def test_loading_quantises_as_it_reads(tmp_path, name):
             assert torch.equal(view.view(torch.uint8), other.view(torch.uint8))
 
 
+def test_bf16_of_a_bf16_model_is_stored_as_it_is():
+    model = tiny_model("gpt_oss", dtype=torch.bfloat16)
+    plain = offload(copy.deepcopy(model), device=torch.device("cpu"))
+    asked = offload(model, device=torch.device("cpu"), expert_dtype="bf16")
+    assert not asked.store.layouts[0].encoded
+    assert all(map(torch.equal, asked.store.rows, plain.store.rows))
+
+
 def test_only_the_experts_asked_for_are_decoded_for_a_prompt():
     offloaded = offload(tiny_model("mixtral"), device=torch.device("cpu"), expert_dtype="int8")
     layer, store = offloaded.moe.layers[0], offloaded.store
