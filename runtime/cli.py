@@ -36,6 +36,10 @@ def generate(
     on_miss: str = "fetch",
     weights: str = "true",
     budget: int | None = None,
+    prefetch: str = "budgeted",
+    eviction: str = "default",
+    warm_start: str = "prompt",
+    slot_budget: str = "equal",
     temperature: float = 0.0,
     seed: int = 0,
     chat: bool = False,
@@ -52,11 +56,15 @@ def generate(
         model: `bundled`, a local folder or a Hub id.
         bundle: Folder that export-estimator wrote; without it, prefetch uses the next router.
         max_new_tokens: Stop after so many tokens.
-        expert_slots: Slots per MoE layer on the device: a number, or a share such as 25%.
+        expert_slots: Slots per MoE layer on the device: a number, a share such as 25%, or auto.
         policy: on-demand or prefetch; prefetch where there is a bundle, unless said.
         on_miss: fetch (exact), or speculative execution: skip, predicted.
         weights: Gate weights of predicted experts: true or predicted.
         budget: Experts prefetched per token and layer; the model's top-k unless said.
+        prefetch: What is fetched early: budgeted, what pays; every, each prediction.
+        eviction: Which expert goes: default, lru, lfu, lrfu, predicted or static.
+        warm_start: What fills the slots before the first token: prompt, none, or recorded routing.
+        slot_budget: equal, or by-misses: layers that miss more in that recording get more slots.
         temperature: 0 is greedy; above, tokens are sampled.
         seed: Of the sampling.
         chat: Put the prompt through the model's chat template.
@@ -81,6 +89,10 @@ def generate(
         on_miss=on_miss,
         weights=weights,
         budget=budget,
+        prefetch=prefetch,
+        eviction=eviction,
+        warm_start=warm_start,
+        slot_budget=slot_budget,
         device=device,
         dtype=dtype,
         revision=revision,
@@ -124,7 +136,7 @@ def bench(
     Args:
         model: `bundled`, a local folder or a Hub id.
         bundle: Folder that export-estimator wrote.
-        expert_slots: Slots per MoE layer on the device: a number, or a share such as 25%.
+        expert_slots: Slots per MoE layer on the device: a number, a share such as 25%, or auto.
         budget: Experts prefetched per token and layer; the model's top-k unless said.
         dataset: Where prompts come from (its held-out split); as collect-traces takes it.
         num_prompts: How many prompts.
@@ -145,9 +157,10 @@ def bench(
     from foreroute.estimators.artifacts import package_versions, write_json
     from foreroute.export.bundle import load_bundle
     from foreroute.runtime import bench as measure
-    from foreroute.runtime.config import parse_slots
+    from foreroute.runtime.config import EngineConfig, parse_slots
     from foreroute.runtime.loading import Source, require_room_for_whole
     from foreroute.runtime.offload import offload
+    from foreroute.runtime.slot_plan import plan_slots
 
     if min(num_prompts, prompt_tokens, repeats) < 1 or new_tokens < 8:
         raise ValueError("bench needs at least 1 prompt of 1 token, 1 repeat and 8 new tokens.")
@@ -159,7 +172,8 @@ def bench(
     geometry = moe.geometry
     if loaded is not None:
         loaded.require_fits(geometry)
-    slots = parse_slots(expert_slots, num_experts=geometry.num_experts, top_k=geometry.top_k)
+    if expert_slots != "auto":  # refuse impossible ones before anything runs
+        parse_slots(expert_slots, num_experts=geometry.num_experts, top_k=geometry.top_k)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     sequences = _sequences(tokenizer, dataset, num_prompts, prompt_tokens + new_tokens)
     work = measure.Workload(
@@ -188,6 +202,7 @@ def bench(
             whole.to("cpu"), device=target, model_name=model, expert_dtype=expert_dtype
         )
         stack = loaded.stack if loaded else None
+        slots = plan_slots(offloaded, EngineConfig(expert_slots=expert_slots), None)[0]
         results += measure.measure_modes(modes, offloaded, stack, work, tick)
     results = measure.with_perplexity_change(results)
     title = f"{model} on {target}, {slots} slots for the {geometry.num_experts} experts of a layer"
