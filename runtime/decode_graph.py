@@ -61,6 +61,8 @@ class DecodeStep:
         self._window = _sliding_window(model.config)
         self._has_layer_types = _layer_types(model.config) is not None
         self._model, self._routers = model, routers
+        self.choose_variant: Callable[[], int] = lambda: 0
+        """Asked before every replay which variant of the step to run, if there are several."""
         with torch.no_grad():
             model(input_ids=self.tokens.repeat(1, 2), past_key_values=self.cache, use_cache=True)
 
@@ -123,6 +125,7 @@ class DecodeStep:
         Returns:
             Logits for the next, [B, V]; valid until the next replay.
         """
+        self.choose_variant()
         self.tokens.copy_(tokens.unsqueeze(1))
         with self._fused():
             return self._step()
@@ -152,8 +155,6 @@ class DecodeGraph(DecodeStep):
             RuntimeError: If something in the model cannot be captured.
         """
         super().__init__(model, batch, length, routers)
-        self.choose_variant: Callable[[], int] = lambda: 0
-        """Asked before every replay which variant to run."""
         self._graphs = []
         for set_up in variants:
             set_up()

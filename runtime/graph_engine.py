@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from foreroute.runtime.config import EngineConfig
-from foreroute.runtime.decode_graph import DecodeGraph
+from foreroute.runtime.decode_graph import DecodeGraph, DecodeStep
 from foreroute.runtime.device_layer import DEMAND_BLOCKS, DeviceLayer, DeviceRun
 from foreroute.runtime.device_predictor import DevicePredictor
 from foreroute.runtime.engine import Engine
@@ -36,6 +37,8 @@ from foreroute.runtime.offload import OffloadedModel
 from foreroute.runtime.policies import find_policy
 from foreroute.runtime.prefill import StreamedPrefill
 from foreroute.runtime.stats import PhaseStats, RuntimeStats
+
+logger = logging.getLogger(__name__)
 
 FIRST_HEAD_SHARE = 0.4
 PREDICTION_MS = 0.01  # from the router's choice until a head can begin
@@ -96,7 +99,7 @@ class GraphEngine(Engine):
             trust=torch.full((2,), TRUST_START, device=device),
         )
         self._device_run.set_head(FIRST_HEAD_SHARE, store.rows[0].shape[1])
-        self._graph: DecodeGraph | None = None
+        self._graph: DecodeStep | None = None
         self._give_up: GiveUp | None = None
         num_layers = len(offloaded.moe.layers)
         self._counters = torch.zeros(num_layers, NUM_COUNTERS, dtype=torch.int32, device=device)
@@ -130,6 +133,9 @@ class GraphEngine(Engine):
         """Decode steps are replays of one captured graph, unless something else is asked for."""
         if any(map(settings.get, UNSUPPORTED_ARGUMENTS)):
             return {}
+        if not self.model._can_compile_fullgraph:  # transformers' own mark
+            logger.info("This architecture has no static cache: decode steps are not captured.")
+            return {}
         # transformers hands no streamer to a callable: it must come along
         return {"custom_generate": partial(self._decode_loop, streamer=streamer)}
 
@@ -162,8 +168,11 @@ class GraphEngine(Engine):
         self._run.stats.decode.forwards += 1
         return self._give_up.next_variant() if self._give_up else LOOK_AHEAD
 
-    def graph_for(self, batch: int, length: int) -> DecodeGraph:
-        """The captured step for so many sequences of at most this length; captured when needed."""
+    def graph_for(self, batch: int, length: int) -> DecodeStep:
+        """The step for so many sequences of at most this length; captured when needed.
+
+        A step that cannot be captured runs as it is, with the same kernels, and the log says so.
+        """
         graph = self._graph
         if graph is None or graph.batch != batch or graph.length < length:
             self._graph = None  # its cache's memory is free before the next one's is taken
@@ -177,19 +186,28 @@ class GraphEngine(Engine):
         assert self._graph is not None
         return self._graph
 
-    def _captured(self, batch: int, length: int) -> DecodeGraph:
+    def _captured(self, batch: int, length: int) -> DecodeStep:
         """Capture the step; with prefetch twice, one looks ahead and the other does not."""
         run, routers = self._device_run, [layer.router for layer in self.offloaded.moe.layers]
-        if run.predictor is None:
-            return DecodeGraph(self.model, batch, length, routers)
 
         def looking(ahead: bool) -> Callable[[], None]:
             return lambda: setattr(run, "is_looking_ahead", ahead)
 
-        variants = [looking(True), looking(False)]  # LOOK_AHEAD, ON_DEMAND
-        graph = DecodeGraph(self.model, batch, length, routers, variants)
+        variants = [looking(True)]  # LOOK_AHEAD
+        if run.predictor is not None:
+            variants.append(looking(False))  # ON_DEMAND
+        try:
+            graph = DecodeGraph(self.model, batch, length, routers, variants)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            logger.warning(
+                "The decode step runs without a CUDA graph, kernel by kernel: %s", reason
+            )
+            run.is_looking_ahead = True
+            return DecodeStep(self.model, batch, length, routers)
         run.is_looking_ahead = True
-        self._tune(graph)
+        if run.predictor is not None:
+            self._tune(graph)
         return graph
 
     def _tune(self, graph: DecodeGraph) -> None:

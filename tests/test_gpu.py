@@ -235,3 +235,21 @@ def test_graph_matches_stock_for_other_architectures(model_type: str) -> None:
         engine.check_integrity()
     # float32 sums in another order
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_a_step_that_cannot_be_captured_runs_kernel_by_kernel_and_says_so(
+    offloaded: OffloadedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    config = EngineConfig(expert_slots="6", policy="prefetch")
+    with GraphEngine(offloaded, config) as engine:
+        expected = engine.generate(prompt(), **settings)
+    norm = offloaded.moe.model.model.norm
+    waiting = norm.register_forward_hook(lambda _, __, output: output.sum().item() and None)
+    with GraphEngine(offloaded, config) as engine:
+        got = engine.generate(prompt(), **settings)
+        engine.check_integrity()
+        assert engine.stats().decode.forwards >= 11
+    waiting.remove()
+    assert torch.equal(got, expected)
+    assert "without a CUDA graph" in caplog.text
