@@ -20,10 +20,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from foreroute.runtime.kernels import fetch as fetch_module
 from foreroute.runtime.kernels import products, transposed
 from foreroute.runtime.kernels.activation import ExpertForm
 from foreroute.runtime.kernels.attention import decode_attention
 from foreroute.runtime.kernels.cache import store_token
+from foreroute.runtime.kernels.fetch import BLOCK_WORDS as WORDS
 from foreroute.runtime.kernels.fetch import fetch
 from foreroute.runtime.kernels.head import plan_head
 from foreroute.runtime.kernels.plan import plan
@@ -203,7 +205,7 @@ def no_copies(count: int) -> Tensor:
 
 
 def fetch_bandwidth(expert_bytes: int) -> dict[str, float]:
-    """GB/s of the fetch kernel for one, two and four experts, by blocks per expert."""
+    """GB/s of the fetch kernel for one, two and four experts, by blocks per expert and tile."""
     size = expert_bytes // 8 * 8
     rows = torch.zeros(16, size, dtype=torch.uint8, pin_memory=True)
     slots = torch.empty(16, rows.shape[1], dtype=torch.uint8, device=DEVICE)
@@ -214,6 +216,14 @@ def fetch_bandwidth(expert_bytes: int) -> dict[str, float]:
         found[f"fetch {count} experts, {blocks} blocks each: GB/s"] = (
             count * rows.shape[1] / us / 1e3
         )
+    copies, default = torch.arange(2, dtype=torch.int32, device=DEVICE).repeat(3, 1), WORDS
+    for words in (256, 512, 2048, 4096):
+        fetch_module.BLOCK_WORDS = words
+        us = microseconds(lambda i: fetch(rows, slots, copies, num_blocks=32))
+        found[f"fetch 2 experts, tiles of {words} words: GB/s"] = 2 * rows.shape[1] / us / 1e3
+    fetch_module.BLOCK_WORDS = default
+    us = microseconds(lambda i: slots[:2].copy_(rows[:2], non_blocking=True))
+    found["copy engine, 2 experts: GB/s"] = 2 * rows.shape[1] / us / 1e3
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foreroute.runtime.decode_graph import DecodeGraph
+from foreroute.runtime.decode_graph import DecodeStep
 
 
 class _HostCopy:
@@ -32,7 +32,7 @@ class _HostCopy:
 
 def decode_loop(
     model: Any,
-    graph: DecodeGraph,
+    graph: DecodeStep,
     input_ids: Tensor,
     attention_mask: Tensor,
     logits_processor: Any,
@@ -47,7 +47,7 @@ def decode_loop(
 
     Args:
         model: Transformers causal LM, for the prompt.
-        graph: The captured step.
+        graph: The step, captured or not.
         input_ids: Prompts, [B, P].
         attention_mask: [B, P].
         logits_processor: As `generate` prepares it.
