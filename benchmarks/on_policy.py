@@ -68,6 +68,11 @@ def half_of_each(first: Traces, second: Traces, folder: Path) -> Traces:
     return Traces.open(folder)
 
 
+def _in_one_shard(split: str, tokens: int) -> dict[str, Any]:
+    """Arguments of `collect_traces` by which nothing but `batch_size` divides the sequences."""
+    return {"split": split, "tokens": tokens, "shard_tokens": tokens}
+
+
 def by_bucket(recall: Tensor, size: int) -> list[Recall]:
     """Recall of each stretch of so many tokens; `recall` as `recall_of_tokens` gives it."""
     return [Recall.of(part.mean(dim=1)) for part in recall.split(size, dim=1)]
@@ -87,7 +92,8 @@ def compare(settings: argparse.Namespace, folder: Path) -> dict[str, Any]:
     made = text | {"source": "generated", "generate": settings.generate}
     prompt = settings.context - settings.long
     far = made | {"sequence_length": settings.context, "generate": settings.long}
-    held_out = {"split": "held-out", "tokens": settings.held_out_tokens}
+    held_out = _in_one_shard("held-out", settings.held_out_tokens)
+    long = _in_one_shard("held-out", settings.long * settings.long_sequences)
     collected = {
         name: collect_traces(out=folder / name, **arguments)
         for name, arguments in {
@@ -95,7 +101,7 @@ def compare(settings: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "generated": made | {"tokens": settings.train_tokens},
             "held-out text": text | held_out,
             "held-out generated": made | held_out,
-            "long": far | held_out | {"tokens": settings.long * settings.long_sequences},
+            "long": far | long,
         }.items()
     }
     both = half_of_each(collected["text"], collected["generated"], folder / "both")
@@ -162,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--form", default="low-rank", help="form of the estimators")
     parser.add_argument("--train-tokens", type=int, default=16384, help="of each source")
-    parser.add_argument("--shards", type=int, default=4, help="of each source, an even number")
+    parser.add_argument("--shards", type=int, default=2, help="of each source, an even number")
     parser.add_argument("--held-out-tokens", type=int, default=8192, help="of each source")
     parser.add_argument("--generate", type=int, default=256, help="tokens after as long a prompt")
     parser.add_argument("--long", type=int, default=2000, help="tokens of a long generation")
