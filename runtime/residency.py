@@ -125,7 +125,9 @@ class Residency:
     def _ask_for(self, expert_ids: Iterable[int], *, is_prefetch: bool = False) -> None:
         slots = self._admit(expert_ids, is_prefetch=is_prefetch)
         if slots:
-            self.cache.arriving.update(dict.fromkeys(slots, self._copy(slots)))
+            ticket = self._copy(slots)  # in order: of two in one slot, the one that stays is last
+            stay = [expert for expert in slots if self.cache.slot_of(expert) != EMPTY]
+            self.cache.arriving.update(dict.fromkeys(stay, ticket))
 
     def _admit(self, expert_ids: Iterable[int], *, is_prefetch: bool = False) -> dict[int, int]:
         """Give absent experts slots, and count their copies; the slot of each."""
