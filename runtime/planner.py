@@ -182,7 +182,7 @@ def assumptions(model: ModelSize, profile: MachineProfile, context: int) -> list
         f"Reserved: {RESERVE_BYTES / 2**30:g} GiB on the device and buffers for {PREFILL_EXPERTS} "
         f"experts, {HOST_RESERVE_BYTES / 2**30:g} GiB on the host.",
         f"Prefetch hides {PREFETCH_USE:.0%} of stall or compute, whichever is less: with a bundle "
-        "of recall .89 and the simulator's budgeted rule, which the engine does not run yet.",
+        "of recall .89 and the simulator's budgeted rule; the engine's simpler rules hide less.",
         "int8 and int4 experts change the output; their unpacking takes no time here.",
     ]
 
