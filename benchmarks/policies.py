@@ -447,6 +447,14 @@ def _rule_section() -> str:
   and fear for victims likewise.
 * If a layer is reached before its expert is there, only the rest is fetched on demand.
 
+## In the engine
+
+`EngineConfig` (and `foreroute generate`) take `eviction`, `prefetch` (`budgeted` or `every`),
+`warm_start` (the prompt's routing, or a recording) and `slot_budget` (`equal`, or `by-misses` in
+that recording); `expert_slots="auto"` asks the planner. Every choice gives the same bits. Where the
+host decides, budgeted prefetch fetches whole experts by the rule above, with `profile`'s times;
+where the GPU decides it is `head`. `predicted` and `static` are decided on the host alone.
+
 ## Limits
 
 * One recorded route of 128 tokens, batch 1. Predictions on it are simulated.

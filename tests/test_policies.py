@@ -8,6 +8,7 @@ import torch
 
 from foreroute.runtime.policies import (
     LayerState,
+    PrefetchBudget,
     PrefetchRule,
     find_policy,
     find_prefetch_rule,
@@ -164,3 +165,37 @@ def test_layers_that_miss_more_get_more_slots() -> None:
 def test_slots_that_do_not_suffice_are_refused() -> None:
     with pytest.raises(ValueError, match="cannot be shared"):
         share_slots([[5.0, 4.0]], 1, fewest=2)
+
+
+def budget_of(layer_ms: float = 0.25, copy_ms: float = 0.1) -> PrefetchBudget:
+    return PrefetchBudget(find_prefetch_rule("budgeted"), layer_ms=layer_ms, copy_ms=copy_ms)
+
+
+def test_a_budget_spends_the_window_on_the_likeliest_absent_experts() -> None:
+    state = LayerState(find_policy("lru"), EXPERTS, 6)
+    state.demand((3,))
+    guesses = [(3, 0.9), (4, 0.6), (5, 0.95), (6, 0.9), (7, 0.05), (8, 0.5)]
+    # 0.25 ms holds two copies and half of a third, which is worth its overhang at even odds
+    chosen = list(budget_of().choose(0, state, guesses, kept=()))
+    assert chosen == [5, 6, 4]
+    assert list(budget_of(layer_ms=0.2).choose(0, state, guesses, kept=())) == [5, 6]
+    twice_as_far = budget_of(layer_ms=0.2).choose(0, state, guesses, kept=(), ahead=2)
+    assert list(twice_as_far) == [5, 6, 4, 8]
+
+
+def test_a_budget_evicts_nobody_who_is_as_likely() -> None:
+    state = LayerState(find_policy("lrfu"), EXPERTS, 2)
+    for _ in range(50):
+        state.demand((0, 1))
+    assert list(budget_of().choose(0, state, [(5, 0.8)], kept=())) == []
+    assert list(budget_of().choose(0, state, [(5, 0.8)], kept=(0, 1))) == []
+
+
+def test_a_budget_gives_up_on_predictions_that_do_not_come_true() -> None:
+    state = LayerState(find_policy("lru"), EXPERTS, 6)
+    budget = budget_of()
+    for _ in range(1000):
+        list(budget.choose(0, state, [(5, 0.9)], kept=()))
+        budget.settle(0, {1, 2}, has_missed=True)
+    assert list(budget.choose(0, state, [(5, 0.9)], kept=())) == []
+    assert budget.trust < 0.15
