@@ -38,12 +38,14 @@ FREE_FORM = "next-router"
 
 
 def half_of_each(first: Traces, second: Traces, folder: Path) -> Traces:
-    """Traces of the first half of one's shards and the first half of the other's, in turn."""
+    """Traces of the first half of one's shards and the second half of the other's, in turn.
+
+    The halves come of other documents: shards of both were begun on the same ones.
+    """
     entries: list[ShardEntry] = []
     folder.mkdir()
-    halves = (
-        traces.manifest.shards[: len(traces.manifest.shards) // 2] for traces in (first, second)
-    )
+    middle = len(first.manifest.shards) // 2
+    halves = first.manifest.shards[:middle], second.manifest.shards[middle:]
     for pair in zip(*halves, strict=True):
         for traces, shard in zip((first, second), pair, strict=True):
             names = {tokens_path(shard.shard_idx): tokens_path(len(entries))}
@@ -168,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--form", default="low-rank", help="form of the estimators")
     parser.add_argument("--train-tokens", type=int, default=16384, help="of each source")
-    parser.add_argument("--shards", type=int, default=2, help="of each source, an even number")
+    parser.add_argument("--shards", type=int, default=4, help="of each source, an even number")
     parser.add_argument("--held-out-tokens", type=int, default=8192, help="of each source")
     parser.add_argument("--generate", type=int, default=256, help="tokens after as long a prompt")
     parser.add_argument("--long", type=int, default=2000, help="tokens of a long generation")
