@@ -120,7 +120,11 @@ class Study:
             )
         self.model = options.model_name or self.traces.geometry.model_name
         self.device = torch.device(options.device)
-        self.config = FitConfig(epochs=options.epochs, batch_size=options.batch_size)
+        self.config = FitConfig(
+            epochs=options.epochs,
+            batch_size=options.batch_size,
+            learning_rate=options.learning_rate,
+        )
         self.split = split_sequences(self.traces.num_sequences)
         self.fitting, self.choosing = split_off_validation(self.split.train)
         self.vectors = self.traces.default_vectors()[0]
@@ -399,6 +403,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=1024)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--horizons", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--forms", nargs="*", default=list(FORMS), choices=list(FORMS))
     parser.add_argument("--inputs", nargs="*", default=[], help="all that are recorded if none")

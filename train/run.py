@@ -37,9 +37,9 @@ class FitConfig:
 
     epochs: int = 10
     """Passes over the training tokens."""
-    batch_size: int = 1024
+    batch_size: int = 2048
     """Tokens per optimizer step."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 5e-3
     """AdamW's, at the first step; follows a cosine to zero."""
     loss: LossName = "boundary"
     """What training makes small."""

@@ -17,7 +17,8 @@ class SharedMLP(EstimatorForm):
     """GELU(features W1 + embedding of the pair) W2 + b2, with W1, W2 and b2 shared by all pairs.
 
     The embedding, one vector per pair, is added in the hidden layer: as adding it to the features,
-    whatever it is there, but for its size. W2 and b2 are zero at the start.
+    whatever it is there, but for its size. It is random at the start, so that layers use hidden
+    units of their own; W2 and b2 are zero.
     """
 
     is_anchored: ClassVar[bool] = False
@@ -29,7 +30,7 @@ class SharedMLP(EstimatorForm):
             spec, num_pairs=num_pairs, hidden_size=hidden_size, num_experts=num_experts
         )
         self.down = nn.Parameter(torch.randn(1, hidden_size, spec.width) * hidden_size**-0.5)
-        self.embedding = nn.Parameter(torch.zeros(num_pairs, 1, spec.width))
+        self.embedding = nn.Parameter(torch.randn(num_pairs, 1, spec.width))
         self.up = nn.Parameter(torch.zeros(1, spec.width, num_experts))
         self.up_bias = nn.Parameter(torch.zeros(1, 1, num_experts))
 
