@@ -21,5 +21,9 @@ def compiled(function: Function) -> Function:
         return function
     import numba
 
-    fast: Function = numba.njit(cache=True)(function)
+    fast: Function
+    try:
+        fast = numba.njit(cache=True)(function)
+    except RuntimeError:  # no folder can be written: compile in every process
+        fast = numba.njit(function)
     return fast
