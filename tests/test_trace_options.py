@@ -1,17 +1,24 @@
 """What collect-traces can record besides dataset text in full: each choice keeps what it says."""
 
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from foreroute.data.adapters import discover
 from foreroute.data.collect import collect_traces
 from foreroute.data.early_attention import find_early_attention
 from foreroute.data.int8_rows import from_int8, to_int8
-from foreroute.data.recorder import RoutingRecorder
+from foreroute.data.recorder import EarlyReadout, RoutingRecorder
 from foreroute.estimators import EstimatorSpec
 from foreroute.estimators.inputs import expected_output
 from foreroute.train.shards import PairedShards
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from tiny_models import tiny_model
 
 SEQUENCES, LENGTH, LAST_LAYER = 6, 32, 3
 
@@ -172,6 +179,32 @@ def test_a_model_with_another_layer_structure_is_refused_in_one_line(
     with pytest.raises(ValueError, match=r"decoder layer 1 is not x \+ attention\(norm\(x\)\)"):
         collect_traces(**arguments, out=tmp_path / "t", record="readout")
     assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "gpt_oss", "mixtral"])
+def test_readouts_of_a_decode_step_and_of_a_whole_pass_agree(model_type):
+    moe = discover(tiny_model(model_type), model_type)
+    shape = (moe.geometry.num_layers, moe.geometry.num_experts, moe.geometry.hidden_size)
+    vectors = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.1
+    readout = EarlyReadout(sites=find_early_attention(moe), vectors=vectors)
+    token_ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), RoutingRecorder(moe, readout=readout) as recorder:
+        moe.model(input_ids=token_ids, use_cache=False)
+        whole = recorder.take()
+        cache = moe.model(input_ids=token_ids[:, :-1], use_cache=True).past_key_values
+        recorder.take()
+        moe.model(input_ids=token_ids[:, -1:], past_key_values=cache, use_cache=True)
+        step = recorder.take()
+    for layer_idx in moe.geometry.layer_indices[:-1]:
+        expected = whole[layer_idx].readout.view(2, 9, -1)[:, -1]
+        assert torch.allclose(step[layer_idx].readout, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["gemma4_text", "qwen3_next"])
+def test_layers_of_other_structure_have_no_readout(model_type):
+    moe = discover(tiny_model(model_type), model_type)
+    with pytest.raises(ValueError, match=rf"readout cannot be recorded from .*{model_type}"):
+        find_early_attention(moe)
 
 
 def test_int8_states_come_back_within_half_a_step(collected):
