@@ -105,7 +105,7 @@ def test_missing_and_unfinished_traces_are_refused(damaged, tmp_path):
         ("{", "is damaged"),
         ("[]", "is damaged"),
         ('{"format_version": 99}', "format version 99"),
-        ('{"format_version": 1}', "is damaged"),
+        ('{"format_version": 2}', "is damaged"),
     ],
 )
 def test_a_damaged_manifest_is_named(damaged, content, message):
