@@ -118,7 +118,8 @@ def arms_at(slots: int, batch: int, recalls: list[float]) -> Iterator[Arm]:
         if slots == EAGER_SLOTS and batch == 1:
             yield Arm(f"{name}-every", replace(config, prefetch="every"), recall)
     if slots == EAGER_SLOTS and batch == 1:
-        yield Arm("eager-lru", EngineConfig(expert_slots=share, decide_on="host"))
+        host_lru = EngineConfig(expert_slots=share, decide_on="host", eviction="lru")
+        yield Arm("eager-lru", host_lru)
         no_cache = EngineConfig(expert_slots=share, cache="none")
         yield Arm("eager-no-cache", no_cache, warm_up_tokens=NO_CACHE_WARM_UP_TOKENS)
 

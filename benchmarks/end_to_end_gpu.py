@@ -208,7 +208,10 @@ def arms_at(slots: str, *, has_bundle: bool) -> list[Arm]:
             found.append(
                 arm("prefetch-trained-every", uses_bundle=True, policy="prefetch", prefetch="every")
             )
-        found += [arm("eager-lru", decide_on="host"), arm("eager-no-cache", cache="none")]
+        found += [
+            arm("eager-lru", decide_on="host", eviction="lru"),
+            arm("eager-no-cache", cache="none"),
+        ]
     return found
 
 

@@ -41,6 +41,8 @@ class DeviceRun:
     """Where an expert's head ends, [1] int32 on the device; see `fetch`."""
     trust: Tensor
     """See `ResidencyTables`."""
+    prompt_weight: float
+    """What one use by a prompt counts for eviction, in uses by a decode step."""
     is_prefill: bool = True
     is_looking_ahead: bool = True
     """Whether decode steps predict; read when a step is captured."""
@@ -216,6 +218,20 @@ class DeviceLayer:
         self.tables.score.copy_(torch.tensor(state.worth) / unit)
         self.tables.step.fill_(state.step)
         self.tables.is_unused_prefetch.zero_()
+
+    def count_prompt(self, expert_ids: Tensor) -> None:
+        """Let a prompt's uses count for eviction, the last token's most.
+
+        Args:
+            expert_ids: Of the prompt's tokens, in order, [T, K].
+        """
+        weight, rule = self._run.prompt_weight, self.rule
+        if not weight or rule.is_recency:
+            return
+        num_tokens, score = len(expert_ids), self.tables.score
+        age = torch.arange(num_tokens - 1, -1, -1, device=score.device)
+        uses = torch.zeros(num_tokens, len(score), device=score.device).scatter_(1, expert_ids, 1.0)
+        score.mul_(rule.decay**num_tokens).add_(weight * (rule.decay**age @ uses))
 
     def fill(self) -> None:
         """Make as many experts resident as fit, lowest ids first."""

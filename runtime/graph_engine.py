@@ -97,6 +97,9 @@ class GraphEngine(Engine):
             ahead=torch.cuda.Stream(device=device, priority=-1),
             head_words=torch.zeros(1, dtype=torch.int32, device=device),
             trust=torch.full((2,), TRUST_START, device=device),
+            prompt_weight=(
+                self._run.policy.prompt_weight if self.config.warm_start == "prompt" else 0.0
+            ),
         )
         self._device_run.set_head(FIRST_HEAD_SHARE, store.rows[0].shape[1])
         self._graph: DecodeStep | None = None

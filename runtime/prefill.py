@@ -83,6 +83,7 @@ class StreamedPrefill:
         needed = [e for e in range(num_experts) if counts_list[e]]
         resident = [e for e in needed if slot_of[e] != EMPTY]
         absent = [e for e in needed if slot_of[e] == EMPTY]
+        layer.count_prompt(expert_ids)
         outputs = hidden.new_empty(flat_ids.numel(), hidden.shape[-1])  # [T * K, D]
 
         def compute(experts: list[int], places: list[int], weights: dict[str, Tensor]) -> None:

@@ -253,3 +253,13 @@ def test_a_step_that_cannot_be_captured_runs_kernel_by_kernel_and_says_so(
     waiting.remove()
     assert torch.equal(got, expected)
     assert "without a CUDA graph" in caplog.text
+
+
+def test_a_prompts_last_uses_count_most_for_eviction(offloaded: OffloadedModel) -> None:
+    with GraphEngine(offloaded, EngineConfig(expert_slots="6")) as engine:
+        layer = engine.layers[0]
+        layer.count_prompt(torch.tensor([[0, 1], [2, 1], [3, 4]], device=CUDA))
+        score = layer.tables.score.tolist()
+    assert score[0] < score[2] < score[3] == score[4]
+    assert score[1] == pytest.approx(score[0] + score[2])
+    assert score[5] == 0
