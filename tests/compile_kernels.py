@@ -1,0 +1,112 @@
+"""Compiles every kernel launch for a GPU that need not be there; run by test_kernels_compile.py.
+
+The interpreter accepts what the compiler does not. Each wrapper is called as the runtime calls it,
+on CPU tensors; where it would launch a kernel, that is compiled for an H100 instead.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from foreroute.runtime.kernels.activation import ExpertForm
+from foreroute.runtime.kernels.attention import decode_attention
+from foreroute.runtime.kernels.cache import store_token
+from foreroute.runtime.kernels.fetch import fetch
+from foreroute.runtime.kernels.head import plan_head
+from foreroute.runtime.kernels.plan import plan
+from foreroute.runtime.kernels.predict import predict_logits, rank_experts
+from foreroute.runtime.kernels.products import expert_products
+from foreroute.runtime.kernels.rotary import rotate
+from foreroute.runtime.kernels.tables import LRU, ResidencyTables, lrfu
+from foreroute.runtime.kernels.top_k import softmax_top_k
+
+H100 = GPUTarget("cuda", 90, 32)
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+}
+OPTIONS = ("num_warps", "num_stages")
+compiled: set[str] = set()
+
+
+def compile_launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    """Stands in for a launch."""
+    options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+    given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    signature, constants = {}, {}
+    for parameter in kernel.params:
+        value = given[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = TYPES[value.dtype]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    assert triton.compile(source, target=H100, options=options).asm["cubin"]
+    compiled.add(kernel.fn.__name__ + ":" + kernel.fn.__module__.rpartition(".")[2])
+
+
+def call_everything() -> None:
+    """One call of every wrapper in every form that compiles differently."""
+    half = {"dtype": torch.bfloat16}
+    ids, chances = torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4)
+    tables = ResidencyTables.empty(16, 8, "cpu")
+    copies = torch.zeros(3, 4, dtype=torch.int32)
+    plan(ids, tables, lrfu(20.0), copies)
+    plan(ids, tables, lrfu(20.0), copies, is_prefetch=True)
+    plan(ids, tables, LRU, copies)
+    plan(ids, tables, LRU, copies, is_prefetch=True)
+    plan_head(ids, chances, tables, copies)
+    rows = torch.zeros(16, 64, dtype=torch.uint8)
+    fetch(rows, rows, copies, num_blocks=4)
+    fetch(rows, rows, copies, num_blocks=4, head_words=copies[0, :1])
+    forms = {
+        "rows": ExpertForm(activation="silu"),
+        "tanh": ExpertForm(activation="gelu-tanh"),
+        "ungated": ExpertForm(activation="relu-squared", has_gate=False),
+        "transposed": ExpertForm(
+            activation="clamped-swish", is_interleaved=True, is_transposed=True, limit=7.0
+        ),
+    }
+    hidden = torch.zeros(1, 64, **half)
+    for form in forms.values():
+        name = "gate_up_proj" if form.has_gate else "up_proj"
+        first, second = (8, 96 if form.has_gate else 48, 64), (8, 64, 48)
+        if form.is_transposed:
+            first, second = (8, 64, 96), (8, 48, 64)
+        weights = {name: torch.zeros(first, **half), "down_proj": torch.zeros(second, **half)}
+        if form.is_interleaved:
+            weights |= {f"{name}_bias": torch.zeros(8, 96, **half)}
+            weights |= {"down_proj_bias": torch.zeros(8, 64, **half)}
+        expert_products(hidden, ids, chances, tables.slot_of, weights, form, hidden)
+    for dtype in (torch.bfloat16, torch.float32):
+        query, keys = torch.zeros(1, 8, 1, 64, dtype=dtype), torch.zeros(1, 2, 128, 64, dtype=dtype)
+        mask = torch.ones(1, 1, 1, 128, dtype=torch.bool)
+        decode_attention(query, keys, keys, mask, scaling=0.1)
+        sinks = torch.zeros(8, dtype=dtype)
+        decode_attention(query, keys, keys, mask, scaling=0.1, softcap=5.0, sinks=sinks)
+        store_token(query[:, :2], query[:, :2], keys, keys, torch.zeros(1, dtype=torch.long))
+        rotate(query, query[:, :2], *torch.zeros(2, 1, 1, 64, dtype=dtype))
+        softmax_top_k(torch.zeros(1, 16, dtype=dtype), 4, renormalise=True)
+    softmax_top_k(torch.zeros(1, 16), 4, renormalise=False)
+    weight, bias = torch.zeros(16, 64, **half), torch.zeros(16)
+    routed = {"default_vectors": weight, "expert_ids": ids, "gate_weights": chances}
+    predict_logits(hidden, weight, bias, eps=1e-6, **routed)
+    predict_logits(hidden, weight, bias, eps=None)
+    table = torch.zeros(9)
+    rank_experts(torch.zeros(1, 16), table[:1], table[:1], table, top_k=4, budget=4)
+
+
+if __name__ == "__main__":
+    JITFunction.run = compile_launch
+    call_everything()
+    print("\n".join(sorted(compiled)))  # noqa: T201
