@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 FIRST_HEAD_SHARE = 0.4
 PREDICTION_MS = 0.01  # from the router's choice until a head can begin
 TUNING_REPLAYS = 8
+LEAST_HEAD_SHARE = 0.2
+"""Heads of a lesser share of an expert did not pay where they were measured (docs/gpu.md)."""
 PREFILL_GROUP = 16
 UNSUPPORTED_ARGUMENTS = (
     "return_dict_in_generate",
@@ -103,7 +105,7 @@ class GraphEngine(Engine):
         )
         self._device_run.set_head(FIRST_HEAD_SHARE, store.rows[0].shape[1])
         self._graph: DecodeStep | None = None
-        self._give_up: GiveUp | None = None
+        self._choose_variant: Callable[[], int] = int
         num_layers = len(offloaded.moe.layers)
         self._counters = torch.zeros(num_layers, NUM_COUNTERS, dtype=torch.int32, device=device)
         self._counted_before = self._counters.clone()
@@ -169,7 +171,7 @@ class GraphEngine(Engine):
     def _before_step(self) -> int:
         """Count a decode step, and choose its variant."""
         self._run.stats.decode.forwards += 1
-        return self._give_up.next_variant() if self._give_up else LOOK_AHEAD
+        return self._choose_variant()
 
     def graph_for(self, batch: int, length: int) -> DecodeStep:
         """The step for so many sequences of at most this length; captured when needed.
@@ -190,15 +192,20 @@ class GraphEngine(Engine):
         return self._graph
 
     def _captured(self, batch: int, length: int) -> DecodeStep:
-        """Capture the step; with prefetch twice, one looks ahead and the other does not."""
+        """Capture the step; with prefetch twice, one looks ahead and the other does not.
+
+        Budgeted prefetch looks ahead for single sequences only: for four it did not pay where it
+        was measured (docs/gpu.md).
+        """
         run, routers = self._device_run, [layer.router for layer in self.offloaded.moe.layers]
+        self._choose_variant = int  # the first
 
         def looking(ahead: bool) -> Callable[[], None]:
             return lambda: setattr(run, "is_looking_ahead", ahead)
 
-        variants = [looking(True)]  # LOOK_AHEAD
-        if run.predictor is not None:
-            variants.append(looking(False))  # ON_DEMAND
+        variants = [looking(False)]
+        if run.predictor is not None and (batch == 1 or run.prefetch == "every"):
+            variants = [looking(True), looking(False)]  # LOOK_AHEAD, ON_DEMAND
         try:
             graph = DecodeGraph(self.model, batch, length, routers, variants)
         except RuntimeError as error:
@@ -206,10 +213,10 @@ class GraphEngine(Engine):
             logger.warning(
                 "The decode step runs without a CUDA graph, kernel by kernel: %s", reason
             )
-            run.is_looking_ahead = True
+            variants[0]()
             return DecodeStep(self.model, batch, length, routers)
-        run.is_looking_ahead = True
-        if run.predictor is not None:
+        variants[0]()
+        if len(variants) > 1:
             self._tune(graph)
         return graph
 
@@ -227,13 +234,18 @@ class GraphEngine(Engine):
         window_ms = step_ms[ON_DEMAND] / len(self.layers)
         head_ms = min(expert_ms, max(0.0, window_ms - PREDICTION_MS))
         run.set_head(head_ms / expert_ms, row_bytes)
+        if run.prefetch == "budgeted" and head_ms / expert_ms < LEAST_HEAD_SHARE:
+            share = f"{head_ms / expert_ms:.0%}"
+            logger.info("Nothing is prefetched: a layer takes as long as %s of an expert.", share)
+            self._choose_variant = partial(int, ON_DEMAND)
+            return
 
         def saved_ms(change: list[int]) -> float:
             used = change[PREFETCHES] - change[WASTED]
             return change[TAILS] * head_ms + used * min(expert_ms, window_ms)
 
         cost_ms = step_ms[LOOK_AHEAD] - step_ms[ON_DEMAND]
-        self._give_up = GiveUp(self._counters, saved_ms, cost_ms)
+        self._choose_variant = GiveUp(self._counters, saved_ms, cost_ms).next_variant
 
     def _fetch_ms(self) -> float:
         """Time to fetch one expert that is resident already, over itself."""
