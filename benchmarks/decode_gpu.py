@@ -53,7 +53,7 @@ from torch import Tensor
 from foreroute.data.adapters import ExpertsView, stock_experts_function
 from foreroute.runtime import Engine, EngineConfig
 from foreroute.runtime.config import parse_slots
-from foreroute.runtime.graph_engine import GraphEngine, why_not_on_device
+from foreroute.runtime.device.graph_engine import GraphEngine, why_not_on_device
 from foreroute.runtime.offload import OffloadedModel
 
 WARM_UP_TOKENS = 32

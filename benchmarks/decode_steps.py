@@ -12,7 +12,7 @@ from replayed_routing import Replay
 from torch import Tensor
 from transformers import StaticCache
 
-from foreroute.runtime.graph_engine import GraphEngine
+from foreroute.runtime.device.graph_engine import GraphEngine
 
 RESTART_STEPS = 8
 """Decode so many tokens, then go back: the context stays what was asked for."""

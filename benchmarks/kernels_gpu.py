@@ -20,20 +20,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from foreroute.runtime.kernels import fetch as fetch_module
-from foreroute.runtime.kernels import products, transposed
-from foreroute.runtime.kernels.activation import ExpertForm
-from foreroute.runtime.kernels.attention import decode_attention
-from foreroute.runtime.kernels.cache import store_token
-from foreroute.runtime.kernels.fetch import BLOCK_WORDS as WORDS
-from foreroute.runtime.kernels.fetch import fetch
-from foreroute.runtime.kernels.head import plan_head
-from foreroute.runtime.kernels.plan import plan
-from foreroute.runtime.kernels.predict import predict_logits, rank_experts
-from foreroute.runtime.kernels.products import expert_products
-from foreroute.runtime.kernels.rotary import rotate
-from foreroute.runtime.kernels.tables import ResidencyTables, lrfu
-from foreroute.runtime.kernels.top_k import softmax_top_k
+from foreroute.runtime.device.kernels import fetch as fetch_module
+from foreroute.runtime.device.kernels import products, transposed
+from foreroute.runtime.device.kernels.activation import ExpertForm
+from foreroute.runtime.device.kernels.attention import decode_attention
+from foreroute.runtime.device.kernels.cache import store_token
+from foreroute.runtime.device.kernels.fetch import BLOCK_WORDS as WORDS
+from foreroute.runtime.device.kernels.fetch import fetch
+from foreroute.runtime.device.kernels.head import plan_head
+from foreroute.runtime.device.kernels.plan import plan
+from foreroute.runtime.device.kernels.predict import predict_logits, rank_experts
+from foreroute.runtime.device.kernels.products import expert_products
+from foreroute.runtime.device.kernels.rotary import rotate
+from foreroute.runtime.device.kernels.tables import ResidencyTables, lrfu
+from foreroute.runtime.device.kernels.top_k import softmax_top_k
 
 DEVICE = torch.device("cuda")
 CALLS, REPEATS = 48, 7

@@ -19,7 +19,7 @@ from torch import Tensor
 from foreroute.data.adapters import MoEModel, discover, gate_weights, stock_experts_function
 from foreroute.data.recorder import RoutingRecorder
 from foreroute.runtime import Engine, EngineConfig
-from foreroute.runtime.expert_form import find_expert_form
+from foreroute.runtime.device.expert_form import find_expert_form
 from foreroute.runtime.offload import OffloadedModel, offload
 
 ROOT = Path(__file__).parents[1]

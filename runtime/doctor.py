@@ -15,7 +15,7 @@ from foreroute.data.adapters import MoELayer, MoEModel, discover, load_config, r
 from foreroute.data.adapters.discovery import discover_outline
 from foreroute.data.adapters.exceptions import is_hash_routed
 from foreroute.data.adapters.weightless import experts_by_path, outline
-from foreroute.runtime.expert_form import find_expert_form
+from foreroute.runtime.device.expert_form import find_expert_form
 from foreroute.runtime.host_store import RowLayout
 from foreroute.runtime.loading import store_encoder
 

@@ -150,7 +150,7 @@ class Engine:
             stack: Estimators for `policy="prefetch"`.
         """
         if offloaded.device.type == "cuda" and config.decide_on != "host":
-            from foreroute.runtime.graph_engine import GraphEngine, why_not_on_device
+            from foreroute.runtime.device.graph_engine import GraphEngine, why_not_on_device
 
             reason = why_not_on_device(offloaded, config)
             if reason is None:

@@ -131,7 +131,7 @@ def _copy_rates(device: torch.device) -> Rates:
 
 def _gather_rates(device: torch.device, expert_bytes: int) -> Rates:
     """Rate of the kernel that reads experts from pinned host memory, by experts at once."""
-    from foreroute.runtime.kernels.fetch import fetch
+    from foreroute.runtime.device.kernels.fetch import fetch
 
     most = max(GATHER_COUNTS)
     rows = torch.zeros(most, expert_bytes, dtype=torch.uint8, pin_memory=True)

@@ -12,17 +12,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from foreroute.runtime.kernels.activation import ExpertForm
-from foreroute.runtime.kernels.attention import decode_attention
-from foreroute.runtime.kernels.cache import store_token
-from foreroute.runtime.kernels.fetch import fetch
-from foreroute.runtime.kernels.head import plan_head
-from foreroute.runtime.kernels.plan import plan
-from foreroute.runtime.kernels.predict import predict_logits, rank_experts
-from foreroute.runtime.kernels.products import expert_products
-from foreroute.runtime.kernels.rotary import rotate
-from foreroute.runtime.kernels.tables import LRU, ResidencyTables, lrfu
-from foreroute.runtime.kernels.top_k import softmax_top_k
+from foreroute.runtime.device.kernels.activation import ExpertForm
+from foreroute.runtime.device.kernels.attention import decode_attention
+from foreroute.runtime.device.kernels.cache import store_token
+from foreroute.runtime.device.kernels.fetch import fetch
+from foreroute.runtime.device.kernels.head import plan_head
+from foreroute.runtime.device.kernels.plan import plan
+from foreroute.runtime.device.kernels.predict import predict_logits, rank_experts
+from foreroute.runtime.device.kernels.products import expert_products
+from foreroute.runtime.device.kernels.rotary import rotate
+from foreroute.runtime.device.kernels.tables import LRU, ResidencyTables, lrfu
+from foreroute.runtime.device.kernels.top_k import softmax_top_k
 
 H100 = GPUTarget("cuda", 90, 32)
 TYPES = {

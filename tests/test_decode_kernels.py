@@ -5,20 +5,20 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton")
 
-from foreroute.runtime.kernels.attention import (
+from foreroute.runtime.device.kernels.attention import (
     can_attend,
     decode_attention,
     decode_attention_reference,
 )
-from foreroute.runtime.kernels.cache import store_token, store_token_reference
-from foreroute.runtime.kernels.predict import (
+from foreroute.runtime.device.kernels.cache import store_token, store_token_reference
+from foreroute.runtime.device.kernels.predict import (
     predict_logits,
     predict_logits_reference,
     rank_experts,
     rank_experts_reference,
 )
-from foreroute.runtime.kernels.rotary import rotate, rotate_reference
-from foreroute.runtime.kernels.top_k import softmax_top_k, softmax_top_k_reference
+from foreroute.runtime.device.kernels.rotary import rotate, rotate_reference
+from foreroute.runtime.device.kernels.top_k import softmax_top_k, softmax_top_k_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}  # a few units in the last place of each

@@ -11,9 +11,9 @@ pytest.importorskip("triton", reason="needs triton")
 
 from benchmarks.tiny_models import tiny_model
 from foreroute.data.adapters import discover
-from foreroute.runtime import decode_graph
-from foreroute.runtime.decode_graph import DecodeStep
-from foreroute.runtime.fusions import fuse_attention, fuse_rotary, fuse_routers
+from foreroute.runtime.device import decode_graph
+from foreroute.runtime.device.decode_graph import DecodeStep
+from foreroute.runtime.device.fusions import fuse_attention, fuse_rotary, fuse_routers
 
 PROMPT, STEPS = 5, 6
 TOLERANCE = 2e-5  # float32, sums in another order

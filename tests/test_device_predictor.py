@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="needs triton")
 from foreroute.data.adapters import MoEModel
 from foreroute.estimators import EstimatorSpec, EstimatorStack, predictable_layers
 from foreroute.estimators.calibration import Calibration
-from foreroute.runtime.device_predictor import DevicePredictor
+from foreroute.runtime.device.predictor import DevicePredictor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS = 3

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from foreroute.runtime.fusions.norms import fuse_norms
+from foreroute.runtime.device.fusions.norms import fuse_norms
 
 
 def test_fused_norms_change_the_logits_by_rounding_only_and_are_put_back(tiny_moe: Any) -> None:

@@ -2,7 +2,7 @@
 
 import torch
 
-from foreroute.runtime.give_up import LOOK_AHEAD, ON_DEMAND, REST_STEPS, TRIAL_STEPS, GiveUp
+from foreroute.runtime.device.give_up import LOOK_AHEAD, ON_DEMAND, REST_STEPS, TRIAL_STEPS, GiveUp
 
 PERIOD = TRIAL_STEPS + REST_STEPS
 

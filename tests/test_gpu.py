@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.tiny_models import tiny_model
 from foreroute.runtime import Engine, EngineConfig
-from foreroute.runtime.graph_engine import GraphEngine
+from foreroute.runtime.device.graph_engine import GraphEngine
 from foreroute.runtime.host_store import allocate_host
 from foreroute.runtime.offload import OffloadedModel, offload
 from foreroute.runtime.transfers import StreamTransfers

@@ -5,12 +5,12 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton")
 
-from foreroute.runtime.kernels.activation import ExpertForm
-from foreroute.runtime.kernels.fetch import BLOCK_WORDS, fetch, fetch_reference
-from foreroute.runtime.kernels.head import plan_head, plan_head_reference
-from foreroute.runtime.kernels.plan import plan, plan_reference
-from foreroute.runtime.kernels.products import expert_products, expert_products_reference
-from foreroute.runtime.kernels.tables import (
+from foreroute.runtime.device.kernels.activation import ExpertForm
+from foreroute.runtime.device.kernels.fetch import BLOCK_WORDS, fetch, fetch_reference
+from foreroute.runtime.device.kernels.head import plan_head, plan_head_reference
+from foreroute.runtime.device.kernels.plan import plan, plan_reference
+from foreroute.runtime.device.kernels.products import expert_products, expert_products_reference
+from foreroute.runtime.device.kernels.tables import (
     HEAD,
     LFU,
     LRU,

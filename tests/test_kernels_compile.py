@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton", reason="needs triton")
 
-KERNELS = Path(__file__).parents[1] / "runtime" / "kernels"
+KERNELS = Path(__file__).parents[1] / "runtime" / "device" / "kernels"
 
 
 def test_every_kernel_that_is_launched_compiles_for_an_h100() -> None:

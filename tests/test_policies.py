@@ -55,8 +55,8 @@ def test_lru_misses_what_an_ordered_dict_misses() -> None:
 
 @pytest.mark.parametrize("policy", ["lfu", "lrfu", "lrfu:3"])
 def test_host_and_kernel_rule_make_the_same_decisions(policy: str) -> None:
-    plan = pytest.importorskip("foreroute.runtime.kernels.plan")
-    tables_of = pytest.importorskip("foreroute.runtime.kernels.tables").ResidencyTables
+    plan = pytest.importorskip("foreroute.runtime.device.kernels.plan")
+    tables_of = pytest.importorskip("foreroute.runtime.device.kernels.tables").ResidencyTables
     rule = find_policy(policy)
     state = LayerState(rule, EXPERTS, SLOTS)
     tables = tables_of.empty(EXPERTS, SLOTS, "cpu")

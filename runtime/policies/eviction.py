@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from foreroute.runtime.kernels.tables import ScoreRule
+    from foreroute.runtime.device.kernels.tables import ScoreRule
 
 WorthKind = Literal["recency", "frequency", "static", "future"]
 DEFAULT_POLICY = "default"
@@ -61,7 +61,7 @@ class EvictionPolicy:
         Raises:
             ValueError: If the kernel has no such rule.
         """
-        from foreroute.runtime.kernels.tables import ScoreRule
+        from foreroute.runtime.device.kernels.tables import ScoreRule
 
         if self.worth == "recency":
             return ScoreRule(is_recency=True)

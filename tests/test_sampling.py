@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
-from foreroute.runtime.graph_sampling import decode_loop
+from foreroute.runtime.device.sampling import decode_loop
 from foreroute.runtime.stats import RuntimeStats
 from foreroute.runtime.timing import TimingStreamer
 

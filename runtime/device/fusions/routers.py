@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foreroute.runtime.kernels.top_k import softmax_top_k, softmax_top_k_reference
+from foreroute.runtime.device.kernels.top_k import softmax_top_k, softmax_top_k_reference
 
 SAMPLE_TOKENS = 8
 

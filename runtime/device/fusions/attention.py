@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from foreroute.runtime.kernels.attention import can_attend, decode_attention
+from foreroute.runtime.device.kernels.attention import can_attend, decode_attention
 
 ATTENTION_NAME = "foreroute_decode"
 CONFIG_FIELD = "_attn_implementation_internal"

@@ -18,13 +18,13 @@ from foreroute.data.adapters import (
     stock_experts_function,
     unweighted_outputs,
 )
+from foreroute.runtime.device.kernels.fetch import fetch
+from foreroute.runtime.device.kernels.plan import plan
+from foreroute.runtime.device.kernels.tables import EMPTY
 from foreroute.runtime.host_store import RowLayout
-from foreroute.runtime.kernels.fetch import fetch
-from foreroute.runtime.kernels.plan import plan
-from foreroute.runtime.kernels.tables import EMPTY
 
 if TYPE_CHECKING:
-    from foreroute.runtime.device_layer import DeviceLayer
+    from foreroute.runtime.device.layer import DeviceLayer
 
 COPY_BLOCKS = 32
 

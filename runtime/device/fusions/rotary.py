@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foreroute.runtime.kernels.rotary import rotate, rotate_reference
+from foreroute.runtime.device.kernels.rotary import rotate, rotate_reference
 
 FUNCTION_NAME = "apply_rotary_pos_emb"
 SAMPLE_DIM = 16

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foreroute.runtime.kernels.tables import HEAD, TAIL, WHOLE
+from foreroute.runtime.device.kernels.tables import HEAD, TAIL, WHOLE
 
 WORD = torch.int64
 BLOCK_WORDS = 1024

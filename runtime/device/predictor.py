@@ -9,7 +9,7 @@ from torch import Tensor
 
 from foreroute.estimators.calibration import Calibration
 from foreroute.estimators.stack import EstimatorStack
-from foreroute.runtime.kernels.predict import predict_logits, rank_experts
+from foreroute.runtime.device.kernels.predict import predict_logits, rank_experts
 
 FOLDABLE_INPUTS = ("router-input", "residual", "quasi-hidden")
 TOLERANCE = 1e-3

@@ -11,16 +11,12 @@ import torch
 from torch import Tensor
 
 from foreroute.runtime.config import EngineConfig
-from foreroute.runtime.decode_graph import DecodeGraph, DecodeStep
-from foreroute.runtime.device_layer import DEMAND_BLOCKS, DeviceLayer, DeviceRun
-from foreroute.runtime.device_predictor import DevicePredictor
-from foreroute.runtime.engine import Engine
-from foreroute.runtime.expert_form import find_expert_form
-from foreroute.runtime.fusions import fuse_norms
-from foreroute.runtime.give_up import LOOK_AHEAD, ON_DEMAND, GiveUp
-from foreroute.runtime.graph_sampling import decode_loop
-from foreroute.runtime.kernels.fetch import WORD, fetch
-from foreroute.runtime.kernels.tables import (
+from foreroute.runtime.device.decode_graph import DecodeGraph, DecodeStep
+from foreroute.runtime.device.expert_form import find_expert_form
+from foreroute.runtime.device.fusions import fuse_norms
+from foreroute.runtime.device.give_up import LOOK_AHEAD, ON_DEMAND, GiveUp
+from foreroute.runtime.device.kernels.fetch import WORD, fetch
+from foreroute.runtime.device.kernels.tables import (
     EMPTY,
     HEADS,
     HITS,
@@ -33,9 +29,13 @@ from foreroute.runtime.kernels.tables import (
     WASTED_HEADS,
     WHOLE,
 )
+from foreroute.runtime.device.layer import DEMAND_BLOCKS, DeviceLayer, DeviceRun
+from foreroute.runtime.device.predictor import DevicePredictor
+from foreroute.runtime.device.prefill import StreamedPrefill
+from foreroute.runtime.device.sampling import decode_loop
+from foreroute.runtime.engine import Engine
 from foreroute.runtime.offload import OffloadedModel
 from foreroute.runtime.policies import find_policy
-from foreroute.runtime.prefill import StreamedPrefill
 from foreroute.runtime.stats import PhaseStats, RuntimeStats
 
 logger = logging.getLogger(__name__)

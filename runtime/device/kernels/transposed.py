@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foreroute.runtime.kernels.activation import ACTIVATIONS, ExpertForm, activate
+from foreroute.runtime.device.kernels.activation import ACTIVATIONS, ExpertForm, activate
 
 # Fastest of those tried on an H100 at gpt-oss-20b's shape.
 UP_OUTPUTS, UP_DEPTH, UP_WARPS = 64, 128, 4

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foreroute.runtime.kernels.tables import (
+from foreroute.runtime.device.kernels.tables import (
     EMPTY,
     HITS,
     MISSES,

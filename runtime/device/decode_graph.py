@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
-from foreroute.runtime.fusions import fuse_attention, fuse_rotary, fuse_routers
-from foreroute.runtime.kernels.cache import store_token
+from foreroute.runtime.device.fusions import fuse_attention, fuse_rotary, fuse_routers
+from foreroute.runtime.device.kernels.cache import store_token
 
 WARM_UP_STEPS = 2
 LENGTH_STEP = 256  # caches are this much longer than needed at most, so that graphs serve again

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foreroute.runtime.decode_graph import DecodeStep
+from foreroute.runtime.device.decode_graph import DecodeStep
 
 
 class _HostCopy:

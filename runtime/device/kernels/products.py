@@ -7,13 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foreroute.runtime.kernels.activation import (
+from foreroute.runtime.device.kernels.activation import (
     ACTIVATIONS,
     ExpertForm,
     activate,
     activate_reference,
 )
-from foreroute.runtime.kernels.transposed import transposed_products
+from foreroute.runtime.device.kernels.transposed import transposed_products
 
 # Fastest of those tried on an H100 at Qwen3-30B-A3B's shape: few rows, each read all at once.
 UP_ROWS, UP_COLUMNS, UP_WARPS = 1, 2048, 2

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foreroute.runtime.kernels.tables import EMPTY, HEAD, HEADS, WASTED, ResidencyTables
+from foreroute.runtime.device.kernels.tables import EMPTY, HEAD, HEADS, WASTED, ResidencyTables
 
 LEAST_CONFIDENCE = 0.5
 """A wrong head delays as much as a right one saves."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foreroute.runtime.kernels.activation import Activation, ExpertForm, activate_reference
+from foreroute.runtime.device.kernels.activation import Activation, ExpertForm, activate_reference
 
 PROBE_WIDTH = 64
 TOLERANCE = 1e-3

@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from foreroute.data.adapters import MoELayer
 from foreroute.runtime.config import PrefetchRule
-from foreroute.runtime.device_predictor import DevicePredictor
+from foreroute.runtime.device.kernels.activation import ExpertForm
+from foreroute.runtime.device.kernels.fetch import BLOCK_WORDS, WORD, fetch
+from foreroute.runtime.device.kernels.head import plan_head
+from foreroute.runtime.device.kernels.plan import plan
+from foreroute.runtime.device.kernels.products import expert_products
+from foreroute.runtime.device.kernels.tables import ResidencyTables, ScoreRule
+from foreroute.runtime.device.predictor import DevicePredictor
+from foreroute.runtime.device.prefill import StreamedPrefill
 from foreroute.runtime.host_store import RowLayout
-from foreroute.runtime.kernels.activation import ExpertForm
-from foreroute.runtime.kernels.fetch import BLOCK_WORDS, WORD, fetch
-from foreroute.runtime.kernels.head import plan_head
-from foreroute.runtime.kernels.plan import plan
-from foreroute.runtime.kernels.products import expert_products
-from foreroute.runtime.kernels.tables import ResidencyTables, ScoreRule
 from foreroute.runtime.policies import EvictionPolicy, LayerState
-from foreroute.runtime.prefill import StreamedPrefill
 
 DEMAND_BLOCKS = 32
 PREFETCH_BLOCKS = 16
