@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -180,3 +181,16 @@ def test_a_revision_of_a_cached_hub_model_is_loaded(tmp_path):
     )
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_loading_shows_how_many_bytes_of_the_experts_it_has_read(tmp_path, monkeypatch, capsys):
+    save(tmp_path)
+    capsys.readouterr()
+    load_offloaded(str(tmp_path), device="cpu")
+    assert capsys.readouterr().err == ""  # no bar where nobody watches
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes this for a terminal
+    monkeypatch.setenv("COLUMNS", "100")
+    store = load_offloaded(str(tmp_path), device="cpu").store
+    shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", capsys.readouterr().err)
+    total = f"{store.num_bytes / 1000:.1f}"
+    assert f"experts {'━' * 40} {total}/{total} kB" in shown
