@@ -34,7 +34,7 @@ class NormalEquations:
         def zeros(rows: int, columns: int) -> Tensor:
             return torch.zeros(num_pairs, rows, columns, dtype=torch.float64, device=device)
 
-        self.squares = zeros(num_features, num_features)
+        self.squares = zeros(num_features, num_features)  # upper triangle; blocks below stay zero
         self.products = zeros(num_features, num_targets)
         self.feature_sum = zeros(1, num_features)
         self.target_sum = zeros(1, num_targets)
@@ -47,7 +47,10 @@ class NormalEquations:
             features: [P, T, D], float32.
             targets: [P, T, E], float32.
         """
-        self.squares += features.mT @ features
+        half = features.shape[2] // 2
+        for start, stop in ((0, half), (half, None)):  # symmetric: the lower left is the upper right
+            rows = features[..., start:stop].mT
+            self.squares[:, start:stop, start:] += rows @ features[..., start:]
         self.products += features.mT @ targets
         self.feature_sum += features.sum(dim=1, keepdim=True)
         self.target_sum += targets.sum(dim=1, keepdim=True)
@@ -56,7 +59,8 @@ class NormalEquations:
     def centred(self) -> tuple[Tensor, Tensor]:
         """Covariance of the features [P, D, D], and with the targets [P, D, E], float64."""
         mean = self.feature_sum / self.num_tokens
-        squares = self.squares / self.num_tokens - mean.mT @ mean
+        whole = self.squares.triu() + self.squares.triu(1).mT
+        squares = whole / self.num_tokens - mean.mT @ mean
         products = self.products / self.num_tokens - mean.mT @ (self.target_sum / self.num_tokens)
         return squares, products
 
