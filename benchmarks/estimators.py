@@ -177,7 +177,6 @@ class Study:
                 train_stack(
                     stack, fitting, choosing, self.config, Path(folder), show_progress=False
                 )
-        stack.to(self.device)  # Lightning leaves it on the CPU
 
     @torch.no_grad()
     def calibrated(self, stack: EstimatorStack, choosing: ListedShards) -> Predictor:

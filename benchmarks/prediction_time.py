@@ -41,7 +41,13 @@ def eager_us(stack: EstimatorStack) -> float:
 
 @torch.inference_mode()
 def captured_us(stack: EstimatorStack) -> float:
-    """The same as one CUDA graph."""
+    """The same as one CUDA graph.
+
+    Raises:
+        ValueError: If the stack is not on a GPU: the graph would be empty, and take no time.
+    """
+    if stack.input.device.type != "cuda":
+        raise ValueError("A CUDA graph needs a stack on a GPU; this one is on the CPU.")
     source = one_token(stack)
     return _repeat(_captured(lambda: stack(source)), stack.input.device)
 

@@ -214,8 +214,9 @@ def train_stack(
         num_steps=config.epochs * data.num_batches,
         loss=config.loss,
     )
+    device = stack.input.device
     _run_trainer(module, data, config.epochs, out, show_progress)
-    stack.eval().requires_grad_(False)
+    stack.to(device).eval().requires_grad_(False)  # Lightning leaves it on the CPU
     if choosing.rows:
         keep_better_pairs(stack, start, choosing)
 
