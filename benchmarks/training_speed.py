@@ -5,8 +5,8 @@
         --experts 128 --top-k 8 --batch-size 4096
 
 States and routing are synthetic: random numbers of the given shape, so recall means nothing here.
-The floor is the same arithmetic in one plain loop of matrix multiplications: forward and backward
-products of the same shapes, layer by layer, nothing else (with those of the ridge start).
+The floor is the same arithmetic in one plain loop of matrix multiplications over the same tokens:
+forward and backward products, layer by layer, nothing else (with those of the ridge start).
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from foreroute.estimators import (
     predictable_layers,
 )
 from foreroute.estimators.artifacts import package_versions, write_json
+from foreroute.train.datamodule import BatchStream
 from foreroute.train.fit import train_stack
 from foreroute.train.prepared import PreparedBatch, PreparedShards
 from foreroute.train.ridge import has_ridge_start
@@ -138,25 +139,20 @@ def time_training(
 def time_products(
     stack: EstimatorStack, shards: PreparedShards, options: argparse.Namespace
 ) -> float:
-    """Seconds of the same matrix products in a plain loop over steps and layers."""
-    tokens = min(options.batch_size, options.tokens)
-    features = torch.randn(tokens, options.hidden, device=options.device)
-    steps = options.epochs * sum(
-        -(-rows.stop // options.batch_size) for rows in shards.rows.values()
-    )
-    shapes = [p.shape[1:] for p in stack.form.parameters() if p.dim() == 3 and p.shape[1] > 1]
-    weights = [torch.randn(shape, device=options.device) for shape in shapes]
-    multiply_all(features, weights)
-    wait(options.device)
+    """Seconds of the same matrix products of the same tokens, in a plain loop over layers."""
+    weights = [p.detach() for p in stack.form.parameters() if p.dim() == 3 and p.shape[1] > 1]
+    num_pairs = len(stack.target_layers)
     start = time.perf_counter()
-    for _ in range(steps):
-        for _ in stack.target_layers:
-            multiply_all(features, weights)
+    for _ in range(options.epochs):
+        for batch in BatchStream(shards, options.batch_size):
+            for pair in range(num_pairs):
+                own = [weight[pair % len(weight)] for weight in weights]
+                multiply_all(batch.features[pair].float(), own)
     if options.init == "ridge" and has_ridge_start(stack):
-        targets = torch.randn(tokens, options.experts, device=options.device)
-        for _ in range(steps // options.epochs):
-            for _ in stack.target_layers:
-                _ = features.T @ features, features.T @ targets
+        for batch in BatchStream(shards, options.batch_size):
+            for pair in range(num_pairs):
+                features = batch.features[pair].float()
+                _ = features.T @ features, features.T @ batch.target_logits[pair]
     wait(options.device)
     return time.perf_counter() - start
 
