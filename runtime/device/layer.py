@@ -230,7 +230,9 @@ class DeviceLayer:
             return
         num_tokens, score = len(expert_ids), self.tables.score
         age = torch.arange(num_tokens - 1, -1, -1, device=score.device)
-        uses = torch.zeros(num_tokens, len(score), device=score.device).scatter_(1, expert_ids, 1.0)
+        uses = torch.zeros(num_tokens, len(score), device=score.device).scatter_(
+            1, expert_ids.long(), 1.0
+        )
         score.mul_(rule.decay**num_tokens).add_(weight * (rule.decay**age @ uses))
 
     def fill(self) -> None:
