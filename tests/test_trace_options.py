@@ -14,7 +14,7 @@ from foreroute.data.int8_rows import from_int8, to_int8
 from foreroute.data.recorder import EarlyReadout, RoutingRecorder
 from foreroute.estimators import EstimatorSpec
 from foreroute.estimators.inputs import expected_output
-from foreroute.train.shards import PairedShards
+from foreroute.train.shards import NOT_STORED, SEQUENCE_START, PairedShards
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -248,8 +248,10 @@ def test_the_previous_token_is_unknown_where_it_is_not_stored(collected):
     positions = traces.tokens(0).positions
     for row, position in enumerate(positions.tolist()):
         is_next = row % 20 > 0 and position == positions[row - 1] + 1
-        expected = batch.target_ids[0, row - 1] if is_next else torch.tensor([-1, -1])
+        unknown = SEQUENCE_START if row % 20 == 0 else NOT_STORED
+        expected = batch.target_ids[0, row - 1] if is_next else torch.tensor([unknown] * 2)
         assert torch.equal(batch.previous_ids[0, row], expected)
+    assert batch.starts.nonzero().flatten().tolist() == list(range(0, len(positions), 20))
 
 
 def test_generated_text_is_stored_without_its_prompt(tiny_moe, collected):

@@ -78,10 +78,9 @@ def count(
     meters = {name: RecallMeter(num_pairs, geometry.top_k, budgets) for name in predictors}
     for batch in BatchStream(held_out, MEASURE_BATCH):
         here = batch.to(torch.device(device))
-        starts = here.previous_ids[0, :, 0] < 0  # [T]
         for name, predict in predictors.items():
             scores = predict(here)
-            meters[name].update(scores, here.target_ids, here.target_gate_weights, starts)
+            meters[name].update(scores, here.target_ids, here.target_gate_weights, here.starts)
     return meters
 
 

@@ -16,6 +16,8 @@ CACHE_BYTES = 2 << 30
 BASE_SOURCE_FIELDS = ("residual", "router_input", "expert_ids", "gate_weights")
 """What all traces hold."""
 TARGET_FIELDS = ("router_logits", "expert_ids", "gate_weights")
+SEQUENCE_START = -1
+NOT_STORED = -2
 
 
 class RoutingBatch(NamedTuple):
@@ -30,13 +32,18 @@ class RoutingBatch(NamedTuple):
     target_gate_weights: Tensor
     """What each of them was multiplied with, [P, T, K], float."""
     previous_ids: Tensor
-    """Experts the target layers chose for the token before, [P, T, K]; -1 at a sequence's start
-    and where that token is not stored."""
+    """Experts the target layers chose for the token before, [P, T, K]; `SEQUENCE_START` where
+    there is none, `NOT_STORED` where it was not recorded; both are below 0."""
 
     @property
     def num_tokens(self) -> int:
         """T."""
         return self.target_ids.shape[1]
+
+    @property
+    def starts(self) -> Tensor:
+        """Whether each token is the first of its sequence, [T], bool."""
+        return self.previous_ids[0, :, 0] == SEQUENCE_START
 
     def select(self, rows: slice | Tensor) -> RoutingBatch:
         """The same for some of the tokens."""
@@ -146,6 +153,6 @@ class PairedShards:
         offsets, positions = tokens.sequence_offsets, tokens.positions[rows]
         starts = offsets[(offsets >= rows.start) & (offsets < rows.stop)] - rows.start
         previous = expert_ids.roll(1, dims=1)
-        previous[:, starts] = -1
-        previous[:, (positions.diff() != 1).nonzero().squeeze(1) + 1] = -1  # not stored
+        previous[:, (positions.diff() != 1).nonzero().squeeze(1) + 1] = NOT_STORED
+        previous[:, starts] = SEQUENCE_START
         return previous
