@@ -118,6 +118,11 @@ class Study:
             self.traces.geometry.require_match(
                 other.geometry, what="Traces were", remedy="Give traces of one model."
             )
+        self.names = options.texts or [t.manifest.dataset for t in (self.traces, *self.others)]
+        if len(self.names) != 1 + len(self.others):
+            raise ValueError(
+                f"--texts: {1 + len(self.others)} names needed, {len(self.names)} given."
+            )
         self.model = options.model_name or self.traces.geometry.model_name
         self.device = torch.device(options.device)
         self.config = FitConfig(
@@ -235,7 +240,7 @@ class Study:
         batches = (b.to(self.device) for b in BatchStream(shards, MEASURE_BATCH))
         meters, _ = evaluate(leaked, {}, batches, self.budgets)
         for key, meter in meters.items():
-            self.add(key, self.traces.manifest.dataset, meter, None, None)
+            self.add(key, self.names[0], meter, None, None)
         random = geometry.top_k / geometry.num_experts
         print(f"random floor: recall@{geometry.top_k} {random:.3f}", flush=True)
 
@@ -269,9 +274,9 @@ class Study:
 
     def tests(self) -> Iterator[tuple[str, Traces, range]]:
         """What to measure on: its name, its traces and the sequences of them."""
-        yield self.traces.manifest.dataset, self.traces, self.split.held_out
-        for other in self.others:
-            yield other.manifest.dataset, other, range(other.num_sequences)
+        yield self.names[0], self.traces, self.split.held_out
+        for name, other in zip(self.names[1:], self.others, strict=True):
+            yield name, other, range(other.num_sequences)
 
     def add(
         self,
@@ -291,7 +296,7 @@ class Study:
                 "form": cell.form,
                 "input": cell.input_kind,
                 "horizon": cell.horizon,
-                "trained_on": self.traces.manifest.dataset,
+                "trained_on": self.names[0],
                 "tested_on": tested_on,
                 "recall_at_k": round(mean(metrics.recall_at_k), 4),
                 "recall_at_k_ci": rounded(intervals.recall_at_k),
@@ -331,11 +336,10 @@ def evaluate(
     near: dict[Cell, list[tuple[Tensor, Tensor]]] = {cell: [] for cell in probabilities}
     for batch in batches:
         num_pairs, _, top_k = batch.target_ids.shape
-        starts = batch.previous_ids[0, :, 0] < 0
         for cell, predict in predictors.items():
             scores = predict(batch)
             meter = meters.setdefault(cell, RecallMeter(num_pairs, top_k, budgets))
-            meter.update(scores, batch.target_ids, batch.target_gate_weights, starts)
+            meter.update(scores, batch.target_ids, batch.target_gate_weights, batch.starts)
             if cell in probabilities:
                 chance = probabilities[cell](batch)
                 near[cell].append(near_decision(chance, batch.target_ids, scores, top_k))
@@ -398,6 +402,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--traces", type=Path, required=True)
     parser.add_argument(
         "--traces-other", type=Path, nargs="*", default=[], help="text of another kind, to test on"
+    )
+    parser.add_argument(
+        "--texts", nargs="*", default=[], help="what to call each text; as the traces do if none"
     )
     parser.add_argument("--model-name", default="")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
