@@ -209,7 +209,6 @@ def measure(options: argparse.Namespace, form: str) -> dict[str, Any]:
         "params": sum(p.numel() for p in stack.form.parameters()),
         "eager_us": round(eager_us(stack), 1),
         "by_layer_us": round(layer_by_layer_us(stack), 1),
-        "merged_by_layer_us": round(layer_by_layer_us(stack.merged()), 1),
     }
     if options.device == "cuda":
         row["graph_us"] = round(captured_us(stack), 1)

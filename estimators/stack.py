@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -265,33 +264,6 @@ class EstimatorStack(nn.Module):
     def input_fields(self) -> tuple[str, ...]:
         """Fields of `SourceState` that it reads."""
         return self.input.needed
-
-    @torch.no_grad()
-    def merged(self) -> EstimatorStack:
-        """The same predictions, but for rounding, by fewer products where that is possible.
-
-        A linear correction of the routers is added to their weights once, so that predicting costs
-        what the training-free form costs.
-
-        Returns:
-            A training-free stack that owns its routers; this stack if its form is not linear.
-        """
-        found = self.form.correction()
-        if found is None:
-            return self
-        used = torch.tensor(self.is_trained, device=found[0].device).view(-1, 1, 1)
-        weight, bias = (torch.where(used, part, 0.0) for part in found)
-        anchors = LayerAnchors(
-            router_weight=self.input.router_weight + weight.mT,
-            router_bias=self.input.router_bias + bias.squeeze(1),
-            norm_weight=self.input.norm_weight,
-            norm_bias=self.input.norm_bias,
-            norm_kind=self.input.norm_kind,
-            norm_eps=self.input.norm_eps,
-            selection_bias=self.input.selection_bias,
-        )
-        spec = dataclasses.replace(self.spec, form=TRAINING_FREE_FORM)
-        return EstimatorStack(self.geometry, spec, anchors, self.input.default_vectors)
 
     def target_of(self, source_layer: int) -> int | None:
         """Decoder layer index predicted from a layer; None if nothing is."""

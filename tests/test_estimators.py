@@ -155,18 +155,6 @@ def test_pairs_where_training_did_not_pay_fall_back_to_training_free_logits() ->
     assert torch.equal(stack(source), torch.stack([trained[0], free[1], trained[2]]))
 
 
-@pytest.mark.parametrize("form", ["low-rank", "ridge"])
-def test_merged_corrections_predict_the_same(form: str) -> None:
-    stack = stack_with_noise(form)
-    stack.is_trained = (True, False, True)
-    source = random_source(num_pairs=3)
-    merged = stack.merged()
-    assert merged.spec.form == "next-router"
-    assert torch.allclose(merged(source), stack(source), atol=1e-4, rtol=1e-4)
-    other = stack_with_noise("mlp")
-    assert other.merged() is other
-
-
 def test_layers_are_paired_by_moe_position_not_by_decoder_index() -> None:
     stack = EstimatorStack.training_free(GEOMETRY, random_anchors(), horizon=2)
     assert (stack.source_layers, stack.target_layers) == ((1, 3), (4, 6))

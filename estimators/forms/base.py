@@ -48,11 +48,3 @@ class EstimatorForm(nn.Module, ABC):
         Returns:
             [P, T, E], float32.
         """
-
-    def correction(self) -> tuple[Tensor, Tensor] | None:
-        """The form as a linear map that is added to the anchor, if it is one.
-
-        Returns:
-            Weight [P, D, E] and bias [P, 1, E], or None.
-        """
-        return None

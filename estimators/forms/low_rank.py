@@ -31,7 +31,3 @@ class LowRank(EstimatorForm):
         """See `EstimatorForm.forward`."""
         code = torch.bmm(features, self.down[pairs])  # [P, T, rank]
         return torch.baddbmm(anchor_logits + self.bias[pairs], code, self.up[pairs])
-
-    def correction(self) -> tuple[Tensor, Tensor]:
-        """See `EstimatorForm.correction`."""
-        return torch.bmm(self.down, self.up), self.bias
