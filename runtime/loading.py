@@ -58,8 +58,7 @@ def load_with_host_experts(source: Source, *, is_pinned: bool) -> tuple[MoEModel
     config = load_config(
         source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
     )
-    files = checkpoint_files(resolve_model(source.name), source.revision)
-    dtype = _dtype(source, config, files)
+    dtype = _dtype(source, config)
     encoder = store_encoder(config, source.expert_dtype)
     shapes = outline(config, dtype, trust_remote_code=source.trust_remote_code)
     experts = experts_by_path(shapes)
@@ -71,6 +70,7 @@ def load_with_host_experts(source: Source, *, is_pinned: bool) -> tuple[MoEModel
         for module in experts.values()
     )
     require_host_memory(stored_bytes, other_bytes, model_name=source.name)
+    files = _files(source)  # after the check: this downloads them
     with experts_without_weights({type(module) for module in experts.values()}):
         model = _load_the_rest(source, config, dtype)
     moe = discover(model, source.name)
@@ -86,9 +86,10 @@ def require_room_for_whole(source: Source) -> None:
     Raises:
         ValueError: If less memory is available; gives the numbers.
     """
-    config = load_config(source.name, trust_remote_code=source.trust_remote_code)
-    files = checkpoint_files(resolve_model(source.name))
-    dtype = _dtype(source, config, files)
+    config = load_config(
+        source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
+    )
+    dtype = _dtype(source, config)
     shapes = outline(config, dtype, trust_remote_code=source.trust_remote_code)
     require_host_memory(
         *_bytes_of(shapes),
@@ -104,13 +105,17 @@ def _bytes_of(shapes: Any) -> tuple[int, int]:
     return expert_bytes, sum(p.nbytes for p in shapes.parameters()) - expert_bytes
 
 
-def _dtype(source: Source, config: Any, files: Mapping[str, Path]) -> torch.dtype:
+def _files(source: Source) -> dict[str, Path]:
+    return checkpoint_files(resolve_model(source.name), source.revision)
+
+
+def _dtype(source: Source, config: Any) -> torch.dtype:
     """As transformers decides for `auto`: the config's, else the checkpoint's first."""
     known = resolve_dtype(source.dtype)
     if isinstance(known, torch.dtype):
         return known
     named = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    return named or next(float_dtypes(files), torch.float32)
+    return named or next(float_dtypes(_files(source)), torch.float32)
 
 
 def store_encoder(config: Any, expert_dtype: str = "auto") -> Encoder | None:

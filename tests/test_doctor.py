@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from transformers import CONFIG_MAPPING
 
 from foreroute.data.adapters import discover
 from foreroute.data.adapters.discovery import discover_outline
@@ -107,6 +108,20 @@ def test_only_one_layer_of_each_kind_is_followed(tmp_path):
 def test_unsupported_models_are_refused_with_the_reason(tmp_path, model_type):
     with pytest.raises(ValueError, match="so it is not supported: "):
         diagnose_tiny(tmp_path, model_type)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl_moe", "mistral4", "switch_transformers"])
+def test_models_of_another_class_are_refused_in_one_line(tmp_path, model_type):
+    CONFIG_MAPPING[model_type]().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no AutoModelForCausalLM for it") as refused:
+        diagnose(str(tmp_path))
+    assert f"({model_type})" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_config_that_builds_no_model_is_refused_in_one_line(tmp_path):
+    with pytest.raises(ValueError, match="cannot build a lfm2_moe model from this config: "):
+        diagnose_tiny(tmp_path, "lfm2_moe", layer_types=None)
 
 
 def test_the_report_shows_everything(tmp_path):

@@ -19,7 +19,7 @@ from foreroute.runtime.offload import load_offloaded
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from tiny_models import SUPPORTED, tiny_model
+from tiny_models import SUPPORTED, tiny_config, tiny_model
 
 SHARD_BYTES = "200KB"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -152,6 +152,13 @@ def test_a_host_without_enough_memory_is_told_the_numbers(tmp_path, monkeypatch)
     with pytest.raises(
         ValueError, match=r"needs 0\.0 GiB of host memory .* 0\.0 GiB are available"
     ):
+        load_offloaded(str(tmp_path), device="cpu")
+
+
+def test_memory_is_asked_for_before_any_file_of_weights(tmp_path, monkeypatch):
+    tiny_config("qwen3_moe", dtype="bfloat16").save_pretrained(tmp_path)
+    monkeypatch.setattr(host_memory, "available_host_bytes", lambda: 0)
+    with pytest.raises(ValueError, match="of host memory for its experts"):
         load_offloaded(str(tmp_path), device="cpu")
 
 

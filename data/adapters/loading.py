@@ -68,7 +68,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The model's configuration.
+    """The configuration of a causal language model.
 
     Args:
         name: `bundled`, a local folder, or a Hub id.
@@ -76,17 +76,41 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
         trust_remote_code: Run code that came with the checkpoint.
 
     Raises:
-        ValueError: If it is missing, or its architecture is unknown to this transformers.
+        ValueError: If it is missing, its architecture is unknown to this transformers, or
+            transformers has no causal language model for it.
     """
     from transformers import AutoConfig  # lazily: transformers' auto classes import scikit-learn
 
     source = resolve_model(name)
     try:
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             source, revision=revision or "main", trust_remote_code=trust_remote_code
         )
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(_unreadable(name, error)) from error
+    require_causal_lm(config, name)
+    return config
+
+
+def require_causal_lm(config: Any, name: str) -> None:
+    """Refuse a model that transformers does not build with AutoModelForCausalLM.
+
+    Args:
+        config: The model's.
+        name: What the user calls it, for the message.
+
+    Raises:
+        ValueError: If it is for images, translation or another task.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    brings_own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if brings_own or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return
+    raise ValueError(
+        f"{name} ({config.model_type}) is not supported: transformers has no AutoModelForCausalLM "
+        "for it (models that also take images or speech are often of another class)."
+    )
 
 
 def load_model(

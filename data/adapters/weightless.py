@@ -43,6 +43,9 @@ def outline(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False)
         config: As transformers loads it; how its checkpoint is quantised plays no role.
         dtype: Of its parameters.
         trust_remote_code: Run code that came with the checkpoint.
+
+    Raises:
+        ValueError: If transformers cannot build a model from it.
     """
     from transformers import AutoModelForCausalLM  # lazily: it imports scikit-learn
 
@@ -54,6 +57,10 @@ def outline(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False)
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
+    except (TypeError, AttributeError, KeyError, IndexError) as error:
+        raise ValueError(
+            f"Transformers cannot build a {config.model_type} model from this config: {error}."
+        ) from error
     finally:
         if quantization is not None:
             config.quantization_config = quantization
