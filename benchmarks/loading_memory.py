@@ -137,7 +137,9 @@ def table_of(rows: list[dict[str, float | str | bool]]) -> str:
         "first three types have a tensor per expert and matrix, read straight into the host row; "
         "the last two hold all experts in one tensor, read in slices. Stock takes little anonymous "
         "memory there because it leaves such tensors in the mapped file: they are read from the "
-        "disk when used, cannot be pinned, and are copied as a whole when moved or cast.",
+        "disk when used, cannot be pinned, and are copied as a whole when moved or cast. Seconds "
+        "are of one run each on cores that others used too, files in the page cache: an order of "
+        "magnitude.",
     ]
     return "\n".join(lines) + "\n"
 
