@@ -177,6 +177,7 @@ class ShapeBenchmark:
             if args.routes
             else random_routes(96, geometry.num_layers, geometry.num_experts, geometry.top_k)
         )
+        self._num_tokens: dict[tuple[int, int], int] = {}
         self._resident_ms: dict[int, float] = {}
         self._resident_logits: dict[int, Tensor] = {}
 
@@ -264,6 +265,8 @@ class ShapeBenchmark:
             engine.reset_stats()
             most = self.args.tokens if is_graph else min(self.args.tokens, EAGER_TOKENS)
             num_tokens = tokens_within(self.args.cell_seconds, ms_per_token, most)
+            if is_graph:  # arms of one cell are compared over the same tokens
+                num_tokens = self._num_tokens.setdefault((batch, slots), num_tokens)
             times = steps.time(replay, arm.warm_up_tokens, num_tokens)
             stats = engine.stats()
             if arm.name == "resident":

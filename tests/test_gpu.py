@@ -263,3 +263,12 @@ def test_a_prompts_last_uses_count_most_for_eviction(offloaded: OffloadedModel) 
     assert score[0] < score[2] < score[3] == score[4]
     assert score[1] == pytest.approx(score[0] + score[2])
     assert score[5] == 0
+
+
+def test_capturing_a_step_teaches_eviction_nothing(offloaded: OffloadedModel) -> None:
+    config = EngineConfig(expert_slots="6", policy="prefetch")
+    with GraphEngine(offloaded, config) as engine:
+        engine.graph_for(1, 64)
+        assert all(not layer.tables.score.any() for layer in engine.layers)
+        assert all(not layer.tables.step.any() for layer in engine.layers)
+        assert engine.stats().decode.lookups == 0

@@ -31,6 +31,10 @@ def on_device(tables: ResidencyTables) -> ResidencyTables:
     return ResidencyTables(**{name: t.clone().to(DEVICE) for name, t in vars(tables).items()})
 
 
+def no_copies(count: int) -> torch.Tensor:
+    return torch.full((3, count), -1, dtype=torch.int32, device=DEVICE)
+
+
 @pytest.mark.parametrize("rule", [LRU, LFU, lrfu(5.0)], ids=["lru", "lfu", "lrfu"])
 def test_plans_agree_with_the_reference_over_random_residency_sequences(rule: ScoreRule) -> None:
     for seed in range(NUM_SEQUENCES // 3):
@@ -126,8 +130,11 @@ def test_heads_agree_with_the_reference_over_random_residency_sequences(num_toke
             guess = torch.where(noise[0, :, :top_k] < 0.6, ids, guess)
             chances = torch.rand(num_tokens, top_k, generator=generator).sort(-1).values.flip(-1)
             both = [torch.full((3, 1), -7, dtype=torch.int32, device=d) for d in ("cpu", DEVICE)]
-            plan_head_reference(guess, chances, expected, both[0])
-            plan_head(guess.to(DEVICE), chances.to(DEVICE), got, both[1])
+            share = {"num_words": 10}
+            words = torch.tensor([int(noise[0, 0, 0] * 10)], dtype=torch.int32)
+            plan_head_reference(guess, chances, expected, both[0], head_words=words, **share)
+            on_gpu = guess.to(DEVICE), chances.to(DEVICE)
+            plan_head(*on_gpu, got, both[1], head_words=words.to(DEVICE), **share)
             assert torch.equal(both[1].cpu(), both[0])
             size = (3, ids.numel())
             both = [torch.full(size, -7, dtype=torch.int32, device=d) for d in ("cpu", DEVICE)]
@@ -144,14 +151,27 @@ def test_heads_agree_with_the_reference_over_random_residency_sequences(num_toke
 def test_heads_that_come_to_nothing_lose_trust_until_none_is_begun() -> None:
     tables = ResidencyTables.empty(40, 8, DEVICE)
     copies = torch.empty(3, 1, dtype=torch.int32, device=DEVICE)
-    begun = []
+    begun, whole = [], torch.ones(1, dtype=torch.int32, device=DEVICE)
     for step in range(60):
         wrong = torch.tensor([20 + step % 10], device=DEVICE)
-        plan_head(wrong, torch.tensor([0.9], device=DEVICE), tables, copies)
+        sure = torch.tensor([0.9], device=DEVICE)
+        plan_head(wrong, sure, tables, copies, head_words=whole, num_words=1)
         begun.append(int(copies[0, 0]) >= 0)
         plan(torch.tensor([step % 4], device=DEVICE), tables, LFU, copies.clone())
     assert begun[0]
     assert not any(begun[-10:])
+
+
+@pytest.mark.parametrize(("head_words", "is_begun"), [(1, False), (9, True)])
+def test_a_short_head_evicts_nothing_that_may_be_needed(head_words: int, is_begun: bool) -> None:
+    tables = ResidencyTables.empty(4, 2, DEVICE)
+    plan(torch.tensor([0, 1], device=DEVICE), tables, LFU, no_copies(2))
+    copies = torch.empty(3, 1, dtype=torch.int32, device=DEVICE)
+    words = torch.tensor([head_words], dtype=torch.int32, device=DEVICE)
+    guess, chances = torch.tensor([2, 0], device=DEVICE), torch.tensor([0.9, 0.6], device=DEVICE)
+    # half an expert is missing from the guess, and one of two others has it: a fear of .25
+    plan_head(guess, chances, tables, copies, head_words=words, num_words=10)
+    assert (int(copies[0, 0]) == 2) == is_begun
 
 
 FORMS = {

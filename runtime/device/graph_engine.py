@@ -43,8 +43,8 @@ logger = logging.getLogger(__name__)
 FIRST_HEAD_SHARE = 0.4
 PREDICTION_MS = 0.01  # from the router's choice until a head can begin
 TUNING_REPLAYS = 8
-LEAST_HEAD_SHARE = 0.2
-"""Heads of a lesser share of an expert did not pay where they were measured (docs/gpu.md)."""
+LEAST_HEAD_SHARE = 0.1
+"""Heads of a lesser share of an expert have nothing to win (docs/policies.md)."""
 PREFILL_GROUP = 16
 UNSUPPORTED_ARGUMENTS = (
     "return_dict_in_generate",
@@ -182,11 +182,15 @@ class GraphEngine(Engine):
         if graph is None or graph.batch != batch or graph.length < length:
             self._graph = None  # its cache's memory is free before the next one's is taken
             stats, self._run.stats = self._run.stats, RuntimeStats()
-            counters, trust = self._counters.clone(), self._device_run.trust.clone()
+            # what is learnt of real tokens: capturing and measuring run the same made-up one again
+            tables = [layer.tables for layer in self.layers]
+            learnt = [self._counters, self._device_run.trust]
+            learnt += [tensor for table in tables for tensor in (table.score, table.step)]
+            before = [tensor.clone() for tensor in learnt]
             self._graph = self._captured(batch, length)
             self._graph.choose_variant = self._before_step
-            self._counters.copy_(counters)
-            self._device_run.trust.copy_(trust)
+            for tensor, value in zip(learnt, before, strict=True):
+                tensor.copy_(value)
             self._run.stats = stats
         assert self._graph is not None
         return self._graph

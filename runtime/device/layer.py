@@ -156,7 +156,14 @@ class DeviceLayer:
     def _load_head(self, expert_ids: Tensor, chances: Tensor) -> None:
         """Copy the beginning of the likeliest absent expert, if it is likely enough."""
         copies = torch.empty(3, 1, dtype=torch.int32, device=expert_ids.device)
-        plan_head(expert_ids, chances, self.tables, copies)
+        plan_head(
+            expert_ids,
+            chances,
+            self.tables,
+            copies,
+            head_words=self._run.head_words,
+            num_words=self.rows.shape[1] // WORD.itemsize,
+        )
         self._fetch(copies, PREFETCH_BLOCKS)
 
     def _fetch(self, copies: Tensor, num_blocks: int) -> None:

@@ -30,8 +30,11 @@ def _head_kernel(
     pending,
     pending_confidence,
     trust,
+    head_words,
     copies,
+    num_experts,
     num_slots,
+    num_words,
     least,
     NUM_IDS: tl.constexpr,
     IDS: tl.constexpr,
@@ -40,9 +43,9 @@ def _head_kernel(
     at, slots = tl.arange(0, IDS), tl.arange(0, SLOTS)
     is_id, is_slot = at < NUM_IDS, slots < num_slots
     ids = tl.load(expert_ids + at, mask=is_id, other=0).to(tl.int32)
-    chance = tl.load(confidence + at, mask=is_id, other=-1.0)
-    is_absent = tl.load(slot_of + ids, mask=is_id, other=0) < 0
-    chance = tl.where(is_absent, chance, -1.0)
+    said = tl.load(confidence + at, mask=is_id, other=0.0)
+    is_absent = is_id & (tl.load(slot_of + ids, mask=is_id, other=0) < 0)
+    chance = tl.where(is_absent, said, -1.0)
     held = tl.load(expert_in + slots, mask=is_slot, other=-2)
     worth = tl.load(score + held, mask=held >= 0, other=-1.0)
     taken = tl.where(is_slot, 0, 1)  # slots that may not be evicted
@@ -52,9 +55,13 @@ def _head_kernel(
     likely = tl.max(chance, 0)
     expert = tl.sum(tl.where(at == best, ids, 0), 0)
     share = tl.minimum(1.0, tl.load(trust) / tl.load(trust + 1))
-    if (likely * share >= least) & (tl.min(taken, 0) == 0):
-        slot = tl.argmin(tl.where(taken == 0, worth, float("inf")), 0)
-        evicted = tl.sum(tl.where(slots == slot, held, 0), 0)
+    slot = tl.argmin(tl.where(taken == 0, worth, float("inf")), 0)
+    evicted = tl.sum(tl.where(slots == slot, held, 0), 0)
+    missed = tl.sum(tl.where(is_id, 1.0 - tl.minimum(1.0, said * share), 0.0), 0)
+    fear = missed / tl.maximum(num_experts - NUM_IDS, 1)
+    saved = likely * share * tl.load(head_words).to(tl.float32) / num_words
+    has_room = (tl.min(taken, 0) == 0) & ((evicted < 0) | (saved > fear))
+    if (likely * share >= least) & has_room:
         if evicted >= 0:
             tl.store(slot_of + evicted, -1)
         wasted = tl.load(is_unused_prefetch + slot)
@@ -74,18 +81,28 @@ def _head_kernel(
 
 
 def plan_head(
-    expert_ids: Tensor, confidence: Tensor, tables: ResidencyTables, copies: Tensor
+    expert_ids: Tensor,
+    confidence: Tensor,
+    tables: ResidencyTables,
+    copies: Tensor,
+    *,
+    head_words: Tensor,
+    num_words: int,
 ) -> None:
     """Choose the expert whose head is copied early, if any is likely enough; one launch.
 
-    Its confidence counts less the more earlier heads came to nothing (`ResidencyTables.trust`).
-    Predicted experts are never victims. The layer's next demand (`plan`) settles the head.
+    Its confidence counts less the more earlier heads came to nothing (`ResidencyTables.trust`). A
+    head saves its share of a copy; what it evicts may cost a whole one, with the chance that an
+    expert nobody predicted is needed: it must save more. Predicted experts are never victims. The
+    layer's next demand (`plan`) settles the head.
 
     Args:
         expert_ids: Predicted, [..] with N elements, any integer dtype.
         confidence: How likely each is among the true ones, of the same shape, float32.
         tables: Of the layer they belong to, with nothing pending; changed in place.
         copies: Written, [3, 1] int32, as `fetch` takes it.
+        head_words: Length of a head, [1] int32 on the device.
+        num_words: Length of an expert in the same unit.
     """
     num_ids, num_slots = expert_ids.numel(), len(tables.expert_in)
     _head_kernel[(1,)](
@@ -99,8 +116,11 @@ def plan_head(
         tables.pending,
         tables.pending_confidence,
         tables.trust,
+        head_words,
         copies,
+        len(tables.slot_of),
         num_slots,
+        num_words,
         LEAST_CONFIDENCE,
         NUM_IDS=num_ids,
         IDS=triton.next_power_of_2(num_ids),
@@ -110,7 +130,13 @@ def plan_head(
 
 
 def plan_head_reference(
-    expert_ids: Tensor, confidence: Tensor, tables: ResidencyTables, copies: Tensor
+    expert_ids: Tensor,
+    confidence: Tensor,
+    tables: ResidencyTables,
+    copies: Tensor,
+    *,
+    head_words: Tensor,
+    num_words: int,
 ) -> None:
     """What `plan_head` does, in plain Python."""
     copies[0, 0] = EMPTY
@@ -124,10 +150,15 @@ def plan_head_reference(
     if not absent or not free:
         return
     likely, _, expert = max(absent)
-    if likely * min(1.0, float(tables.trust[0] / tables.trust[1])) < LEAST_CONFIDENCE:
+    trust = min(1.0, float(tables.trust[0] / tables.trust[1]))
+    if likely * trust < LEAST_CONFIDENCE:
         return
     worth = {s: -1.0 if held[s] == EMPTY else float(tables.score[held[s]]) for s in free}
     slot = min(free, key=lambda s: (worth[s], s))
+    missed = sum(1 - min(1.0, chance * trust) for _, chance in guesses)
+    fear = missed / max(len(tables.slot_of) - len(guesses), 1)
+    if held[slot] != EMPTY and likely * trust * int(head_words) / num_words <= fear:
+        return
     if held[slot] != EMPTY:
         tables.slot_of[held[slot]] = EMPTY
     tables.counters[WASTED] += tables.is_unused_prefetch[slot]
