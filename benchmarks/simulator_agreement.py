@@ -1,9 +1,11 @@
-"""Sets the simulator beside a GPU: the same steps of the same route, measured and simulated.
+"""Sets the simulator beside a GPU: the same steps of the same routes, measured and simulated.
 
     python benchmarks/simulator_agreement.py --routes qwen3-30b-a3b.route.csv
 
-Reads what `decode_gpu.py` measured. Compute per layer is its all-resident figure over the layers;
-everything else comes from the profile.
+Reads what `decode_gpu.py` measured, single sequences. Compute per layer is each shape's all-resident
+figure over its layers; an expert's size follows from the bytes of a cell on demand; everything else
+comes from the profile. Slots begin empty, and steps are replayed as the GPU ran them: first one step
+several times (the engine captures and tunes itself on it), then the warm-up, then the measured ones.
 """
 
 from __future__ import annotations
@@ -12,21 +14,19 @@ import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from random_shapes import settings_of
+from replayed_routing import fit_routes, read_routes
+from torch import Tensor
 
 from foreroute.estimators.console import run_command
 from foreroute.runtime.config import parse_slots
 from foreroute.runtime.machine import MachineProfile, find_profile
 from foreroute.runtime.policies import find_policy, find_prefetch_rule
-from foreroute.runtime.simulator import (
-    LinkTimes,
-    ReadOptions,
-    Route,
-    SimulatedPredictor,
-    read_route,
-)
+from foreroute.runtime.simulator import LinkTimes, Predictions, Route, SimulatedPredictor
 from foreroute.runtime.simulator.replay import Replay
 
 RESULTS = Path(__file__).parent / "results"
@@ -35,28 +35,44 @@ AGREES_WITHIN = 0.1
 
 @dataclass(frozen=True)
 class Pair:
-    """One cell, both ways."""
+    """One cell, both ways; times in ms."""
 
+    shape: str
     arm: str
     slots: int
     """Per cent of the experts resident."""
+    tokens: int
+    measured_hit_rate: float
+    simulated_hit_rate: float
     measured_ms: float
-    """Median TPOT on the GPU."""
+    """Mean TPOT on the GPU."""
     simulated_ms: float
-    """Median TPOT of the same steps."""
+    """Mean TPOT of the same steps."""
+    measured_median_ms: float
+    simulated_median_ms: float
 
     @property
     def ratio(self) -> float:
-        """Simulated over measured."""
+        """Simulated over measured, of the means."""
         return self.simulated_ms / self.measured_ms
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One model's routing and sizes."""
+
+    route: Route
+    expert_bytes: int
+    resident_ms: float
+    """A token's compute, all experts resident, measured."""
 
 
 def main(
     routes: Path,
     results: Path = RESULTS / "decode_gpu.json",
     profile: str = "h100-engine",
-    shape: str = "qwen3-30b-a3b",
-    warm_up_tokens: int = 8,
+    first_steps: int = 3,
+    first_steps_with_prefetch: int = 21,
     out: Path = RESULTS / "simulator_agreement.json",
 ) -> None:
     """Print measured and simulated TPOT of every cell.
@@ -65,73 +81,116 @@ def main(
         routes: The route that was replayed on the GPU.
         results: What was measured.
         profile: The machine it was measured on.
-        shape: The model; its experts must be the profile's reference model's.
-        warm_up_tokens: Steps replayed before the measured ones, where the rows do not say.
+        first_steps: Times that the first step runs before the warm-up: two to warm up, one to
+            compile.
+        first_steps_with_prefetch: The same with prefetch, which captures twice and tunes itself.
         out: Where the rows go.
     """
-    rows = [row for row in _read(results)["rows"] if row["shape"] == shape and row["batch"] == 1]
-    resident = next(row["tpot_ms_median"] for row in rows if row["arm"] == "resident")
-    route = decode_steps_of(read_route(routes, ReadOptions()))
-    machine = find_profile(profile)
-    print(f"{machine.describe()}\nall resident: {resident:.2f} ms a token, measured\n")
-    print("| arm | slots | measured, ms | simulated, ms | ratio |\n|---|---|---|---|---|")
-    heads = any(row["arm"].endswith("-every") for row in rows)
+    rows = [row for row in _read(results)["rows"] if row["batch"] == 1]
+    recorded, machine = read_routes(routes), find_profile(profile)
+    print(f"{machine.describe()}\n\nms, mean of the same tokens (medians in brackets)\n")
+    print("| shape | arm | slots | hits | simulated | TPOT | simulated | ratio |")
+    print("|---|---|---|---|---|---|---|---|")
     pairs = []
-    for row in rows:
-        if not row["arm"].startswith(("on-demand", "prefetch-")):
-            continue
-        simulated = simulated_ms(row, route, machine, resident, warm_up_tokens, heads)
-        pairs.append(Pair(row["arm"], row["slots"], row["tpot_ms_median"], simulated))
-        pair = pairs[-1]
-        figures = f"{pair.measured_ms:.2f} | {pair.simulated_ms:.2f} | {pair.ratio:.3f}"
-        print(f"| {pair.arm} | {pair.slots} % | {figures} |")
+    for label in dict.fromkeys(row["shape"] for row in rows):
+        cells = [row for row in rows if row["shape"] == label]
+        shape = shape_of(label, cells, recorded)
+        for row in cells:
+            if row["arm"].startswith(("on-demand", "prefetch-")):
+                has_prefetch = row["arm"] != "on-demand"
+                repeats = first_steps_with_prefetch if has_prefetch else first_steps
+                pairs.append(compare(row, shape, machine, repeats))
+                _print(pairs[-1])
     worst = max(pairs, key=lambda pair: abs(pair.ratio - 1))
     verdict = "within" if abs(worst.ratio - 1) <= AGREES_WITHIN else "NOT within"
-    print(f"\n{verdict} 10 %: worst {worst.arm} at {worst.slots} %, {worst.ratio:.3f}")
+    name = f"{worst.shape} {worst.arm} at {worst.slots} %"
+    print(f"\n{verdict} 10 %: worst {name}, {worst.ratio:.3f}")
     _write(out, machine, pairs)
 
 
-def decode_steps_of(route: Route) -> Route:
-    """The route without its prompt, as the GPU's benchmark replays it."""
-    ids = route.expert_ids[route.is_decode]
-    return Route(
-        name=route.name,
-        expert_ids=ids,
-        is_decode=np.ones(len(ids), dtype=bool),
-        num_experts=route.num_experts,
+def shape_of(label: str, cells: list[dict[str, Any]], recorded: Tensor) -> Shape:
+    """What the cells of one shape ran.
+
+    Args:
+        label: As rows call it: a name of `random_shapes`, and whether it has fewer layers.
+        cells: Its rows, one of them all resident, one on demand.
+        recorded: Routes, [steps, layers, k].
+    """
+    settings = settings_of(label.partition(" (")[0])
+    layers, top_k = settings["num_hidden_layers"], settings["num_experts_per_tok"]
+    experts = settings.get("num_experts") or settings["num_local_experts"]
+    geometry = SimpleNamespace(num_layers=layers, num_experts=experts, top_k=top_k)
+    ids = fit_routes(recorded, SimpleNamespace(geometry=geometry), batch=1)[:, :, 0]  # type: ignore[arg-type]
+    demand = next(row for row in cells if row["arm"] == "on-demand")
+    misses = (1 - demand["hit_rate"]) * layers * top_k
+    return Shape(
+        route=_decode_route(label, ids.numpy().astype(np.int16), experts),
+        expert_bytes=round(demand["bytes_per_token"] / misses),
+        resident_ms=next(row["tpot_ms_mean"] for row in cells if row["arm"] == "resident"),
     )
 
 
-def simulated_ms(
-    row: dict[str, Any],
-    route: Route,
-    machine: MachineProfile,
-    resident_ms: float,
-    warm_up_tokens: int,
-    has_heads: bool,
-) -> float:
-    """Median TPOT of the steps that one cell measured.
+def compare(row: dict[str, Any], shape: Shape, machine: MachineProfile, repeats: int) -> Pair:
+    """Simulate one cell.
 
     Args:
         row: The cell.
-        route: Its steps, replayed from the first on.
+        shape: What it ran.
         machine: Times of link and predictions.
-        resident_ms: A token's compute.
-        warm_up_tokens: Steps before the measured ones.
-        has_heads: Whether prefetch arms without `-every` follow the one-head rule.
+        repeats: Times that the first step runs before the warm-up.
     """
     kind, recall = "none", 1.0
     if row["arm"].startswith("prefetch-"):
         word = row["arm"].removeprefix("prefetch-").removesuffix("-every")
         recall = 1.0 if word == "perfect" else float(word)
-        kind = "head" if has_heads and not row["arm"].endswith("-every") else "all"
+        kind = "all" if row["arm"].endswith("-every") else "head"
+    route = shape.route
     said = SimulatedPredictor(recall=recall).predict(route, 1)
-    times = LinkTimes.of(machine, top_k=route.top_k, layer_ms=resident_ms / route.num_layers)
-    slots = parse_slots(f"{row['slots']}%", num_experts=route.num_experts, top_k=route.top_k)
-    per_layer = [slots] * route.num_layers
-    replay = Replay(route, times, find_policy("lrfu"), per_layer, find_prefetch_rule(kind), said)
-    first = row.get("warm_up_tokens", warm_up_tokens)
-    return statistics.median(replay.run().step_ms[first : first + row["tokens"]])
+    measured = row["warm_up_tokens"] + row["tokens"]
+    ran = np.concatenate([np.zeros(repeats, int), np.arange(measured) % len(route.expert_ids)])
+    replay = Replay(
+        _decode_route(route.name, route.expert_ids[ran], route.num_experts),
+        LinkTimes.of(
+            machine,
+            top_k=route.top_k,
+            expert_bytes=shape.expert_bytes,
+            layer_ms=shape.resident_ms / route.num_layers,
+        ),
+        find_policy("lrfu"),
+        [_slots(row, route)] * route.num_layers,
+        find_prefetch_rule(kind),
+        Predictions(expert_ids=said.expert_ids[:, ran], confidence=said.confidence[:, ran]),
+    )
+    counts = replay.run(uncounted=repeats + row["warm_up_tokens"])
+    return Pair(
+        shape=row["shape"],
+        arm=row["arm"],
+        slots=row["slots"],
+        tokens=row["tokens"],
+        measured_hit_rate=row["hit_rate"],
+        simulated_hit_rate=counts.hits / counts.lookups,
+        measured_ms=row["tpot_ms_mean"],
+        simulated_ms=statistics.fmean(counts.step_ms),
+        measured_median_ms=row["tpot_ms_median"],
+        simulated_median_ms=statistics.median(counts.step_ms),
+    )
+
+
+def _slots(row: dict[str, Any], route: Route) -> int:
+    return parse_slots(f"{row['slots']}%", num_experts=route.num_experts, top_k=route.top_k)
+
+
+def _decode_route(name: str, ids: np.ndarray[Any, np.dtype[np.int16]], num_experts: int) -> Route:
+    is_decode = np.ones(len(ids), dtype=bool)
+    return Route(name=name, expert_ids=ids, is_decode=is_decode, num_experts=num_experts)
+
+
+def _print(pair: Pair) -> None:
+    hits = f"{pair.measured_hit_rate:.3f} | {pair.simulated_hit_rate:.3f}"
+    measured = f"{pair.measured_ms:.2f} ({pair.measured_median_ms:.2f})"
+    simulated = f"{pair.simulated_ms:.2f} ({pair.simulated_median_ms:.2f})"
+    name = f"{pair.shape} | {pair.arm} | {pair.slots} %"
+    print(f"| {name} | {hits} | {measured} | {simulated} | {pair.ratio:.3f} |")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -38,7 +38,9 @@ class MachineProfile:
     token_ms: float = 0.0
     """Compute of a token outside its layers."""
     predict_ms: float = 0.0
-    """From a layer's routing known to its predictions known."""
+    """From a layer's routing known to the first byte of a prefetch, where nothing is demanded."""
+    begin_ms: float = 0.0
+    """From a demand's last byte to the first of a prefetch."""
     ahead_ms: float = 0.0
     """What predicting and copying beside it costs a layer's compute."""
     prefetch_gbps: float = 0.0
@@ -70,7 +72,7 @@ class MachineProfile:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} of profile {self.name} must be positive.")
         for name in (
-            *("token_ms", "predict_ms", "ahead_ms", "prefetch_gbps"),
+            *("token_ms", "predict_ms", "begin_ms", "ahead_ms", "prefetch_gbps"),
             *("launch_ms", "sync_ms", "pin_s_per_gib"),
         ):
             if not getattr(self, name) >= 0:

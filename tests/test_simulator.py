@@ -401,3 +401,39 @@ def _flags(folder: Path, **changed: object) -> dict[str, object]:
         "seed": 0,
         "json": folder / "rows.json",
     } | changed
+
+
+def test_heads_do_not_lose_with_few_slots_and_large_experts() -> None:
+    ratios = []
+    for seed in range(60):
+        dice = random.Random(seed)
+        experts, top_k, slots = dice.choice(((8, 2, 2), (8, 2, 4), (16, 2, 3), (32, 4, 8)))
+        route = random_route(seed, experts=experts, top_k=top_k)
+        copy_ms = 10 ** dice.uniform(0.5, 1.5)  # a layer computes for 3 % to 30 % of an expert
+        times = dataclasses.replace(
+            TIMES,
+            demand_ms=tuple(n * copy_ms for n in range(top_k + 1)),
+            piece_ms=copy_ms / TIMES.pieces,
+        )
+        predictor = SimulatedPredictor(
+            recall=dice.uniform(0.5, 1.0), concentration=10 ** dice.uniform(-0.5, 1.5), seed=seed
+        )
+        scenario = scenario_of(route, times, predictions=predictor.predict(route, 1))
+        demand = simulate(scenario, policy="lrfu", slots=str(slots))
+        early = simulate(scenario, policy="lrfu", prefetch="head", slots=str(slots))
+        ratios.append(early.tpot_ms / demand.tpot_ms)
+    assert float(np.mean(ratios)) <= 1.0
+    assert max(ratios) <= 1.01
+
+
+def test_a_head_evicts_nobody_who_is_likelier_to_be_needed() -> None:
+    route = route_of([[[0], [1]], [[0], [1]]], num_experts=3)
+    half = Predictions(
+        expert_ids=np.full((1, 2, 2, 1), 2, dtype=np.int16),
+        confidence=np.full((1, 2, 2, 1), 0.5, dtype=np.float32),
+    )
+    scenario = scenario_of(route, predictions=half)  # a head is half an expert: 1/4 against 1/4
+    demand = simulate(scenario, policy="lru", slots="1")
+    row = simulate(scenario, policy="lru", prefetch="head", slots="1")
+    assert row.hit_rate == demand.hit_rate == 0.5
+    assert row.wasted_bytes_per_token == pytest.approx(50 / 2)  # the first found an empty slot

@@ -23,7 +23,7 @@ class LinkTimes:
     token_ms: float
     """Compute outside the layers."""
     predict_ms: float
-    """From routing known to predictions known."""
+    """From routing known to the first byte of a prefetch."""
     demand_ms: tuple[float, ...]
     """To copy n experts that were asked for at once, n = 0, 1, ..."""
     pieces: int
@@ -32,8 +32,16 @@ class LinkTimes:
     """To copy one."""
     early_ms: tuple[float, ...] = ()
     """To copy n whole experts beside compute; as on demand if empty."""
+    begin_ms: float = 0.0
+    """From a demand's last byte to the first of a prefetch."""
     ahead_ms: float = 0.0
     """What predicting and copying beside it costs a layer."""
+
+    @property
+    def head_share(self) -> float:
+        """How much of an expert the rule `head` fetches: what comes while a layer computes, 0..1."""
+        hidden_ms = max(0.0, self.layer_ms - self.predict_ms)
+        return min(1.0, hidden_ms / self.demand_ms[1]) if self.demand_ms[1] else 1.0
 
     @classmethod
     def of(
@@ -64,6 +72,7 @@ class LinkTimes:
             pieces=pieces,
             piece_ms=profile.early_copy_ms(FULL_GATHER * size) / FULL_GATHER / pieces,
             early_ms=early_ms,
+            begin_ms=profile.begin_ms,
             ahead_ms=profile.ahead_ms,
         )
 
@@ -73,7 +82,9 @@ class LinkTimes:
             layer_ms=self.layer_ms,
             token_ms=self.token_ms,
             predict_ms=self.predict_ms,
+            begin_ms=self.begin_ms,
             ahead_ms=self.ahead_ms,
+            head_share=self.head_share,
             demand_ms=np.array(self.demand_ms, dtype=np.float64),
             early_ms=np.array(self.early_ms or self.demand_ms, dtype=np.float64),
             pieces=self.pieces,

@@ -105,23 +105,27 @@ class Replay:
         for layer in range(self.route.num_layers):
             timeline.warm(self.cache, layer, rows[:, layer])
 
-    def run(self, *, warms_up: bool = True) -> ReplayCounts:
+    def run(self, *, warms_up: bool = True, uncounted: int = 0) -> ReplayCounts:
         """Replay everything.
 
         Args:
             warms_up: Whether prompts fill the slots; if not, they are passed over.
+            uncounted: First decode steps that change the slots but are not reported.
         """
         step_ms: list[float] = []
+        before = self.cache.counts.copy()
         for start, stop, is_decode in self.route.spans():
             if is_decode:
                 for token in range(start, stop):
                     step_ms.append(self._step(token) + self._machine.token_ms)
                     self._expect_next(token)
+                    if len(step_ms) == uncounted:
+                        before = self.cache.counts.copy()
             elif self.policy.needs_future:
                 self._pass_over(start, stop)
             elif warms_up:
                 self._warm(self._rows[start:stop])
-        return ReplayCounts.of(self.cache.counts, step_ms)
+        return ReplayCounts.of(self.cache.counts - before, step_ms[uncounted:])
 
     def _pass_over(self, start: int, stop: int) -> None:
         """Demand a prompt's experts, untimed and uncounted."""

@@ -62,7 +62,9 @@ class Machine(NamedTuple):
     layer_ms: float
     token_ms: float
     predict_ms: float
+    begin_ms: float
     ahead_ms: float
+    head_share: float
     demand_ms: Floats
     early_ms: Floats
     pieces: int
@@ -340,7 +342,8 @@ def run_all(
         if target < layers:
             asked = _prefetch_all(cache, target, guesses[target])
             if asked:
-                free = max(free, clock + machine.predict_ms) + copy_ms(machine.early_ms, asked)
+                start = max(free, early_start(machine, known, clock))
+                free = start + copy_ms(machine.early_ms, asked)
                 arrival[target] = free
             clock += machine.ahead_ms
         clock += machine.layer_ms
@@ -390,7 +393,7 @@ def run_head(
     """
     counts, layers = cache.counts, len(rows)
     clock = 0.0
-    pending, said, head = EMPTY, 0.0, head_share(machine)
+    pending, said, head = EMPTY, 0.0, machine.head_share
     for layer in range(layers):
         ids = rows[layer]
         rest = 0.0
@@ -415,8 +418,8 @@ def run_head(
         if layer + 1 < layers:
             trust = min(1.0, luck[RIGHT] / luck[EXPECTED])
             names, chances = guesses[layer + 1], probabilities[layer + 1]
-            pending, said = _choose_head(cache, layer + 1, names, chances, least / trust)
-            start = max(clock, known + machine.predict_ms)
+            pending, said = _choose_head(cache, layer + 1, names, chances, trust, head, least)
+            start = early_start(machine, known, clock)
             clock += machine.layer_ms + machine.ahead_ms
             if pending != EMPTY:
                 counts[PREFETCHED] += head
@@ -428,29 +431,47 @@ def run_head(
 
 
 @compiled
-def head_share(machine: Machine) -> float:
-    """How much of an expert comes over the link while a layer computes, 0..1."""
-    whole_ms = machine.pieces * machine.piece_ms
-    return float(min(1.0, (machine.layer_ms + machine.ahead_ms) / whole_ms)) if whole_ms else 1.0
+def early_start(machine: Machine, routed: float, fetched: float) -> float:
+    """When a prefetch begins, after a layer's routing and after its demand is there."""
+    return max(routed + machine.predict_ms, fetched + machine.begin_ms)
 
 
 @compiled
 def _choose_head(
-    cache: Cache, layer: int, guesses: Integers, probabilities: Floats, least: float
+    cache: Cache,
+    layer: int,
+    guesses: Integers,
+    probabilities: Floats,
+    trust: float,
+    head: float,
+    least: float,
 ) -> tuple[int, float]:
-    """Admit the likeliest absent guess, if likely enough; it, and how likely."""
-    best, most = EMPTY, least
+    """Admit the likeliest absent guess, if likely enough and worth its victim; how likely it is.
+
+    Experts that no guess names are needed all the same, and any that is resident may be one.
+    """
+    best, most, unnamed = EMPTY, least / trust, 0.0
     for i in range(len(guesses)):
         expert = guesses[i]
-        if expert >= 0 and cache.slot_of[expert] == EMPTY and probabilities[i] >= most:
+        if expert < 0:
+            continue
+        unnamed += 1 - probabilities[i]
+        if cache.slot_of[expert] == EMPTY and probabilities[i] >= most:
             if best == EMPTY or probabilities[i] > most:
                 best = expert
             most = probabilities[i]
-    if best != EMPTY:
-        slot = find_victim(cache, layer, guesses)
-        if slot < 0:
+    if best == EMPTY:
+        return EMPTY, 0.0
+    slot = find_victim(cache, layer, guesses)
+    if slot < 0:
+        return EMPTY, 0.0
+    if cache.expert_in[slot] != EMPTY:
+        others = 0
+        for held in cache.expert_in[cache.first[layer] : cache.first[layer + 1]]:
+            others += held != EMPTY and not _is_among(held, guesses)
+        if not is_worth(most * trust, head, unnamed / others, 1.0):
             return EMPTY, 0.0
-        admit(cache, slot, best)
+    admit(cache, slot, best)
     return best, most
 
 
@@ -488,15 +509,15 @@ def run_budgeted(
     looks.said[:] = -1.0
     for layer in range(layers):
         ids = rows[layer]
+        routed = clock
         rest, late = _arrive(cache, machine, wishes, num_wishes, layer, ids, luck, keeps)
         missing = demand(cache, layer, ids, next_use[layer])
         lookups = (ids >= 0).sum()
         counts[LOOKUPS] += lookups
         counts[HITS] += lookups - missing - late
         if missing or late:
-            known = clock
             clock = free = max(clock, free) + copy_ms(machine.demand_ms, missing + rest)
-            counts[STALL_MS] += clock - known
+            counts[STALL_MS] += clock - routed
             counts[FETCHED] += missing + rest
             counts[LATE] += late
             demands[layer] += (1 - DEMAND_MEMORY) * (1 - demands[layer])
@@ -507,7 +528,7 @@ def run_budgeted(
         )
         until = clock + machine.layer_ms + (machine.ahead_ms if layer + 1 < layers else 0.0)
         if num_queued:
-            at = max(free, clock + machine.predict_ms)
+            at = max(free, early_start(machine, routed, clock))
             num_queued, free = _fill_link(
                 cache, machine, looks, wishes, num_queued, token, layer, at, until, luck, demands
             )
