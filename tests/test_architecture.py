@@ -53,10 +53,10 @@ def test_every_package_is_listed_in_pyproject() -> None:
     assert found == set(pyproject["tool"]["setuptools"]["packages"])
 
 
-def test_runtime_does_not_load_the_training_stack() -> None:
+def test_runtime_loads_neither_the_training_stack_nor_the_simulators_compiler() -> None:
     code = (
         "import sys, foreroute.runtime; "
-        "print(*{'lightning', 'datasets', 'matplotlib', 'sklearn'} & set(sys.modules))"
+        "print(*{'lightning', 'datasets', 'matplotlib', 'numba', 'sklearn'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

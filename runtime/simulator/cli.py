@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from foreroute.runtime.simulator.calibration import Calibration, margins_of
-from foreroute.runtime.simulator.compiled import IS_COMPILED
 from foreroute.runtime.simulator.predictions import Predictions, SimulatedPredictor
 from foreroute.runtime.simulator.readers import READERS, ReadOptions, RouteReader, read_route
 from foreroute.runtime.simulator.route import Route
@@ -295,8 +294,6 @@ def run_simulate(**given: Any) -> None:
     console.print(table(rows, route.describe()))
     console.print(f"Machine: {profile.describe()}", soft_wrap=True)
     console.print(f"Predictor: {who}. Slots are filled from: {given['warm']}.", soft_wrap=True)
-    if not IS_COMPILED:
-        console.print("Some fifty times faster with numba: pip install 'foreroute[fast]'.")
     if given["json"] is not None:
         _write(Path(given["json"]), rows, route, profile, who, given)
         console.print(str(given["json"]), soft_wrap=True)

@@ -1,26 +1,21 @@
-"""Compiles the replay's inner loops where numba is installed; without it they run as they are."""
+"""Compiles the replay's inner loops; imported by them alone, as numba takes a while to load."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import TypeVar
 
-Function = TypeVar("Function", bound=Callable[..., object])
+import numba
 
-IS_COMPILED = importlib.util.find_spec("numba") is not None
-"""Whether numba is there; results are the same, some fifty times sooner."""
+Function = TypeVar("Function", bound=Callable[..., object])
 
 
 def compiled(function: Function) -> Function:
     """Compile a function over arrays and numbers; the machine code is kept on disk.
 
-    What it calls must be compiled in the same file: numba's cache looks at that file alone.
+    What it calls must be compiled in the same file: numba's cache looks at that file alone. With
+    NUMBA_DISABLE_JIT=1 in the environment it runs as it is, for a debugger.
     """
-    if not IS_COMPILED:
-        return function
-    import numba
-
     fast: Function
     try:
         fast = numba.njit(cache=True)(function)

@@ -39,7 +39,7 @@ class LinkTimes:
 
     @property
     def head_share(self) -> float:
-        """How much of an expert the rule `head` fetches: what comes while a layer computes, 0..1."""
+        """Of an expert, what the rule `head` fetches: what comes while a layer computes, 0..1."""
         hidden_ms = max(0.0, self.layer_ms - self.predict_ms)
         return min(1.0, hidden_ms / self.demand_ms[1]) if self.demand_ms[1] else 1.0
 
