@@ -2,10 +2,11 @@
 
     python benchmarks/simulator_agreement.py --routes qwen3-30b-a3b.route.csv
 
-Reads what `decode_gpu.py` measured, single sequences. Compute per layer is each shape's all-resident
-figure over its layers; an expert's size follows from the bytes of a cell on demand; everything else
-comes from the profile. Slots begin empty, and steps are replayed as the GPU ran them: first one step
-several times (the engine captures and tunes itself on it), then the warm-up, then the measured ones.
+Reads what `decode_gpu.py` measured, single sequences. Compute per layer is each shape's figure with
+all experts resident over its layers; an expert's size follows from the bytes of a cell on demand;
+everything else comes from the profile. Slots begin empty, and steps are replayed as the GPU ran
+them: one step several times (the engine captures and tunes itself on it), the warm-up, then the
+measured ones.
 """
 
 from __future__ import annotations
