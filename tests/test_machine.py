@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from foreroute.runtime import machine_probe
+from foreroute.runtime.device.kernels import fetch
 from foreroute.runtime.machine import (
     MachineProfile,
     find_profile,
@@ -12,7 +15,7 @@ from foreroute.runtime.machine import (
     load_profile,
     save_profile,
 )
-from foreroute.runtime.machine_probe import measure_machine
+from foreroute.runtime.machine_probe import GATHER_COUNTS, measure_machine
 
 
 def made(**changed: object) -> MachineProfile:
@@ -93,3 +96,34 @@ def test_this_machine_can_be_measured() -> None:
     assert "memory to memory" in profile.source
     assert profile.expert_bytes == 9437184
     assert MachineProfile.from_dict(json.loads(json.dumps(profile.to_dict()))) == profile
+
+
+def test_the_gather_kernel_is_timed_on_so_many_whole_experts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machine_probe, "SECONDS_EACH", 0.0)
+    gathered: set[int] = set()
+
+    def checked(rows: torch.Tensor, slots: torch.Tensor, copies: torch.Tensor, **_: int) -> None:
+        slots.fill_(1)
+        kernel(rows, slots, copies, num_blocks=2)
+        whole = [slot for slot, row in enumerate(slots) if torch.equal(row, rows[slot])]
+        assert whole == list(range(copies.shape[1]))
+        gathered.add(len(whole))
+
+    kernel = fetch.fetch
+    monkeypatch.setattr(fetch, "fetch", checked)
+    rates = machine_probe._gather_rates(torch.device("cpu"), 16384)
+    assert gathered == set(GATHER_COUNTS)
+    assert [size for size, _ in rates] == [count * 16384 for count in GATHER_COUNTS]
+    assert all(rate > 0 for _, rate in rates)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_can_be_measured() -> None:
+    profile = measure_machine("cuda", "here")
+    assert [size // profile.expert_bytes for size, _ in profile.gather] == list(GATHER_COUNTS)
+    assert max(rate for _, rate in profile.gather + profile.link) < profile.device_gbps
+    assert profile.layer_ms > profile.layer_bytes / profile.device_gbps / 1e6 / 2
+    assert profile.launch_ms > 0
+    assert profile.pin_s_per_gib > 0
