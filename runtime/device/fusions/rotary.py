@@ -66,15 +66,19 @@ def _rotates_alike(original: Rotation, table_width: int) -> bool:
 def _fused(original: Rotation, shares: list[int]) -> Rotation:
     """The kernel for calls of the verified kind, the original for any other."""
 
-    def rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        is_known = (
-            not args
-            and not kwargs
-            and cos.shape[-1] * max(shares) >= q.shape[-1] == k.shape[-1]
-            and q.shape[-1] // cos.shape[-1] in shares
-            and q.stride(-1) == k.stride(-1) == cos.stride(-1) == sin.stride(-1) == 1
-            and cos.dim() == 3
-        )
-        return rotate(q, k, cos, sin) if is_known else original(q, k, cos, sin, *args, **kwargs)
+    def rotation(*args: Any, **kwargs: Any) -> Any:
+        is_known = len(args) == 4 and not kwargs and _is_verified(*args, shares)
+        return rotate(*args) if is_known else original(*args, **kwargs)
 
     return rotation
+
+
+def _is_verified(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, shares: list[int]) -> bool:
+    """Whether a call is of the kind that was compared with the kernel's."""
+    return (
+        q.shape[-1] == k.shape[-1]
+        and q.shape[-1] in [share * cos.shape[-1] for share in shares]
+        and q.stride(-1) == k.stride(-1) == cos.stride(-1) == sin.stride(-1) == 1
+        and q.dim() == k.dim() == 4
+        and cos.dim() == 3
+    )
