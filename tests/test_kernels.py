@@ -169,7 +169,7 @@ def test_a_short_head_evicts_nothing_that_may_be_needed(head_words: int, is_begu
     copies = torch.empty(3, 1, dtype=torch.int32, device=DEVICE)
     words = torch.tensor([head_words], dtype=torch.int32, device=DEVICE)
     guess, chances = torch.tensor([2, 0], device=DEVICE), torch.tensor([0.9, 0.6], device=DEVICE)
-    # half an expert is missing from the guess, and one of two others has it: a fear of .25
+    # half an expert is missing from the guess, and the only other resident is feared to be it: .5
     plan_head(guess, chances, tables, copies, head_words=words, num_words=10)
     assert (int(copies[0, 0]) == 2) == is_begun
 

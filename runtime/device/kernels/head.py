@@ -32,7 +32,6 @@ def _head_kernel(
     trust,
     head_words,
     copies,
-    num_experts,
     num_slots,
     num_words,
     least,
@@ -57,8 +56,9 @@ def _head_kernel(
     share = tl.minimum(1.0, tl.load(trust) / tl.load(trust + 1))
     slot = tl.argmin(tl.where(taken == 0, worth, float("inf")), 0)
     evicted = tl.sum(tl.where(slots == slot, held, 0), 0)
-    missed = tl.sum(tl.where(is_id, 1.0 - tl.minimum(1.0, said * share), 0.0), 0)
-    fear = missed / tl.maximum(num_experts - NUM_IDS, 1)
+    unnamed = tl.sum(tl.where(is_id, 1.0 - said, 0.0), 0)
+    others = tl.sum(((taken == 0) & (held >= 0)).to(tl.int32), 0)
+    fear = unnamed / tl.maximum(others, 1)
     saved = likely * share * tl.load(head_words).to(tl.float32) / num_words
     has_room = (tl.min(taken, 0) == 0) & ((evicted < 0) | (saved > fear))
     if (likely * share >= least) & has_room:
@@ -92,9 +92,9 @@ def plan_head(
     """Choose the expert whose head is copied early, if any is likely enough; one launch.
 
     Its confidence counts less the more earlier heads came to nothing (`ResidencyTables.trust`). A
-    head saves its share of a copy; what it evicts may cost a whole one, with the chance that an
-    expert nobody predicted is needed: it must save more. Predicted experts are never victims. The
-    layer's next demand (`plan`) settles the head.
+    head saves its share of a copy; its victim, if needed, costs a whole one: true experts that no
+    guess names are feared among the residents that no guess names, and the head must save more.
+    Predicted experts are never victims. The layer's next demand (`plan`) settles the head.
 
     Args:
         expert_ids: Predicted, [..] with N elements, any integer dtype.
@@ -118,7 +118,6 @@ def plan_head(
         tables.trust,
         head_words,
         copies,
-        len(tables.slot_of),
         num_slots,
         num_words,
         LEAST_CONFIDENCE,
@@ -155,8 +154,8 @@ def plan_head_reference(
         return
     worth = {s: -1.0 if held[s] == EMPTY else float(tables.score[held[s]]) for s in free}
     slot = min(free, key=lambda s: (worth[s], s))
-    missed = sum(1 - min(1.0, chance * trust) for _, chance in guesses)
-    fear = missed / max(len(tables.slot_of) - len(guesses), 1)
+    others = sum(held[s] != EMPTY for s in free)
+    fear = sum(1 - chance for _, chance in guesses) / max(others, 1)
     if held[slot] != EMPTY and likely * trust * int(head_words) / num_words <= fear:
         return
     if held[slot] != EMPTY:
