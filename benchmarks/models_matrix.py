@@ -6,36 +6,80 @@ python benchmarks/models_matrix.py
 from __future__ import annotations
 
 import copy
+import io
 import json
-from dataclasses import asdict, dataclass
+import tempfile
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from tiny_models import SUPPORTED, tiny_model
 from torch import Tensor
+from transformers import CONFIG_MAPPING
 
 from foreroute.data.adapters import MoEModel, discover, gate_weights, stock_experts_function
+from foreroute.data.adapters.loading import require_causal_lm
 from foreroute.data.recorder import RoutingRecorder
 from foreroute.runtime import Engine, EngineConfig
 from foreroute.runtime.device.expert_form import find_expert_form
+from foreroute.runtime.doctor import diagnose, report
 from foreroute.runtime.offload import OffloadedModel, offload
 
 ROOT = Path(__file__).parents[1]
 UNSUPPORTED = ["aria_text", "dbrx", "doge", "jetmoe", "llama4", "llama4_text", "longcat_flash"]
-TYPES = [*sorted(SUPPORTED), *UNSUPPORTED]
+OTHER_CLASSES = [
+    "aria",
+    "deepseek_ocr2",
+    "diffusion_gemma",
+    "ernie4_5_vl_moe",
+    "glm4v_moe",
+    "glm5_next",
+    "inkling_mm_model",
+    "minimax_m3_vl",
+    "mistral4",
+    "qwen3_omni_moe",
+    "qwen3_vl_moe",
+    "step3p7",
+    "switch_transformers",
+]
+"""MoE types without a causal LM of transformers' own."""
+TYPES = [*sorted(SUPPORTED), *UNSUPPORTED, *OTHER_CLASSES]
+QWEN3_30B: dict[str, Any] = {
+    "model_type": "qwen3_moe",
+    "dtype": "bfloat16",
+    "hidden_size": 2048,
+    "head_dim": 128,
+    "moe_intermediate_size": 768,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "norm_topk_prob": True,
+    "vocab_size": 151936,
+}
+"""What the config.json of Qwen/Qwen3-30B-A3B says about its size."""
 NUM_SLOTS = 4  # of 8 experts
 NEW_TOKENS = 16
 PROMPT_SHAPES = [(1, 1), (1, 9), (3, 6), (1, 24)]
 GENERATED_SHAPES = [(1, 9), (3, 6)]
+EXTRAS: dict[str, dict[str, Any]] = {
+    "left padding": {},
+    "beam search": {"num_beams": 3},
+    "several samples": {"num_return_sequences": 2, "do_sample": True},
+}
+EXTRA_TOKENS = 5
 WEIGHT_TOLERANCE = 1e-3  # float32; models that gather in bfloat16 are not among the tiny ones
 LEGEND = """\
 * **recorded**: with the recorder on, logits are bit-equal; `norm(residual)` is the router input bit
   for bit where there is such a norm; the recorded ids and gate weights reproduce the experts'
   output bit for bit, and follow from the recorded logits where the gate rule is known.
 * **exact**: 4 slots of 8 experts, prompts of 1, 9, 24 and 3 x 6 tokens, then 16 generated tokens
-  for batch 1 and 3: logits and tokens bit-equal to stock `batched_mm` on the CPU.
+  for batch 1 and 3: logits and tokens bit-equal to stock `batched_mm` on the CPU. So are 5 tokens
+  with left padding, beam search and several samples.
 * **speculative**: `on_miss=predicted` runs, with gate weights from the true router's logits; where
   it says `skip only`, that mode runs and `predicted` is refused in one line.
 * **graph**: a static cache gives the same 16 tokens and the experts' activation has a kernel, so
@@ -66,8 +110,9 @@ def row_of(model_type: str) -> Row:
     Raises:
         AssertionError: If something that was found to be supported gives other results.
     """
-    model = tiny_model(model_type)
     try:
+        require_causal_lm(CONFIG_MAPPING[model_type](), model_type)
+        model = tiny_model(model_type)
         moe = discover(model, model_type)
     except ValueError as error:
         return Row(model_type, "no", "no", "no", "no", str(error).rpartition(": ")[2])
@@ -103,6 +148,18 @@ def greedy(model: Any, tokens: Tensor, **settings: Any) -> Tensor:
         do_sample=False,
         **settings,
     )
+    return output
+
+
+def with_extra(model: Any, name: str) -> Tensor:
+    """A left-padded prompt of two sequences and 5 more tokens, by one of `EXTRAS`."""
+    tokens = prompt(2, 8)
+    mask = torch.ones_like(tokens)
+    mask[0, :5] = 0
+    torch.manual_seed(0)
+    count = {"min_new_tokens": EXTRA_TOKENS, "max_new_tokens": EXTRA_TOKENS}
+    settings = {"do_sample": False} | count | EXTRAS[name]
+    output: Tensor = model.generate(tokens * mask, attention_mask=mask, **settings)
     return output
 
 
@@ -156,6 +213,8 @@ def check_exact(stock: Any, offloaded: OffloadedModel) -> None:
                 assert torch.equal(engine(tokens, use_cache=False).logits, expected), shape
             for shape in GENERATED_SHAPES:
                 assert torch.equal(greedy(engine, prompt(*shape)), reference[shape]), shape
+            for name in EXTRAS if policy == "on-demand" else []:
+                assert torch.equal(with_extra(engine, name), with_extra(stock, name)), name
             engine.check_integrity()
 
 
@@ -167,7 +226,7 @@ def why_not_predicted(offloaded: OffloadedModel) -> str:
         config = EngineConfig(
             expert_slots=str(NUM_SLOTS),
             policy=policy,  # type: ignore[arg-type]
-            on_miss=mode,  # type: ignore[arg-type]
+            on_miss=mode,
             agreement_floor=0.0,
         )
         try:
@@ -197,7 +256,17 @@ def why_no_graph(stock: Any, offloaded: OffloadedModel) -> str:
     return "" if same else "a static cache gives other tokens in transformers"
 
 
-def table_of(rows: list[Row]) -> str:
+def doctor_output() -> str:
+    """What `foreroute doctor` prints about a folder that holds a config.json and nothing else."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(QWEN3_30B))
+        found = replace(diagnose(folder), name="qwen3-30b-a3b/")
+    printed = io.StringIO()
+    Console(width=100, file=printed).print(report(found))
+    return "\n".join(map(str.rstrip, printed.getvalue().splitlines())).strip()
+
+
+def page_of(rows: list[Row]) -> str:
     """The page docs/models.md."""
     supported = sum(row.recorded == row.exact == "yes" for row in rows)
     lines = [
@@ -212,6 +281,19 @@ def table_of(rows: list[Row]) -> str:
         "|---|---|---|---|---|---|",
     ]
     lines += ["| " + " | ".join(asdict(row).values()) + " |" for row in rows]
+    lines += [
+        "",
+        "## Any other model",
+        "",
+        "`foreroute doctor` says the same of any folder or Hub id, from its `config.json` alone: "
+        "no weights are downloaded or allocated. It follows one layer of each kind through a "
+        "forward pass over made-up numbers.",
+        "",
+        "```",
+        "$ foreroute doctor --model qwen3-30b-a3b/",
+        doctor_output(),
+        "```",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -222,7 +304,7 @@ def main() -> None:
     results.parent.mkdir(exist_ok=True)
     results.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     page = ROOT / "docs" / "models.md"
-    page.write_text(table_of(rows))
+    page.write_text(page_of(rows))
     print(results, page, sep="\n")
 
 
