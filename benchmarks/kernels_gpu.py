@@ -194,7 +194,13 @@ def around_the_experts(shape: Shape) -> dict[str, float]:
         else 0.0,
         "plan a head, all resident": microseconds(
             lambda i: plan_head(
-                ids, chances, tables, no_copies(1), head_words=copies[0, :1], num_words=1
+                ids,
+                chances,
+                tables,
+                no_copies(1),
+                num_needed=ids.numel(),
+                head_words=copies[0, :1],
+                num_words=1,
             )
         ),
         "fetch of nothing": microseconds(lambda i: fetch(rows, slots, copies, num_blocks=32)),

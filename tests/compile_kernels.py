@@ -65,7 +65,7 @@ def call_everything() -> None:
     plan(ids, tables, lrfu(20.0), copies, is_prefetch=True)
     plan(ids, tables, LRU, copies)
     plan(ids, tables, LRU, copies, is_prefetch=True)
-    plan_head(ids, chances, tables, copies, head_words=copies[0, :1], num_words=8)
+    plan_head(ids, chances, tables, copies, num_needed=8, head_words=copies[0, :1], num_words=8)
     rows = torch.zeros(16, 64, dtype=torch.uint8)
     fetch(rows, rows, copies, num_blocks=4)
     fetch(rows, rows, copies, num_blocks=4, head_words=copies[0, :1])

@@ -130,7 +130,7 @@ def test_heads_agree_with_the_reference_over_random_residency_sequences(num_toke
             guess = torch.where(noise[0, :, :top_k] < 0.6, ids, guess)
             chances = torch.rand(num_tokens, top_k, generator=generator).sort(-1).values.flip(-1)
             both = [torch.full((3, 1), -7, dtype=torch.int32, device=d) for d in ("cpu", DEVICE)]
-            share = {"num_words": 10}
+            share = {"num_words": 10, "num_needed": ids.numel()}
             words = torch.tensor([int(noise[0, 0, 0] * 10)], dtype=torch.int32)
             plan_head_reference(guess, chances, expected, both[0], head_words=words, **share)
             on_gpu = guess.to(DEVICE), chances.to(DEVICE)
@@ -155,22 +155,27 @@ def test_heads_that_come_to_nothing_lose_trust_until_none_is_begun() -> None:
     for step in range(60):
         wrong = torch.tensor([20 + step % 10], device=DEVICE)
         sure = torch.tensor([0.9], device=DEVICE)
-        plan_head(wrong, sure, tables, copies, head_words=whole, num_words=1)
+        plan_head(wrong, sure, tables, copies, num_needed=1, head_words=whole, num_words=1)
         begun.append(int(copies[0, 0]) >= 0)
         plan(torch.tensor([step % 4], device=DEVICE), tables, LFU, copies.clone())
     assert begun[0]
     assert not any(begun[-10:])
 
 
-@pytest.mark.parametrize(("head_words", "is_begun"), [(1, False), (9, True)])
-def test_a_short_head_evicts_nothing_that_may_be_needed(head_words: int, is_begun: bool) -> None:
+@pytest.mark.parametrize(
+    ("head_words", "num_needed", "is_begun"), [(1, 2, False), (9, 2, True), (9, 3, False)]
+)
+def test_a_short_head_evicts_nothing_that_may_be_needed(
+    head_words: int, num_needed: int, is_begun: bool
+) -> None:
     tables = ResidencyTables.empty(4, 2, DEVICE)
     plan(torch.tensor([0, 1], device=DEVICE), tables, LFU, no_copies(2))
     copies = torch.empty(3, 1, dtype=torch.int32, device=DEVICE)
     words = torch.tensor([head_words], dtype=torch.int32, device=DEVICE)
     guess, chances = torch.tensor([2, 0], device=DEVICE), torch.tensor([0.9, 0.6], device=DEVICE)
-    # half an expert is missing from the guess, and the only other resident is feared to be it: .5
-    plan_head(guess, chances, tables, copies, head_words=words, num_words=10)
+    # of two needed, half a one is missing from the guess: feared to be the only other resident
+    sizes = {"num_needed": num_needed, "num_words": 10}
+    plan_head(guess, chances, tables, copies, head_words=words, **sizes)
     assert (int(copies[0, 0]) == 2) == is_begun
 
 

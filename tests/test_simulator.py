@@ -437,3 +437,13 @@ def test_a_head_evicts_nobody_who_is_likelier_to_be_needed() -> None:
     row = simulate(scenario, policy="lru", prefetch="head", slots="1")
     assert row.hit_rate == demand.hit_rate == 0.5
     assert row.wasted_bytes_per_token == pytest.approx(50 / 2)  # the first found an empty slot
+
+
+def test_unlikely_guesses_beside_a_likely_one_raise_no_fear() -> None:
+    route = route_of([[[0], [1]], [[0], [1]]], num_experts=4)
+    said = Predictions(
+        expert_ids=np.tile(np.array([2, 3], dtype=np.int16), (1, 2, 2, 1)),
+        confidence=np.tile(np.array([0.9, 0.1], dtype=np.float32), (1, 2, 2, 1)),
+    )
+    row = simulate(scenario_of(route, predictions=said), policy="lru", prefetch="head", slots="1")
+    assert row.wasted_bytes_per_token == pytest.approx(50)  # a head for each token, both wrong

@@ -85,6 +85,7 @@ class DeviceLayer:
         """
         self.layer_idx = layer.layer_idx
         self.experts = layer.experts
+        self.top_k = layer.top_k
         self.rows = rows
         self.slots = torch.zeros(num_slots, rows.shape[1], dtype=torch.uint8, device=device)
         self.weights = layout.views(self.slots)
@@ -161,6 +162,7 @@ class DeviceLayer:
             chances,
             self.tables,
             copies,
+            num_needed=len(expert_ids) * self.top_k,
             head_words=self._run.head_words,
             num_words=self.rows.shape[1] // WORD.itemsize,
         )

@@ -418,7 +418,9 @@ def run_head(
         if layer + 1 < layers:
             trust = min(1.0, luck[RIGHT] / luck[EXPECTED])
             names, chances = guesses[layer + 1], probabilities[layer + 1]
-            pending, said = _choose_head(cache, layer + 1, names, chances, trust, head, least)
+            pending, said = _choose_head(
+                cache, layer + 1, names, chances, len(ids), trust, head, least
+            )
             start = early_start(machine, known, clock)
             clock += machine.layer_ms + machine.ahead_ms
             if pending != EMPTY:
@@ -442,6 +444,7 @@ def _choose_head(
     layer: int,
     guesses: Integers,
     probabilities: Floats,
+    top_k: int,
     trust: float,
     head: float,
     least: float,
@@ -450,12 +453,12 @@ def _choose_head(
 
     Experts that no guess names are needed all the same, and any that is resident may be one.
     """
-    best, most, unnamed = EMPTY, least / trust, 0.0
+    best, most, unnamed = EMPTY, least / trust, float(top_k)
     for i in range(len(guesses)):
         expert = guesses[i]
         if expert < 0:
             continue
-        unnamed += 1 - probabilities[i]
+        unnamed -= probabilities[i]
         if cache.slot_of[expert] == EMPTY and probabilities[i] >= most:
             if best == EMPTY or probabilities[i] > most:
                 best = expert

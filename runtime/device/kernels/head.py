@@ -34,6 +34,7 @@ def _head_kernel(
     copies,
     num_slots,
     num_words,
+    num_needed,
     least,
     NUM_IDS: tl.constexpr,
     IDS: tl.constexpr,
@@ -56,7 +57,7 @@ def _head_kernel(
     share = tl.minimum(1.0, tl.load(trust) / tl.load(trust + 1))
     slot = tl.argmin(tl.where(taken == 0, worth, float("inf")), 0)
     evicted = tl.sum(tl.where(slots == slot, held, 0), 0)
-    unnamed = tl.sum(tl.where(is_id, 1.0 - said, 0.0), 0)
+    unnamed = num_needed - tl.sum(said, 0)
     others = tl.sum(((taken == 0) & (held >= 0)).to(tl.int32), 0)
     fear = unnamed / tl.maximum(others, 1)
     saved = likely * share * tl.load(head_words).to(tl.float32) / num_words
@@ -86,6 +87,7 @@ def plan_head(
     tables: ResidencyTables,
     copies: Tensor,
     *,
+    num_needed: int,
     head_words: Tensor,
     num_words: int,
 ) -> None:
@@ -101,6 +103,7 @@ def plan_head(
         confidence: How likely each is among the true ones, of the same shape, float32.
         tables: Of the layer they belong to, with nothing pending; changed in place.
         copies: Written, [3, 1] int32, as `fetch` takes it.
+        num_needed: Experts that the layer will use, over all tokens.
         head_words: Length of a head, [1] int32 on the device.
         num_words: Length of an expert in the same unit.
     """
@@ -120,6 +123,7 @@ def plan_head(
         copies,
         num_slots,
         num_words,
+        num_needed,
         LEAST_CONFIDENCE,
         NUM_IDS=num_ids,
         IDS=triton.next_power_of_2(num_ids),
@@ -134,6 +138,7 @@ def plan_head_reference(
     tables: ResidencyTables,
     copies: Tensor,
     *,
+    num_needed: int,
     head_words: Tensor,
     num_words: int,
 ) -> None:
@@ -155,7 +160,7 @@ def plan_head_reference(
     worth = {s: -1.0 if held[s] == EMPTY else float(tables.score[held[s]]) for s in free}
     slot = min(free, key=lambda s: (worth[s], s))
     others = sum(held[s] != EMPTY for s in free)
-    fear = sum(1 - chance for _, chance in guesses) / max(others, 1)
+    fear = (num_needed - sum(chance for _, chance in guesses)) / max(others, 1)
     if held[slot] != EMPTY and likely * trust * int(head_words) / num_words <= fear:
         return
     if held[slot] != EMPTY:
