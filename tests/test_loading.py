@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, conversion_mapping
+from transformers.core_model_loading import Interleave, Transpose, WeightConverter
 
 from foreroute.data.adapters.checkpoint import ExpertReader, checkpoint_files
 from foreroute.data.adapters.weightless import parameter_shapes
@@ -111,6 +112,44 @@ def test_per_expert_tensors_are_read_one_at_a_time(tmp_path):
     reader.read(lambda *part: parts.append(part))
     assert len(parts) == 8 * 3  # gate, up and down of every expert
     assert max(part.numel() for *_, part in parts) == 64 * 32
+
+
+def transposed(name, weight):
+    return name, weight.transpose(1, 2).contiguous()
+
+
+def interleaved(name, weight):
+    """Rows of gate and up take turns, as in inkling's checkpoints."""
+    if name.endswith("down_proj"):
+        return name, weight
+    gate, up = weight.chunk(2, dim=1)
+    return name.replace("gate_up_proj", "w13"), torch.stack([gate, up], dim=2).flatten(1, 2)
+
+
+CONVERTERS = {
+    transposed: [
+        WeightConverter(f"experts.{name}", f"experts.{name}", [Transpose(1, 2, check_dims=True)])
+        for name in ("gate_up_proj", "down_proj")
+    ],
+    interleaved: [WeightConverter("experts.w13", "experts.gate_up_proj", [Interleave(dim=1)])],
+}
+
+
+@pytest.mark.parametrize("layout", CONVERTERS)
+def test_layouts_that_need_transformers_converters_load_bit_for_bit(tmp_path, monkeypatch, layout):
+    model = tiny_model("qwen3_moe", moe_intermediate_size=24)  # no matrix is square
+    conversion_mapping.get_checkpoint_conversion_mapping("")  # builds the table of mappings
+    mappings = conversion_mapping._checkpoint_conversion_mapping_cache
+    monkeypatch.setitem(mappings, type(model).__name__, CONVERTERS[layout])
+    tensors = dict(
+        layout(name, weight) if ".experts." in name else (name, weight)
+        for name, weight in model.state_dict().items()
+    )
+    model.config.save_pretrained(tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    offloaded = load_offloaded(str(tmp_path), device="cpu")
+    assert_same_weights(offloaded, model)
+    assert not list(offloaded.moe.layers[0].experts.parameters())
 
 
 def test_a_missing_tensor_is_named(tmp_path):

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from foreroute.data.adapters.weightless import ParameterShape
+from foreroute.data.adapters.weightless import ParameterShape, parameters_on_meta
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -171,7 +171,9 @@ class ExpertReader:
         for key, pattern in group.keys:
             lazily = self._slice(key)
             converter.add_tensor(group.target, key, pattern, lambda part=lazily: part[...])
-        result = converter.convert(group.target, model=self._model, config=self._model.config)
+        experts = self._model.get_submodule(group.target.rpartition(".")[0])
+        with parameters_on_meta(experts):  # some converters look at the shape they shall give
+            result = converter.convert(group.target, model=self._model, config=self._model.config)
         whole = result[group.target]
         whole = whole[0] if isinstance(whole, list) else whole
         for expert_id, weight in enumerate(whole):

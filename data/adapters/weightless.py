@@ -95,3 +95,15 @@ def experts_without_weights(classes: Iterable[type[nn.Module]]) -> Iterator[None
     finally:
         for kind, original in originals.items():
             kind.__init__ = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def parameters_on_meta(experts: nn.Module) -> Iterator[None]:
+    """While open, an experts module built without parameters has them, as shapes without memory."""
+    try:
+        for name, (shape, dtype) in parameter_shapes(experts).items():
+            empty = torch.empty(shape, dtype=dtype, device="meta")
+            experts.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+        yield
+    finally:
+        experts._parameters.clear()
