@@ -463,7 +463,7 @@ def _device_section(rows: Rows, shapes: list[dict[str, Any]]) -> str:
         "layer's likeliest absent one; the rest follows if it is needed. As much is fetched as",
         "one layer's compute hides. It is begun if its probability times trust is at least one",
         "half, and if that times its share of an expert exceeds the fear for the expert it",
-        "evicts: true experts that no guess names (the sum of 1 - p over the guesses), over the",
+        "evicts: true experts that no guess names (top-k less the sum of all p), over the",
         "residents that no guess names. Multiples of on demand under this project's engine",
         "(profile `h100-engine`):",
         "",
