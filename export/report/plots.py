@@ -201,6 +201,7 @@ def draw_reliability(measured: Measured) -> Figure:
         )
         axis.grid(alpha=0.3)
         axis.set_aspect("equal")
+        axis.set_xticks((0, 0.5, 1))  # the ends of neighbours would touch with more
         axis.tick_params(labelbottom=pair + columns >= len(measured.layers))
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=9, frameon=False)
