@@ -6,7 +6,8 @@
 
 States and routing are synthetic: random numbers of the given shape, so recall means nothing here.
 The floor is the same arithmetic in one plain loop of matrix multiplications over the same tokens:
-forward and backward products, layer by layer, nothing else (with those of the ridge start).
+forward and backward products, layer by layer, nothing else (with those of the ridge start). Wall
+time and the process's own CPU time are both kept: on a busy machine only the latter compares.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from prediction_time import captured_us, eager_us, layer_by_layer_us
@@ -122,27 +123,19 @@ def synthetic_stack(options: argparse.Namespace, form: str) -> EstimatorStack:
     return EstimatorStack.build(geometry, spec, anchors, vectors).to(options.device)
 
 
-def time_training(
-    stack: EstimatorStack, shards: PreparedShards, options: argparse.Namespace
-) -> float:
-    """Seconds of one fit of all pairs over tokens that are prepared already."""
+def fit(stack: EstimatorStack, shards: PreparedShards, options: argparse.Namespace) -> None:
+    """One fit of all pairs over tokens that are prepared already."""
     config = FitConfig(
         epochs=options.epochs, batch_size=options.batch_size, loss=options.loss, init=options.init
     )
-    start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         train_stack(stack, shards, NoShards(), config, Path(folder), show_progress=False)
-    wait(options.device)
-    return time.perf_counter() - start
 
 
-def time_products(
-    stack: EstimatorStack, shards: PreparedShards, options: argparse.Namespace
-) -> float:
-    """Seconds of the same matrix products of the same tokens, in a plain loop over layers."""
+def multiply(stack: EstimatorStack, shards: PreparedShards, options: argparse.Namespace) -> None:
+    """The same matrix products of the same tokens, in a plain loop over layers."""
     weights = [p.detach() for p in stack.form.parameters() if p.dim() == 3 and p.shape[1] > 1]
     num_pairs = len(stack.target_layers)
-    start = time.perf_counter()
     for _ in range(options.epochs):
         for batch in BatchStream(shards, options.batch_size):
             for pair in range(num_pairs):
@@ -153,8 +146,6 @@ def time_products(
             for pair in range(num_pairs):
                 features = batch.features[pair].float()
                 _ = features.T @ features, features.T @ batch.target_logits[pair]
-    wait(options.device)
-    return time.perf_counter() - start
 
 
 def multiply_all(features: Tensor, weights: list[Tensor]) -> None:
@@ -175,12 +166,21 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def timed(work: Callable[[], object], device: str) -> float:
-    """Seconds of some work."""
-    start = time.perf_counter()
+class Seconds(NamedTuple):
+    """How long some work took."""
+
+    wall: float
+    """By the clock; what else runs on the machine counts."""
+    cpu: float
+    """This process's own, all threads together."""
+
+
+def timed(work: Callable[[], object], device: str) -> Seconds:
+    """Do some work and time it."""
+    wall, cpu = time.perf_counter(), time.process_time()
     work()
     wait(device)
-    return time.perf_counter() - start
+    return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def measure(options: argparse.Namespace, form: str) -> dict[str, Any]:
@@ -190,22 +190,25 @@ def measure(options: argparse.Namespace, form: str) -> dict[str, Any]:
         stack.geometry, len(stack.target_layers), options.tokens, torch.device(options.device)
     )
     shards = PreparedShards(stack, source, seed=0)
-    prepare_s = timed(lambda: [shards.read(i) for i in shards.rows], options.device)
-    rounds = [
-        (
-            time_training(stack.requires_grad_(True), shards, options),
-            time_products(stack, shards, options),
-        )
-        for _ in range(options.rounds)
-    ]
-    train_s, products_s = min(r[0] for r in rounds), min(r[1] for r in rounds)
+    prepared = timed(lambda: [shards.read(i) for i in shards.rows], options.device)
+    works = (
+        lambda: fit(stack.requires_grad_(True), shards, options),
+        lambda: multiply(stack, shards, options),
+    )
+    rounds = [[timed(work, options.device) for work in works] for _ in range(options.rounds)]
+    (train_s, train_cpu_s), (products_s, products_cpu_s) = (
+        Seconds(*map(min, zip(*times, strict=True))) for times in zip(*rounds, strict=True)
+    )
     stack.eval().requires_grad_(False)
     row = {
         "form": form,
-        "prepare_s": round(prepare_s, 2),
+        "prepare_s": round(prepared.wall, 2),
         "train_s": round(train_s, 2),
         "products_s": round(products_s, 2),
         "ratio": round(train_s / products_s, 2),
+        "train_cpu_s": round(train_cpu_s, 2),
+        "products_cpu_s": round(products_cpu_s, 2),
+        "cpu_ratio": round(train_cpu_s / products_cpu_s, 2),
         "params": sum(p.numel() for p in stack.form.parameters()),
         "eager_us": round(eager_us(stack), 1),
         "by_layer_us": round(layer_by_layer_us(stack), 1),
