@@ -14,7 +14,9 @@ MEASURED = (
     "| input | h | form | recall@K | 95 % interval | @1.5 K | gate mass | exact set | calib. error "
     "| parameters | us |"
 )
-ANOTHER_KIND = "| trained on | tested on | next router | quasi-hidden | low-rank | least gain on each, points |"
+ANOTHER_KIND = (
+    "| trained on | tested on | next router | quasi-hidden | low-rank | least gain on each |"
+)
 
 
 def main() -> None:
