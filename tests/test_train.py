@@ -23,6 +23,7 @@ from foreroute.estimators import (
     SourceState,
     parse_layers,
 )
+from foreroute.train import fit
 from foreroute.train.baselines import (
     build_stack,
     count_experts,
@@ -521,6 +522,17 @@ def test_a_leaked_future_is_predicted_perfectly(tiny_traces) -> None:
     meter.update(stack(leaked.source), leaked.target_ids, leaked.target_gate_weights)
     # States are stored in float32, in which no two experts tie.
     assert meter.compute().exact_set == [1.0] * 3
+
+
+def test_training_batches_mix_the_tokens_of_a_shard(tiny_traces, tmp_path, monkeypatch) -> None:
+    fitted = []
+    monkeypatch.setattr(fit, "train_stack", lambda _, fitting, *rest: fitted.append(fitting))
+    train_estimator(tiny_traces, SPEC, QUICK, tmp_path / "run", device="cpu")
+    logits = fitted[0].read(0).target_logits
+    recorded = PairedShards(Traces.open(tiny_traces), SPEC, range(16)).read(0).target_logits
+    first = (logits.unsqueeze(2) == recorded.unsqueeze(1)).all(dim=-1)[0, :64].int().argmax(dim=1)
+    assert len((first // 64).unique()) > 8  # of 16 sequences of 64 tokens
+    assert torch.equal(logits.sort(dim=1).values, recorded.sort(dim=1).values)
 
 
 def test_shuffled_labels_leave_nothing_but_frequency(tiny_traces, tmp_path) -> None:

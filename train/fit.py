@@ -174,6 +174,7 @@ def fit_stack(
         PreparedShards(
             stack,
             PairedShards(traces, plan.spec, sequences, cache_bytes=0),
+            seed=plan.config.seed,
             host_bytes=memory_bytes,
         )
         for sequences in split_off_validation(plan.split.train)
