@@ -19,7 +19,7 @@ from simulator_agreement import shape_of
 
 from foreroute.estimators.artifacts import write_json
 from foreroute.estimators.console import run_command
-from foreroute.runtime.machine import MachineProfile, find_profile
+from foreroute.runtime.planning.machine import MachineProfile, find_profile
 from foreroute.runtime.policies import find_policy, find_prefetch_rule
 from foreroute.runtime.simulator import (
     LinkTimes,

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from foreroute.estimators.console import run_command
 from foreroute.runtime.config import parse_slots
-from foreroute.runtime.machine import MachineProfile, find_profile
+from foreroute.runtime.planning.machine import MachineProfile, find_profile
 from foreroute.runtime.policies import find_policy, find_prefetch_rule
 from foreroute.runtime.simulator import LinkTimes, Predictions, Route, SimulatedPredictor
 from foreroute.runtime.simulator.replay import Replay

@@ -390,7 +390,7 @@ def plan(
         json: Write the plan here too.
         trust_remote_code: Run code that came with the checkpoint.
     """
-    from foreroute.runtime.plan_report import run_plan
+    from foreroute.runtime.planning.plan_report import run_plan
 
     run_plan(model, gpu_memory, host_memory, profile, context, json, trust_remote_code)
 
@@ -404,7 +404,7 @@ def profile(out: Path, device: str = "auto", name: str = "", overwrite: bool = F
         name: What to call it; the device's name unless said.
         overwrite: Replace a file that is there already.
     """
-    from foreroute.runtime.profile_report import run_profile
+    from foreroute.runtime.planning.profile_report import run_profile
 
     run_profile(out, device, name, overwrite)
 

@@ -16,8 +16,8 @@ from foreroute.estimators.stack import EstimatorStack
 from foreroute.export.bundle import load_bundle
 from foreroute.runtime.config import EngineConfig
 from foreroute.runtime.layer import OffloadedLayer
-from foreroute.runtime.machine import find_profile
 from foreroute.runtime.offload import OffloadedModel, load_offloaded
+from foreroute.runtime.planning.machine import find_profile
 from foreroute.runtime.policies import PrefetchBudget, find_policy, find_prefetch_rule
 from foreroute.runtime.prefetch import Prefetcher
 from foreroute.runtime.residency import Residency

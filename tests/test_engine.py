@@ -17,7 +17,7 @@ from foreroute.runtime import Engine, EngineConfig, slot_plan
 from foreroute.runtime import layer as layer_module
 from foreroute.runtime.config import parse_slots
 from foreroute.runtime.offload import OffloadedModel, offload
-from foreroute.runtime.planner import RESERVE_BYTES
+from foreroute.runtime.planning.planner import RESERVE_BYTES
 
 PROMPT_SHAPES = [(1, 1), (1, 17), (3, 5), (2, 40)]
 EXACT = {

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from foreroute.runtime import machine_probe
 from foreroute.runtime.device.kernels import fetch
-from foreroute.runtime.machine import (
+from foreroute.runtime.planning import machine_probe
+from foreroute.runtime.planning.machine import (
     MachineProfile,
     find_profile,
     known_profiles,
     load_profile,
     save_profile,
 )
-from foreroute.runtime.machine_probe import GATHER_COUNTS, measure_machine
+from foreroute.runtime.planning.machine_probe import GATHER_COUNTS, measure_machine
 
 
 def made(**changed: object) -> MachineProfile:

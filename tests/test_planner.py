@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from transformers import Qwen3MoeConfig
 
-from foreroute.runtime.machine import find_profile
-from foreroute.runtime.model_size import ModelSize, measure_model
-from foreroute.runtime.plan_report import run_plan
-from foreroute.runtime.planner import auto_slots, hit_rate_at, plan_choices
+from foreroute.runtime.planning.machine import find_profile
+from foreroute.runtime.planning.model_size import ModelSize, measure_model
+from foreroute.runtime.planning.plan_report import run_plan
+from foreroute.runtime.planning.planner import auto_slots, hit_rate_at, plan_choices
 
 GIB = 2**30
 

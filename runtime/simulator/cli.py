@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from foreroute.data.traces import Traces
     from foreroute.estimators import EstimatorStack
-    from foreroute.runtime.machine import MachineProfile
+    from foreroute.runtime.planning.machine import MachineProfile
     from foreroute.runtime.simulator.result import SimulationRow
 
 CALIBRATION_SHARE = 0.25
@@ -272,7 +272,7 @@ def run_simulate(**given: Any) -> None:
     from rich.console import Console
 
     from foreroute.estimators.byte_sizes import parse_bytes
-    from foreroute.runtime.machine import find_profile
+    from foreroute.runtime.planning.machine import find_profile
 
     profile = find_profile(given["profile"])
     options = ReadOptions(num_experts=given["num_experts"], prompt_tokens=given["prompt_tokens"])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from foreroute.runtime.machine import MachineProfile
+from foreroute.runtime.planning.machine import MachineProfile
 from foreroute.runtime.simulator.timeline import Machine
 
 FULL_GATHER = 4

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from foreroute.data.adapters import resolve_device
-from foreroute.runtime.machine import MachineProfile, Rates
+from foreroute.runtime.planning.machine import MachineProfile, Rates
 
 KIB, MIB = 2**10, 2**20
 COPY_SIZES = (64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB)

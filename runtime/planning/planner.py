@@ -5,8 +5,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 
-from foreroute.runtime.machine import MachineProfile
-from foreroute.runtime.model_size import ModelSize
+from foreroute.runtime.planning.machine import MachineProfile
+from foreroute.runtime.planning.model_size import ModelSize
 
 RESERVE_BYTES = int(1.5 * 2**30)
 """Device memory left for CUDA itself, activations and fragmentation."""

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from foreroute.estimators.byte_sizes import parse_bytes
-from foreroute.runtime.machine import find_profile
-from foreroute.runtime.model_size import ModelSize, measure_model
-from foreroute.runtime.planner import PlanChoice, assumptions, command_line, plan_choices
+from foreroute.runtime.planning.machine import find_profile
+from foreroute.runtime.planning.model_size import ModelSize, measure_model
+from foreroute.runtime.planning.planner import PlanChoice, assumptions, command_line, plan_choices
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from foreroute.estimators.byte_sizes import format_binary_bytes
-from foreroute.runtime.machine import MachineProfile, known_profiles, save_profile
+from foreroute.runtime.planning.machine import MachineProfile, known_profiles, save_profile
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,7 +21,7 @@ def run_profile(out: Path, device: str, name: str, overwrite: bool) -> None:
     """
     from rich.console import Console
 
-    from foreroute.runtime.machine_probe import measure_machine
+    from foreroute.runtime.planning.machine_probe import measure_machine
 
     if out.exists() and not overwrite:
         raise ValueError(f"{out} exists already. Choose another --out, or pass --overwrite.")

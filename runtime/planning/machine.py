@@ -166,7 +166,7 @@ def _time_ms(rates: Rates, num_bytes: float) -> float:
 
 def known_profiles() -> tuple[str, ...]:
     """Names of the built-in profiles."""
-    folder = resources.files("foreroute.runtime") / PROFILES
+    folder = resources.files("foreroute.runtime.planning") / PROFILES
     return tuple(sorted(f.name.removesuffix(".json") for f in folder.iterdir() if "json" in f.name))
 
 
@@ -179,7 +179,7 @@ def find_profile(name: str | Path) -> MachineProfile:
     word = str(name)
     if word in known_profiles():
         return load_profile(
-            Path(str(resources.files("foreroute.runtime"))) / PROFILES / f"{word}.json"
+            Path(str(resources.files("foreroute.runtime.planning"))) / PROFILES / f"{word}.json"
         )
     if Path(word).is_file():
         return load_profile(Path(word))
