@@ -1,4 +1,4 @@
-"""The umbrella command: `foreroute generate`, `doctor` and `bench`."""
+"""The umbrella command `foreroute`: one function per subcommand."""
 
 from __future__ import annotations
 
