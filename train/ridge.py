@@ -48,7 +48,7 @@ class NormalEquations:
             targets: [P, T, E], float32.
         """
         half = features.shape[2] // 2
-        for start, stop in ((0, half), (half, None)):  # symmetric: the lower left is the upper right
+        for start, stop in ((0, half), (half, None)):  # symmetric: no lower left block
             rows = features[..., start:stop].mT
             self.squares[:, start:stop, start:] += rows @ features[..., start:]
         self.products += features.mT @ targets
