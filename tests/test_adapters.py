@@ -10,6 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from foreroute.data.adapters import (
     discover,
+    find_moe_layers,
     load_model,
     resolve_device,
     resolve_dtype,
@@ -224,3 +225,8 @@ def test_unknown_dtypes_and_devices_are_refused():
         resolve_dtype("int3")
     with pytest.raises(ValueError, match="Unknown device"):
         resolve_device("abacus")
+
+
+def test_moe_layers_are_found_alone_as_with_all_the_rest() -> None:
+    model = tiny_model("qwen3_moe")
+    assert find_moe_layers(model) == discover(model).layers

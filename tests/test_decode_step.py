@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="needs triton")
 
 from benchmarks.tiny_models import tiny_model
-from foreroute.data.adapters import discover
+from foreroute.data.adapters import find_moe_layers
 from foreroute.runtime.device import decode_graph
 from foreroute.runtime.device.decode_graph import DecodeStep
 from foreroute.runtime.device.fusions import fuse_attention, fuse_rotary, fuse_routers
@@ -29,7 +29,7 @@ def short_caches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def forced_logits(model: Any, tokens: Tensor, mask: Tensor) -> Tensor:
     """Logits after the prompt and each forced token but the last, by decode steps, [B, n, V]."""
-    routers = [layer.router for layer in discover(model).layers]
+    routers = [layer.router for layer in find_moe_layers(model)]
     step = DecodeStep(model, len(tokens), PROMPT + STEPS, routers)
     step.begin(mask[:, :PROMPT])
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_a_prompt_of_one_token_is_stored_at_the_start() -> None:
 
 def test_fusions_apply_to_this_architecture_and_are_undone() -> None:
     model = tiny_model("qwen3_moe").eval()
-    layers = discover(model).layers
+    layers = find_moe_layers(model)
     tokens = torch.arange(3, 14).unsqueeze(0)
     with torch.no_grad():
         expected = model(tokens).logits
@@ -96,6 +96,6 @@ def test_fusions_apply_to_this_architecture_and_are_undone() -> None:
 
 
 def test_a_sigmoid_router_is_left_alone() -> None:
-    layers = discover(tiny_model("deepseek_v3").eval()).layers
+    layers = find_moe_layers(tiny_model("deepseek_v3").eval())
     with ExitStack() as undo:
         assert fuse_routers([layer.router for layer in layers], undo) == 0

@@ -1,6 +1,6 @@
 """Between foreroute and transformers: load a model, find its MoE layers, take over its experts."""
 
-from foreroute.data.adapters.discovery import MoELayer, MoEModel, discover
+from foreroute.data.adapters.discovery import MoELayer, MoEModel, discover, find_moe_layers
 from foreroute.data.adapters.gates import gate_weights
 from foreroute.data.adapters.loading import (
     load_config,
@@ -25,6 +25,7 @@ __all__ = [
     "MoEModel",
     "combine",
     "discover",
+    "find_moe_layers",
     "first_tensor",
     "gate_weights",
     "load_config",

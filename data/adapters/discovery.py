@@ -85,7 +85,7 @@ class MoEModel:
 
 
 def discover(model: Any, model_name: str = "") -> MoEModel:
-    """Find the MoE layers of a loaded causal LM.
+    """Find the MoE layers of a loaded causal LM, its routing's shape and its routers' anchors.
 
     Args:
         model: Transformers model; its experts may be without weights.
@@ -94,16 +94,8 @@ def discover(model: Any, model_name: str = "") -> MoEModel:
     Raises:
         ValueError: If it is no MoE, or one whose parts cannot be found; says what is missing.
     """
-    name = model_name or str(getattr(model.config, "name_or_path", "")) or type(model).__name__
-    found = list(experts_by_path(model).items())
-    if not found:
-        raise ValueError(_nothing_found(model, name))
-    observed = probe(model, [experts for _, experts in found])
-    idle = [path for path, experts in found if experts not in observed]
-    if idle:
-        raise ValueError(f"{name}: the experts at {idle[0]} take no part in a forward pass.")
-    layers = tuple(_layer(model, path, observed[experts], name) for path, experts in found)
-    seen = [observed[experts] for _, experts in found]
+    name = _name_of(model, model_name)
+    layers, seen = _find(model, name)
     family, scale = find_gate_rule(seen)
     anchors, problem = _anchors(seen, [layer.block for layer in layers], family)
     geometry = MoEGeometry(
@@ -124,6 +116,19 @@ def discover(model: Any, model_name: str = "") -> MoEModel:
         found_anchors=anchors,
         anchors_problem=problem,
     )
+
+
+def find_moe_layers(model: Any, model_name: str = "") -> tuple[MoELayer, ...]:
+    """The MoE layers of a loaded causal LM, by structure: what one forward pass shows.
+
+    Args:
+        model: Transformers model; its experts may be without weights.
+        model_name: What the user calls it, for messages.
+
+    Raises:
+        ValueError: If it is no MoE, or one whose parts cannot be found; says what is missing.
+    """
+    return _find(model, _name_of(model, model_name))[0]
 
 
 def discover_outline(model: Any, model_name: str = "") -> MoEModel:
@@ -150,6 +155,23 @@ def discover_outline(model: Any, model_name: str = "") -> MoEModel:
             f"{model_name} ({model.config.model_type}) cannot be followed without its weights: its "
             f"forward pass fails on made-up numbers ({error}). Load it with Engine.from_pretrained."
         ) from error
+
+
+def _name_of(model: Any, given: str) -> str:
+    return given or str(getattr(model.config, "name_or_path", "")) or type(model).__name__
+
+
+def _find(model: Any, name: str) -> tuple[tuple[MoELayer, ...], list[Observed]]:
+    """The MoE layers, and what a forward pass showed of each."""
+    found = list(experts_by_path(model).items())
+    if not found:
+        raise ValueError(_nothing_found(model, name))
+    observed = probe(model, [experts for _, experts in found])
+    idle = [path for path, experts in found if experts not in observed]
+    if idle:
+        raise ValueError(f"{name}: the experts at {idle[0]} take no part in a forward pass.")
+    layers = tuple(_layer(model, path, observed[experts], name) for path, experts in found)
+    return layers, [observed[experts] for _, experts in found]
 
 
 def _layer(model: Any, path: str, seen: Observed, name: str) -> MoELayer:
