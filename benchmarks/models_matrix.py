@@ -83,7 +83,8 @@ LEGEND = """\
 * **speculative**: `on_miss=predicted` runs, with gate weights from the true router's logits; where
   it says `skip only`, that mode runs and `predicted` is refused in one line.
 * **graph**: a static cache gives the same 16 tokens and the experts' activation has a kernel, so
-  nothing known stands in the way of one CUDA graph per token. **Not run on a GPU here.**
+  nothing known stands in the way of one CUDA graph per token. `tests/test_decode_step.py` holds the
+  step with its kernels, interpreted, to the plain logits. **Not run on a GPU here.**
 """
 
 
