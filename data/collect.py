@@ -218,8 +218,9 @@ def collect_traces(
         device=resolve_device(device),
         trust_remote_code=trust_remote_code,
     )
+    moe = discover(loaded, model)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    return collect_from(discover(loaded, model), tokenizer, request)
+    return collect_from(moe, tokenizer, request)
 
 
 def collect_from(moe: MoEModel, tokenizer: Any, request: CollectRequest) -> Traces:
