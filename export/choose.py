@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from foreroute.data.traces import Traces
-from foreroute.estimators import TRAINING_FREE_FORM, EstimatorStack, RecallMetrics
+from foreroute.estimators import TRAINING_FREE_FORM, EstimatorStack
 from foreroute.estimators.calibration import Calibration
 from foreroute.estimators.expected_cost import FetchCosts
 from foreroute.estimators.hybrid import HybridStack
 from foreroute.export.bundle import CalibrationEntry, CandidateEntry
 from foreroute.train.calibrate import METHODS, HeldOutParts
-from foreroute.train.measure import Judgement, count_margins, judge, measure, predictor_of
+from foreroute.train.measure import count_margins, judge, measure, predictor_of
 from foreroute.train.run import FinishedRun
 from foreroute.train.shards import PairedShards
 
@@ -79,7 +80,9 @@ def choose(
 ) -> Choice:
     """Calibrate every candidate, then take the cheapest one for each pair.
 
-    A tie goes to the training-free one, then to the run given first.
+    Two parts of the held-out sequences each judge the probabilities that the other fitted; those
+    that are kept are fitted on both. A tie goes to the training-free one, then to the run given
+    first.
 
     Args:
         runs: By folder name; of the same traces, horizon and layers.
@@ -90,27 +93,44 @@ def choose(
     candidates = candidates_of(runs)
     spec, geometry = candidates[0].stack.spec, traces.geometry
     fields = tuple(dict.fromkeys(f for c in candidates for f in c.stack.input_fields))
-    to_fit, to_choose = (
-        PairedShards(traces, spec, sequences, source_fields=fields, cache_bytes=0)
-        for sequences in (parts.calibrate, parts.choose)
-    )
+
+    def shards(sequences: range) -> PairedShards:
+        return PairedShards(traces, spec, sequences, source_fields=fields, cache_bytes=0)
+
     predictors = {str(idx): predictor_of(c.stack) for idx, c in enumerate(candidates)}
-    fitted = {
-        name: {method: margins.fit(method) for method in METHODS}
-        for name, margins in count_margins(predictors, to_fit, geometry).items()
-    }
-    named = {name: (predictor, fitted[name]) for name, predictor in predictors.items()}
-    judged = judge(named, to_choose, geometry, costs)
-    recalls = measure(predictors, to_choose, geometry, (geometry.top_k,))
-    errors = {method: _mean_error(judged, method) for method in METHODS}
+
+    def fitted_on(tokens: PairedShards) -> dict[str, dict[str, Calibration]]:
+        counted = count_margins(predictors, tokens, geometry)
+        return {name: {m: margins.fit(m) for m in METHODS} for name, margins in counted.items()}
+
+    one, other = shards(parts.calibrate), shards(parts.choose)
+    costs_of, errors_of, recalls_of = [], [], []
+    for to_fit, to_judge in ((one, other), (other, one)):  # each part judges what the other fitted
+        named = {name: (predictors[name], fit) for name, fit in fitted_on(to_fit).items()}
+        judged = judge(named, to_judge, geometry, costs)
+        recalls = measure(predictors, to_judge, geometry, (geometry.top_k,))
+        num_tokens = to_judge.num_tokens
+        costs_of.append((num_tokens, {key: j.expected_cost for key, j in judged.items()}))
+        errors_of.append((num_tokens, {key: j.calibration_error for key, j in judged.items()}))
+        recalls_of.append((num_tokens, {name: r.recall_at_k for name, r in recalls.items()}))
+    cost, recall, error = _mean(costs_of), _mean(recalls_of), _mean(errors_of)
+    errors = {method: _mean_error(error, method) for method in METHODS}
     method = min(METHODS, key=lambda name: errors[name])
     compared = tuple(
         tuple(
-            _entry(candidate, judged[str(idx), method], recalls[str(idx)], pair)
+            CandidateEntry(
+                run=candidate.run,
+                form=candidate.form,
+                input_kind=candidate.stack.spec.input_kind,
+                expected_cost=cost[str(idx), method][pair],
+                recall_at_k=recall[str(idx)][pair],
+            )
             for idx, candidate in enumerate(candidates)
         )
         for pair in range(len(spec.target_layers))
     )
+    both = shards(range(parts.calibrate.start, parts.choose.stop))
+    fitted = fitted_on(both)
     best = [min(range(len(row)), key=lambda idx: row[idx].expected_cost) for row in compared]
     chosen = tuple(candidates[idx] for idx in best)
     return Choice(
@@ -120,8 +140,8 @@ def choose(
         calibration=CalibrationEntry(
             method=method,
             compared=errors,
-            num_fit_tokens=to_fit.num_tokens,
-            num_choose_tokens=to_choose.num_tokens,
+            num_fit_tokens=both.num_tokens,
+            num_choose_tokens=both.num_tokens,
             costs=costs,
         ),
     )
@@ -154,18 +174,23 @@ def assemble(chosen: Sequence[Candidate], calibrations: Sequence[Calibration]) -
     return stack
 
 
-def _mean_error(judged: Mapping[tuple[str, str], Judgement], method: str) -> float:
-    found = [e for (_, used), j in judged.items() if used == method for e in j.calibration_error]
+Figures = tuple[int, Mapping[Any, Sequence[float]]]
+"""Tokens, and by name a figure for each pair on them."""
+
+
+def _mean(parts: Sequence[Figures]) -> dict[Any, list[float]]:
+    """The same figures over all tokens."""
+    total = sum(num_tokens for num_tokens, _ in parts)
+    return {
+        name: [
+            sum(num_tokens * value for (num_tokens, _), value in zip(parts, values, strict=True))
+            / total
+            for values in zip(*(figures[name] for _, figures in parts), strict=True)
+        ]
+        for name in parts[0][1]
+    }
+
+
+def _mean_error(errors: Mapping[tuple[str, str], Sequence[float]], method: str) -> float:
+    found = [e for (_, used), values in errors.items() if used == method for e in values]
     return sum(found) / len(found)
-
-
-def _entry(
-    candidate: Candidate, judgement: Judgement, recall: RecallMetrics, pair: int
-) -> CandidateEntry:
-    return CandidateEntry(
-        run=candidate.run,
-        form=candidate.form,
-        input_kind=candidate.stack.spec.input_kind,
-        expected_cost=judgement.expected_cost[pair],
-        recall_at_k=recall.recall_at_k[pair],
-    )

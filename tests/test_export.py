@@ -49,8 +49,8 @@ def test_figures_are_measured_on_sequences_that_chose_nothing(run, tmp_path) -> 
     plan = load_run(run).plan
     parts = split_held_out(plan.split.held_out)
     assert manifest.num_held_out_tokens == 64 * len(parts.report)
-    assert manifest.calibration.num_fit_tokens == 64 * len(parts.calibrate)
-    assert manifest.calibration.num_choose_tokens == 64 * len(parts.choose)
+    both = 64 * (len(parts.calibrate) + len(parts.choose))
+    assert manifest.calibration.num_fit_tokens == manifest.calibration.num_choose_tokens == both
     free = dataclasses.replace(plan.spec, form="next-router")
     recall = measured_recall(load_run(run), parts.report, free)
     assert [pair.training_free_recall_at_k for pair in manifest.pairs] == pytest.approx(recall)

@@ -27,9 +27,9 @@ class HeldOutParts:
     """Held-out sequences in three parts, so that no figure is measured on what chose it."""
 
     calibrate: range
-    """Probabilities are fitted here."""
+    """Probabilities are fitted here and judged on the next, and the other way round."""
     choose: range
-    """The calibration and each layer's form are chosen here."""
+    """So calibration and each layer's form are chosen on both."""
     report: range
     """What is reported is measured here."""
 
