@@ -162,8 +162,10 @@ def routed_decode_ids(tiny: Any, tokens: Tensor) -> dict[int, list[Tensor]]:
         )
         for layer in tiny.moe.layers
     ]
+    before = tiny.model.get_experts_implementation()
     tiny.model.set_experts_implementation("batched_mm")
     greedy(tiny.model, tokens)
+    tiny.model.set_experts_implementation(before)  # the model is shared with other tests
     for hook in hooks:
         hook.remove()
     return {idx: rows[1:] for idx, rows in ids.items()}  # without the prompt's
