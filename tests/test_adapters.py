@@ -1,10 +1,8 @@
 """Finding the MoE layers of several architectures, and the seam through their experts."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -20,10 +18,6 @@ from foreroute.data.adapters import (
 from foreroute.data.recorder import RoutingRecorder
 from foreroute.estimators.inputs import apply_norm
 from foreroute.estimators.selection import selection_scores
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-from tiny_models import tiny_model
 
 BASE = {
     "vocab_size": 96,

@@ -5,12 +5,11 @@ import json
 
 import pytest
 import torch
+from toys import random_anchors, toy_geometry
 
 from foreroute.estimators import (
     EstimatorSpec,
     EstimatorStack,
-    LayerAnchors,
-    MoEGeometry,
     SourceState,
 )
 from foreroute.estimators.calibration import Calibration
@@ -25,27 +24,13 @@ from foreroute.export.bundle import (
     save_bundle,
 )
 
-GEOMETRY = MoEGeometry(
-    model_type="toy",
-    layer_indices=(0, 1, 2),
-    num_experts=8,
-    top_k=2,
-    hidden_size=16,
-    router_fingerprint="f" * 64,
-)
+GEOMETRY = toy_geometry(0, 1, 2)
 
 
 @pytest.fixture
 def stack() -> EstimatorStack:
     torch.manual_seed(0)
-    anchors = LayerAnchors(
-        router_weight=torch.randn(3, 8, 16),
-        router_bias=torch.randn(3, 8),
-        norm_weight=torch.rand(3, 16),
-        norm_bias=torch.randn(3, 16),
-        norm_kind="layer",
-        norm_eps=1e-5,
-    )
+    anchors = random_anchors(3, norm_kind="layer")
     spec = EstimatorSpec(form="low-rank", rank=4, target_layers=(1, 2))
     stack = EstimatorStack.build(GEOMETRY, spec, anchors, torch.randn(3, 8, 16))
     torch.nn.init.normal_(stack.form.up)

@@ -1,19 +1,13 @@
 """Every model type that can be recorded gives traces, with or without copies of its routers."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from tiny_models import tiny_model
 
 from foreroute.data.adapters import discover
 from foreroute.data.collect import collect_traces
 from foreroute.data.traces import Traces
 from foreroute.runtime import Engine
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-from tiny_models import tiny_model
 
 WITHOUT_ANCHORS = ("axk2", "zaya")
 TYPES = (*WITHOUT_ANCHORS, "deepseek_v4", "gemma4", "gpt_oss", "jamba", "lfm2_moe", "nemotron_h")

@@ -11,7 +11,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs triton")
 
-from benchmarks.tiny_models import tiny_model
+from tiny_models import tiny_model
+
 from foreroute.data.adapters import find_moe_layers
 from foreroute.runtime.device import decode_graph
 from foreroute.runtime.device.decode_graph import DecodeStep

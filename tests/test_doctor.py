@@ -1,21 +1,15 @@
 """`foreroute doctor` needs a config.json and nothing else."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from rich.console import Console
+from tiny_models import SUPPORTED, tiny_config, tiny_model
 from transformers import CONFIG_MAPPING
 
 from foreroute.data.adapters import discover
 from foreroute.data.adapters.discovery import discover_outline
 from foreroute.data.adapters.weightless import outline
 from foreroute.runtime.doctor import diagnose, report
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-from tiny_models import SUPPORTED, tiny_config, tiny_model
 
 
 def diagnose_tiny(folder, model_type, **overrides):

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from toys import random_anchors, toy_geometry
 
 from foreroute.estimators import (
     FORMS,
@@ -12,7 +13,6 @@ from foreroute.estimators import (
     EstimatorSpec,
     EstimatorStack,
     LayerAnchors,
-    MoEGeometry,
     SourceState,
     find_form,
     predictable_layers,
@@ -20,27 +20,9 @@ from foreroute.estimators import (
 from foreroute.estimators.inputs import apply_norm, expected_output
 
 # Layers 1, 3, 4, 6 of the decoder have experts: indices and positions differ on purpose.
-GEOMETRY = MoEGeometry(
-    model_type="toy",
-    layer_indices=(1, 3, 4, 6),
-    num_experts=8,
-    top_k=2,
-    hidden_size=16,
-    router_fingerprint="f" * 64,
-)
+GEOMETRY = toy_geometry(1, 3, 4, 6)
 # One pair alone goes through another matrix kernel than all pairs together.
 FLOAT32_TOLERANCE = 1e-5
-
-
-def random_anchors(kind: str = "rms") -> LayerAnchors:
-    return LayerAnchors(
-        router_weight=torch.randn(4, 8, 16),
-        router_bias=torch.randn(4, 8),
-        norm_weight=torch.rand(4, 16) + 0.5,
-        norm_bias=torch.randn(4, 16),
-        norm_kind=kind,
-        norm_eps=1e-6,
-    )
 
 
 def random_source(num_pairs: int, num_tokens: int = 5) -> SourceState:
@@ -58,7 +40,7 @@ def stack_with_noise(form: str, **changes) -> EstimatorStack:
     torch.manual_seed(0)
     spec = EstimatorSpec(form=form, rank=3, width=6, target_layers=(3, 4, 6))
     spec = dataclasses.replace(spec, **changes)
-    stack = EstimatorStack.build(GEOMETRY, spec, random_anchors(), torch.randn(4, 8, 16))
+    stack = EstimatorStack.build(GEOMETRY, spec, random_anchors(4), torch.randn(4, 8, 16))
     for parameter in stack.parameters():
         torch.nn.init.normal_(parameter)
     return stack.requires_grad_(False)
@@ -135,7 +117,7 @@ def test_one_pair_predicts_what_all_pairs_predict(form, input_kind, is_trained) 
 
 @pytest.mark.parametrize("form", ["low-rank", "ridge", "mlp"])
 def test_an_untrained_anchored_form_is_exactly_the_next_router(form: str) -> None:
-    anchors, vectors = random_anchors(), torch.randn(4, 8, 16)
+    anchors, vectors = random_anchors(4), torch.randn(4, 8, 16)
     spec = EstimatorSpec(form=form, target_layers=(3, 4, 6))
     fresh = EstimatorStack.build(GEOMETRY, spec, anchors, vectors)
     free = EstimatorStack.training_free(
@@ -156,7 +138,7 @@ def test_pairs_where_training_did_not_pay_fall_back_to_training_free_logits() ->
 
 
 def test_layers_are_paired_by_moe_position_not_by_decoder_index() -> None:
-    stack = EstimatorStack.training_free(GEOMETRY, random_anchors(), horizon=2)
+    stack = EstimatorStack.training_free(GEOMETRY, random_anchors(4), horizon=2)
     assert (stack.source_layers, stack.target_layers) == ((1, 3), (4, 6))
     assert stack.target_of(1) == 4
     assert stack.target_of(6) is None
@@ -199,10 +181,10 @@ def test_messages_say_what_was_expected() -> None:
         find_form("transformer")
     with pytest.raises(ValueError, match="Layer 1 cannot be predicted"):
         EstimatorStack.build(
-            GEOMETRY, EstimatorSpec(form="linear", target_layers=(1,)), random_anchors()
+            GEOMETRY, EstimatorSpec(form="linear", target_layers=(1,)), random_anchors(4)
         )
     with pytest.raises(ValueError, match="needs default vectors"):
-        EstimatorStack.training_free(GEOMETRY, random_anchors(), input_kind="quasi-hidden")
+        EstimatorStack.training_free(GEOMETRY, random_anchors(4), input_kind="quasi-hidden")
     with pytest.raises(ValueError, match="needs at least 5 MoE layers"):
         predictable_layers(GEOMETRY, 4)
     stack = stack_with_noise("low-rank")
@@ -232,7 +214,7 @@ def test_only_pre_attention_input_predicts_its_own_and_the_first_layer() -> None
     spec = EstimatorSpec(
         form="next-router", input_kind="pre-attention", horizon=0, target_layers=(1, 3, 4, 6)
     )
-    stack = EstimatorStack.build(GEOMETRY, spec, random_anchors())
+    stack = EstimatorStack.build(GEOMETRY, spec, random_anchors(4))
     assert stack.source_layers == stack.target_layers == (1, 3, 4, 6)
     assert stack.predict(1, layer_input=torch.randn(5, 16)).shape == (5, 8)
     assert predictable_layers(GEOMETRY, 0) == (1, 3, 4, 6)
@@ -242,7 +224,7 @@ def test_only_pre_attention_input_predicts_its_own_and_the_first_layer() -> None
 
 def test_a_selection_bias_decides_the_ranking_but_not_the_logits() -> None:
     geometry = dataclasses.replace(GEOMETRY, gate_family="sigmoid-topk-renorm")
-    anchors = random_anchors()
+    anchors = random_anchors(4)
     biased = dataclasses.replace(anchors, selection_bias=torch.tensor([[0.0] * 7 + [9.0]] * 4))
     plain, ranked = (
         EstimatorStack.training_free(geometry, a, input_kind="residual") for a in (anchors, biased)

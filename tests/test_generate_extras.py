@@ -1,20 +1,15 @@
 """What people pass to `generate`: the engine gives the stock model's tokens, or says why not."""
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import tiny_model
 from transformers import DynamicCache, StaticCache, TextStreamer
 
 from foreroute.runtime import Engine, EngineConfig
 from foreroute.runtime.cli import generate as generate_command
 from foreroute.runtime.offload import offload
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-from tiny_models import tiny_model
 
 TOKENS = torch.arange(3, 12).unsqueeze(0)
 GREEDY = {"do_sample": False, "min_new_tokens": 10, "max_new_tokens": 10}

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_model
 from torch import Tensor
 
-from benchmarks.tiny_models import tiny_model
 from foreroute.runtime import Engine, EngineConfig
 from foreroute.runtime.device.graph_engine import GraphEngine
 from foreroute.runtime.host_store import allocate_host

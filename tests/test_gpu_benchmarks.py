@@ -6,18 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
 import decode_gpu
 import decode_profile
 import end_to_end_gpu
 import installed_prose
 import partial_results
+import pytest
 import random_shapes
 import replayed_routing
+import torch
 import ttft_gpu
 
 

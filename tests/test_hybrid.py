@@ -4,25 +4,17 @@ import dataclasses
 
 import pytest
 import torch
+from toys import random_anchors, toy_geometry
 
 from foreroute.estimators import (
     EstimatorSpec,
     EstimatorStack,
-    LayerAnchors,
-    MoEGeometry,
     SourceState,
 )
 from foreroute.estimators.calibration import Calibration
 from foreroute.estimators.hybrid import HybridStack
 
-GEOMETRY = MoEGeometry(
-    model_type="toy",
-    layer_indices=(0, 1, 2, 4),
-    num_experts=8,
-    top_k=2,
-    hidden_size=16,
-    router_fingerprint="f" * 64,
-)
+GEOMETRY = toy_geometry(0, 1, 2, 4)
 SPEC = EstimatorSpec(form="low-rank", rank=4, target_layers=(1, 2, 4))
 OTHER = dataclasses.replace(SPEC, form="linear", input_kind="router-input")
 SOURCE = SourceState(
@@ -35,15 +27,7 @@ SOURCE = SourceState(
 
 def build(spec: EstimatorSpec) -> EstimatorStack:
     torch.manual_seed(0)
-    anchors = LayerAnchors(
-        router_weight=torch.randn(4, 8, 16),
-        router_bias=torch.randn(4, 8),
-        norm_weight=torch.rand(4, 16),
-        norm_bias=torch.randn(4, 16),
-        norm_kind="rms",
-        norm_eps=1e-5,
-    )
-    stack = EstimatorStack.build(GEOMETRY, spec, anchors, torch.randn(4, 8, 16))
+    stack = EstimatorStack.build(GEOMETRY, spec, random_anchors(4), torch.randn(4, 8, 16))
     for parameter in stack.form.parameters():
         torch.nn.init.normal_(parameter)
     return stack.requires_grad_(False)

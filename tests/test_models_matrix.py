@@ -1,14 +1,10 @@
 """Every row of docs/models.md is checked again on a tiny model of that type."""
 
 import json
-import sys
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
 import models_matrix
+import pytest
 
 BENCHMARKS = Path(models_matrix.__file__).parent
 

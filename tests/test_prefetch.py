@@ -2,26 +2,17 @@
 
 import pytest
 import torch
+from toys import random_anchors, toy_geometry
 
 from foreroute.estimators import (
     EstimatorSpec,
     EstimatorStack,
     InputKind,
-    LayerAnchors,
-    MoEGeometry,
 )
 from foreroute.estimators.calibration import Calibration
 from foreroute.runtime.prefetch import Prefetcher
 
-GEOMETRY = MoEGeometry(
-    model_type="toy",
-    layer_indices=(0, 1, 2),
-    num_experts=8,
-    top_k=2,
-    hidden_size=16,
-    router_fingerprint="f" * 64,
-    gate_family="sigmoid-topk",
-)
+GEOMETRY = toy_geometry(0, 1, 2, gate_family="sigmoid-topk")
 STATE = {
     "residual": torch.randn(5, 16),
     "router_input": torch.randn(5, 16),
@@ -34,15 +25,7 @@ def stack_with(
     selection_bias: torch.Tensor | None, input_kind: InputKind = "residual"
 ) -> EstimatorStack:
     torch.manual_seed(0)
-    anchors = LayerAnchors(
-        router_weight=torch.randn(3, 8, 16),
-        router_bias=torch.randn(3, 8),
-        norm_weight=torch.rand(3, 16),
-        norm_bias=torch.zeros(3, 16),
-        norm_kind="rms",
-        norm_eps=1e-5,
-        selection_bias=selection_bias,
-    )
+    anchors = random_anchors(3, norm_bias=torch.zeros(3, 16), selection_bias=selection_bias)
     return EstimatorStack.training_free(GEOMETRY, anchors, input_kind=input_kind)
 
 

@@ -2,22 +2,17 @@
 
 import copy
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
 from foreroute.data.adapters import ExpertsView
 from foreroute.runtime import Engine, EngineConfig
 from foreroute.runtime.encodings import EXPERT_DTYPES, Fp8Blocks, Int4, Mxfp4
 from foreroute.runtime.offload import load_offloaded, offload
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-from tiny_models import tiny_model
 
 # Half a step: of 8 bits over twice the largest number of a row, of e4m3's three mantissa bits, of
 # 4 bits over the span of a group (whose float16 step and offset round once more).

@@ -1,20 +1,15 @@
 """The benchmarks of traces run at the smallest size and print what they say."""
 
 import json
-import sys
-from pathlib import Path
 
+import on_policy
 import pytest
 import torch
+import trace_space
+from trained_on_traces import recall_of_tokens
 
 from foreroute.data.traces import Traces
 from foreroute.estimators import EstimatorSpec, EstimatorStack
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import on_policy
-import trace_space
-from trained_on_traces import recall_of_tokens
 
 
 @pytest.fixture

@@ -1,11 +1,10 @@
 """What collect-traces can record besides dataset text in full: each choice keeps what it says."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import tiny_model
 
 from foreroute.data.adapters import discover
 from foreroute.data.collect import collect_traces
@@ -15,10 +14,6 @@ from foreroute.data.recorder import EarlyReadout, RoutingRecorder
 from foreroute.estimators import EstimatorSpec
 from foreroute.estimators.inputs import expected_output
 from foreroute.train.shards import NOT_STORED, SEQUENCE_START, PairedShards
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-from tiny_models import tiny_model
 
 SEQUENCES, LENGTH, LAST_LAYER = 6, 32, 3
 
