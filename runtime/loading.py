@@ -23,8 +23,8 @@ from foreroute.data.adapters.weightless import (
     outline,
     parameter_shapes,
 )
+from foreroute.estimators.host_memory import require_host_memory
 from foreroute.runtime.encodings import Encoder, encoder_named, native_encoder
-from foreroute.runtime.host_memory import require_host_memory
 from foreroute.runtime.host_store import HostExpertStore, RowLayout, RowWriter
 
 

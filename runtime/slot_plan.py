@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from foreroute.estimators.host_memory import available_host_bytes
 from foreroute.runtime.config import EngineConfig, parse_slots
-from foreroute.runtime.host_memory import available_host_bytes
 from foreroute.runtime.offload import OffloadedModel
 from foreroute.runtime.planning.planner import auto_slots
 from foreroute.runtime.policies import equal_slots, find_policy, slots_by_misses

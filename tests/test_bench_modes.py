@@ -1,17 +1,11 @@
 """What `foreroute bench` runs, and when it refuses to start."""
 
-import sys
-from pathlib import Path
-
 import pytest
+from tiny_models import tiny_model
 
-from foreroute.runtime import host_memory
+from foreroute.estimators import host_memory
 from foreroute.runtime.bench import modes_for
 from foreroute.runtime.loading import Source, require_room_for_whole
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-from tiny_models import tiny_model
 
 
 def names(**settings):

@@ -5,22 +5,19 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import SUPPORTED, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, conversion_mapping
 from transformers.core_model_loading import Interleave, Transpose, WeightConverter
 
 from foreroute.data.adapters.checkpoint import ExpertReader, checkpoint_files
 from foreroute.data.adapters.weightless import parameter_shapes
-from foreroute.runtime import Engine, host_memory
+from foreroute.estimators import host_memory
+from foreroute.runtime import Engine
 from foreroute.runtime.offload import load_offloaded
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-from tiny_models import SUPPORTED, tiny_config, tiny_model
 
 SHARD_BYTES = "200KB"
 DTYPES = ("float32", "bfloat16", "float16")

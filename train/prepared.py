@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple, Protocol
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from foreroute.estimators import EstimatorStack
+from foreroute.estimators.host_memory import available_host_bytes
 from foreroute.train.shards import CACHE_BYTES, RoutingBatch
 
 DEVICE_SHARE = 0.75
@@ -215,5 +215,4 @@ def _free_device_bytes(device: torch.device) -> int:
 
 
 def _free_host_bytes() -> int:
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(CACHE_BYTES, int(free * HOST_SHARE))
+    return max(CACHE_BYTES, int((available_host_bytes() or 0) * HOST_SHARE))
