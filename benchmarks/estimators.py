@@ -12,7 +12,6 @@ training sequences set aside for that.
 from __future__ import annotations
 
 import argparse
-import logging
 import tempfile
 import time
 import warnings
@@ -50,6 +49,7 @@ from foreroute.train.datamodule import BatchStream
 from foreroute.train.fit import train_stack
 from foreroute.train.measure import MEASURE_BATCH, Predictor, predictor_of
 from foreroute.train.prepared import PreparedBatch, PreparedShards
+from foreroute.train.quiet import quieten_lightning
 from foreroute.train.ridge import set_to_ridge
 from foreroute.train.run import FitConfig
 from foreroute.train.shards import PairedShards, RoutingBatch
@@ -422,8 +422,7 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     """Measure everything, print one table, write the results."""
     options = parse_options()
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quieten_lightning()
     warnings.filterwarnings("ignore")
     start = time.monotonic()
     study = Study(options)

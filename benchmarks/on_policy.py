@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from trained_on_traces import Recall, quieten, recall_of_tokens, trained
+from trained_on_traces import Recall, recall_of_tokens, trained
 
 from foreroute.data.allocator import keep_freed_memory
 from foreroute.data.collect import collect_traces
@@ -32,6 +32,7 @@ from foreroute.data.manifest import MANIFEST_FILE, ShardEntry
 from foreroute.data.traces import Traces
 from foreroute.estimators import EstimatorSpec, EstimatorStack, parse_layers
 from foreroute.estimators.artifacts import package_versions, write_json
+from foreroute.train.quiet import quieten_lightning
 from foreroute.train.run import FitConfig
 
 FREE_FORM = "next-router"
@@ -182,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the figures there too")
     settings = parser.parse_args(arguments)
     keep_freed_memory()
-    quieten()
+    quieten_lightning()
     with tempfile.TemporaryDirectory(prefix="on_policy_") as folder:
         found = compare(settings, Path(folder))
     show(found, settings)

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from trained_on_traces import Recall, quieten, recall_of_tokens, trained
+from trained_on_traces import Recall, recall_of_tokens, trained
 
 from foreroute.data.allocator import keep_freed_memory
 from foreroute.data.collect import collect_traces
 from foreroute.estimators import EstimatorSpec, parse_layers
 from foreroute.estimators.artifacts import package_versions
+from foreroute.train.quiet import quieten_lightning
 from foreroute.train.run import FitConfig
 
 SPARSITY = 4
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the figures there too")
     settings = parser.parse_args(arguments)
     keep_freed_memory()
-    quieten()
+    quieten_lightning()
     with tempfile.TemporaryDirectory(prefix="trace_space_") as folder:
         found = compare(settings, Path(folder))
     title = f"{found['model']}: recall@K (budget K) of {settings.form}; ± 95 % by sequence"

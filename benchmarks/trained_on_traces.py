@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +68,3 @@ def trained(traces: Traces, spec: EstimatorSpec, epochs: int, out: Path, device:
     config = FitConfig(epochs=epochs)
     train_estimator(traces, spec, config, out, device=device)  # type: ignore[arg-type]
     return load_run(out).stack
-
-
-def quieten() -> None:
-    """Keep Lightning's progress bar, drop its notices."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")

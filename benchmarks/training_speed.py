@@ -13,7 +13,6 @@ time and the process's own CPU time are both kept: on a busy machine only the la
 from __future__ import annotations
 
 import argparse
-import logging
 import tempfile
 import time
 import warnings
@@ -39,6 +38,7 @@ from foreroute.estimators.artifacts import package_versions, write_json
 from foreroute.train.datamodule import BatchStream
 from foreroute.train.fit import train_stack
 from foreroute.train.prepared import PreparedBatch, PreparedShards
+from foreroute.train.quiet import quieten_lightning
 from foreroute.train.ridge import has_ridge_start
 from foreroute.train.run import FitConfig
 from foreroute.train.shards import RoutingBatch
@@ -241,8 +241,7 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     """Measure, print one table, write the results if asked to."""
     options = parse_options()
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quieten_lightning()
     warnings.filterwarnings("ignore")
     rows = [measure(options, form) for form in options.forms]
     shape = (

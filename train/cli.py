@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +62,9 @@ def train(
         overwrite: Replace the folder if it is there already.
         resume: Go on with a run that was killed.
     """
-    _quieten_lightning()
+    from foreroute.train.quiet import quieten_lightning
+
+    quieten_lightning()
     from foreroute.data.manifest import read_manifest
     from foreroute.estimators import EstimatorSpec, parse_layers
     from foreroute.estimators.byte_sizes import format_bytes, parse_bytes
@@ -127,15 +127,6 @@ def train(
             f"{format_bytes(source.peak_bytes)} of states lay in memory, none on the disk."
         )
     print(out)
-
-
-def _quieten_lightning() -> None:
-    """Keep Lightning's progress bar, drop its notices."""
-    import lightning  # noqa: F401  (sets its loggers' levels when imported)
-
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
 
 
 def _print_tables(metrics: dict[str, Any]) -> None:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
 import tempfile
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +14,7 @@ from foreroute.train.baselines import build_stack
 from foreroute.train.calibrate import split_held_out
 from foreroute.train.fit import fit_stack, train_default_vectors
 from foreroute.train.measure import measure, predictor_of
+from foreroute.train.quiet import quiet_lightning
 from foreroute.train.run import RunPlan
 from foreroute.train.shards import PairedShards
 
@@ -60,7 +57,7 @@ def fit_curve(plan: RunPlan, traces: Traces, device: torch.device) -> list[Curve
             part = dataclasses.replace(plan, spec=spec, split=split)
             torch.manual_seed(plan.config.seed)
             stack = build_stack(traces, spec, vectors, device)
-            with _quiet_lightning(), tempfile.TemporaryDirectory() as folder:
+            with quiet_lightning(), tempfile.TemporaryDirectory() as folder:
                 num_tokens = fit_stack(stack, traces, part, Path(folder))
             stack.to(device)
             found = measure(
@@ -75,19 +72,3 @@ def fit_curve(plan: RunPlan, traces: Traces, device: torch.device) -> list[Curve
                 )
             )
     return points
-
-
-@contextlib.contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Without Lightning's notices about each of many short fits."""
-    names = ("lightning.pytorch", "lightning.fabric")
-    levels = {name: logging.getLogger(name).level for name in names}
-    for name in names:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning")
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
