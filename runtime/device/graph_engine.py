@@ -24,7 +24,6 @@ from foreroute.runtime.device.kernels.tables import (
     NUM_COUNTERS,
     PREFETCHES,
     TAILS,
-    TRUST_START,
     WASTED,
     WASTED_HEADS,
     WHOLE,
@@ -36,6 +35,7 @@ from foreroute.runtime.device.sampling import decode_loop
 from foreroute.runtime.engine import Engine
 from foreroute.runtime.offload import OffloadedModel
 from foreroute.runtime.policies import find_policy
+from foreroute.runtime.policies.prefetching import PRIOR_PREFETCHES
 from foreroute.runtime.stats import PhaseStats, RuntimeStats
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class GraphEngine(Engine):
             prefetch=self.config.prefetch,
             ahead=torch.cuda.Stream(device=device, priority=-1),
             head_words=torch.zeros(1, dtype=torch.int32, device=device),
-            trust=torch.full((2,), TRUST_START, device=device),
+            trust=torch.full((2,), PRIOR_PREFETCHES, device=device),
             prompt_weight=(
                 self._run.policy.prompt_weight if self.config.warm_start == "prompt" else 0.0
             ),

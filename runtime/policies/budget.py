@@ -6,11 +6,12 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from foreroute.runtime.policies.layer_state import LayerState
-from foreroute.runtime.policies.prefetching import PrefetchRule
-
-PRIOR_PREFETCHES = 20.0
-PRIOR_DEMAND = 0.5
-DEMAND_MEMORY = 0.95  # per step: how fast a layer's habit of demanding is forgotten
+from foreroute.runtime.policies.prefetching import (
+    DEMAND_MEMORY,
+    PRIOR_DEMAND,
+    PRIOR_PREFETCHES,
+    PrefetchRule,
+)
 
 
 @dataclass

@@ -8,9 +8,9 @@ from heapq import heapify, heappop, heappush, heapreplace
 from foreroute.runtime.policies.eviction import EvictionPolicy
 
 EMPTY = -1
-_RESCALE_ABOVE = 2.0**400
-_RESCALE_BY = 2.0**-400
-_TIE = 2.0**-10
+RESCALE_ABOVE = 2.0**400
+RESCALE_BY = 2.0**-400
+TIE = 2.0**-10
 
 
 class LayerState:
@@ -98,12 +98,12 @@ class LayerState:
             when = float(self.step)
             for expert in ids:  # within a token in the router's order, as the host's cache has it
                 worth[expert] = when
-                when += _TIE
+                when += TIE
         elif not self._is_static:
             unit = self.unit = self.unit * self._grows_by
             for expert in ids:
                 worth[expert] += unit
-            if unit > _RESCALE_ABOVE:
+            if unit > RESCALE_ABOVE:
                 self._rescale()
 
     def expect(self, ids: Sequence[int], probabilities: Sequence[float]) -> None:
@@ -212,10 +212,10 @@ class LayerState:
             self.unit *= self._grows_by
             for place, expert in enumerate(ids):
                 if self._is_recency:
-                    self.worth[expert] = self.step + place * _TIE
+                    self.worth[expert] = self.step + place * TIE
                 else:
                     self.worth[expert] += self.unit * weight
-            if self.unit > _RESCALE_ABOVE:
+            if self.unit > RESCALE_ABOVE:
                 self._rescale()
 
     def fill(self) -> None:
@@ -234,10 +234,10 @@ class LayerState:
         heapify(self._heap)
 
     def _rescale(self) -> None:
-        self.unit *= _RESCALE_BY
+        self.unit *= RESCALE_BY
         for expert in self._experts:
-            self.worth[expert] *= _RESCALE_BY
-        self._heap = [(key * _RESCALE_BY if key > 0 else key, slot) for key, slot in self._heap]
+            self.worth[expert] *= RESCALE_BY
+        self._heap = [(key * RESCALE_BY if key > 0 else key, slot) for key, slot in self._heap]
 
     def check_integrity(self) -> None:
         """Check the tables against each other.

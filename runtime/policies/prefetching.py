@@ -11,6 +11,12 @@ LEAST_CONFIDENCE = 0.1
 """Below, the rule hardly ever finds a prefetch worth it; looking costs time."""
 HEAD_CONFIDENCE = 0.5
 """Anything from 0 to 0.7 costs the same on the recorded route; bad predictors need some floor."""
+PRIOR_PREFETCHES = 20.0
+"""Prefetches that predictions are trusted for before any has come true or not."""
+PRIOR_DEMAND = 0.5
+"""How often a layer is taken to fetch on demand before it has been seen."""
+DEMAND_MEMORY = 0.95
+"""Kept of a layer's habit of demanding at each decode step."""
 
 
 @dataclass(frozen=True, kw_only=True)

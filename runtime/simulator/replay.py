@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foreroute.runtime.policies import EvictionPolicy, PrefetchRule
+from foreroute.runtime.policies.prefetching import PRIOR_DEMAND, PRIOR_PREFETCHES
 from foreroute.runtime.simulator import timeline
 from foreroute.runtime.simulator.link import LinkTimes
 from foreroute.runtime.simulator.predictions import Predictions
@@ -29,9 +30,7 @@ KINDS = {
     "static": timeline.STATIC,
     "future": timeline.FUTURE,
 }
-PRIOR_PREFETCHES = 20.0
 PRIOR_VICTIMS = 2.0
-PRIOR_DEMAND = 0.5
 Step = Callable[[int], float]
 
 

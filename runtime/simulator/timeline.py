@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from foreroute.runtime.policies.layer_state import RESCALE_ABOVE, RESCALE_BY, TIE
+from foreroute.runtime.policies.prefetching import DEMAND_MEMORY
 from foreroute.runtime.simulator.compiled import compiled
 
 Floats = NDArray[np.float64]
@@ -23,11 +25,7 @@ NUM_COUNTS = 7
 RIGHT, EXPECTED, MISSED, FEARED = range(4)
 EMPTY = -1
 NOTHING_UNUSED = -1.0
-TIE = 2.0**-10
-RESCALE_ABOVE = 2.0**400
-RESCALE_BY = 2.0**-400
 NEWS = 0.1  # a look from nearer that says nearly the same is no news
-DEMAND_MEMORY = 0.95  # per token: how fast a layer's habit of demanding is forgotten
 
 
 class Cache(NamedTuple):

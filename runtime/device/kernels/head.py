@@ -12,10 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foreroute.runtime.device.kernels.tables import EMPTY, HEAD, HEADS, WASTED, ResidencyTables
-
-LEAST_CONFIDENCE = 0.5
-"""A wrong head delays as much as a right one saves."""
+from foreroute.runtime.device.kernels.tables import (
+    EMPTY,
+    HEAD,
+    HEAD_RULE,
+    HEADS,
+    WASTED,
+    ResidencyTables,
+)
 
 
 @triton.jit
@@ -124,7 +128,7 @@ def plan_head(
         num_slots,
         num_words,
         num_needed,
-        LEAST_CONFIDENCE,
+        HEAD_RULE.least_confidence,
         NUM_IDS=num_ids,
         IDS=triton.next_power_of_2(num_ids),
         SLOTS=triton.next_power_of_2(num_slots),
@@ -155,7 +159,7 @@ def plan_head_reference(
         return
     likely, _, expert = max(absent)
     trust = min(1.0, float(tables.trust[0] / tables.trust[1]))
-    if likely * trust < LEAST_CONFIDENCE:
+    if likely * trust < HEAD_RULE.least_confidence:
         return
     worth = {s: -1.0 if held[s] == EMPTY else float(tables.score[held[s]]) for s in free}
     slot = min(free, key=lambda s: (worth[s], s))

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foreroute.runtime.policies.prefetching import PRIOR_PREFETCHES, find_prefetch_rule
+
 EMPTY = -1
 HITS, MISSES, PREFETCHES, WASTED, HEADS, TAILS, WASTED_HEADS = range(7)
 NUM_COUNTERS = 7
 WHOLE, HEAD, TAIL = range(3)
 """Parts of an expert that a copy moves."""
-TRUST_MEMORY = 0.995
+HEAD_RULE = find_prefetch_rule("head")
+TRUST_MEMORY = 1 - 1 / HEAD_RULE.trust_tokens
 """Kept of what is known about earlier heads, when another one is settled."""
-TRUST_START = 20.0
-"""Heads that predictions are trusted for before any is settled."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class ResidencyTables:
             counters=filled(NUM_COUNTERS, 0) if counters is None else counters,
             pending=filled(2, EMPTY),
             pending_confidence=torch.zeros(1, device=device),
-            trust=torch.full((2,), TRUST_START, device=device) if trust is None else trust,
+            trust=torch.full((2,), PRIOR_PREFETCHES, device=device) if trust is None else trust,
         )
 
     def reset(self) -> None:
