@@ -30,6 +30,18 @@ class ExpertForm:
     limit: float = 0.0
     """`clamped-swish`: gate is at most this, up lies within +-this."""
 
+    def split(
+        self, weights: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """Weight and bias of the first product (gate and up), then of the second (down).
+
+        Args:
+            weights: By name, as the experts module has them; biases may be missing.
+        """
+        first = "gate_up_proj" if self.has_gate else "up_proj"
+        biases = [weights.get(f"{name}_bias") for name in (first, "down_proj")]
+        return weights[first], biases[0], weights["down_proj"], biases[1]
+
 
 @triton.jit
 def activate(gate, up, alpha, limit, ACTIVATION: tl.constexpr, HAS_GATE: tl.constexpr):  # noqa: ANN201

@@ -137,9 +137,7 @@ def expert_products(
         transposed_products(hidden, expert_ids, gate_weights, slot_of, weights, form, output)
         return
     num_tokens, depth = hidden.shape
-    name = "gate_up_proj" if form.has_gate else "up_proj"
-    first, first_bias = weights[name], weights.get(f"{name}_bias")
-    second, second_bias = weights["down_proj"], weights.get("down_proj_bias")
+    first, first_bias, second, second_bias = form.split(weights)
     top_k, width = expert_ids.shape[-1], second.shape[2]
     inner = hidden.new_empty((expert_ids.numel(), width), dtype=torch.float32)
     step = 2 if form.is_interleaved else 1
@@ -201,16 +199,15 @@ def expert_products_reference(
 ) -> Tensor:
     """What `expert_products` computes, in plain PyTorch and float32; returns [T, D]."""
     slots = slot_of[expert_ids.long()].long()  # [T, K]
-    first = weights["gate_up_proj" if form.has_gate else "up_proj"][slots].float()
-    second = weights["down_proj"][slots].float()
+    first, first_bias, second, second_bias = form.split(weights)
+    first, second = first[slots].float(), second[slots].float()
     if form.is_transposed:
         first, second = first.transpose(-1, -2), second.transpose(-1, -2)
     inner = torch.einsum("tkio,to->tki", first, hidden.float())
-    first_bias = weights.get("gate_up_proj_bias" if form.has_gate else "up_proj_bias")
     if first_bias is not None:
         inner = inner + first_bias[slots].float()
     inner = activate_reference(inner, form)
     outputs = torch.einsum("tkoi,tki->tko", second, inner)
-    if "down_proj_bias" in weights:
-        outputs = outputs + weights["down_proj_bias"][slots].float()
+    if second_bias is not None:
+        outputs = outputs + second_bias[slots].float()
     return (outputs * gate_weights.float().unsqueeze(-1)).sum(1)

@@ -135,9 +135,7 @@ def transposed_products(
     """
     num_tokens, depth = hidden.shape
     num_pairs, top_k = expert_ids.numel(), expert_ids.shape[-1]
-    name = "gate_up_proj" if form.has_gate else "up_proj"
-    first, first_bias = weights[name], weights.get(f"{name}_bias")
-    second, second_bias = weights["down_proj"], weights.get("down_proj_bias")
+    first, first_bias, second, second_bias = form.split(weights)
     num_inner, width = first.shape[2], second.shape[1]
     inner = hidden.new_empty((num_pairs, num_inner), dtype=torch.float32)
     partial = hidden.new_empty((num_pairs, second.shape[2]), dtype=torch.float32)
