@@ -30,7 +30,7 @@ GEOMETRY = toy_geometry(0, 1, 2)
 @pytest.fixture
 def stack() -> EstimatorStack:
     torch.manual_seed(0)
-    anchors = random_anchors(3, norm_kind="layer")
+    anchors = random_anchors(3, norm_kind="layer", norm_eps=1e-5)
     spec = EstimatorSpec(form="low-rank", rank=4, target_layers=(1, 2))
     stack = EstimatorStack.build(GEOMETRY, spec, anchors, torch.randn(3, 8, 16))
     torch.nn.init.normal_(stack.form.up)
