@@ -61,6 +61,8 @@ NO_CACHE_WARM_UP_TOKENS = 4
 EAGER_TOKENS = 16
 ACCELERATE_TOKENS = 2
 TIMELINE_TOKENS = 3
+PREDICTING = "resident-predicting"
+"""All resident, and every prediction made for nothing: what predicting costs a step."""
 EAGER_SLOTS = 25
 """Per cent; the host-driven and the profiled arms run at this one alone."""
 
@@ -109,6 +111,8 @@ def arms_at(slots: int, batch: int, recalls: list[float]) -> Iterator[Arm]:
     share = f"{slots}%"
     if slots == 100:
         yield Arm("resident", EngineConfig(expert_slots=share))
+        if batch == 1:
+            yield Arm(PREDICTING, EngineConfig(expert_slots=share, policy="prefetch"), recall=1.0)
         return
     yield Arm("on-demand", EngineConfig(expert_slots=share))
     for recall in recalls:
@@ -206,7 +210,8 @@ class ShapeBenchmark:
         share = EAGER_SLOTS
         for arm in [*arms_at(100, 1, []), *arms_at(share, 1, self.args.recalls)]:
             name = f"{self.label} {arm.config.expert_slots} {arm.name}"
-            is_left_out = arm.name.startswith("eager") or arm.name.endswith("every")
+            left_out = ("eager-*", "*-every", PREDICTING)
+            is_left_out = any(fnmatch(arm.name, pattern) for pattern in left_out)
             if is_left_out or not self._is_wanted(arm.name):
                 continue
             if self.results.skip_if_spent(f"profile of {name}"):
@@ -234,8 +239,9 @@ class ShapeBenchmark:
         predictions = near_miss_predictions(routes, num_experts, arm.recall) if arm.recall else None
         with Engine.open(self.offloaded, arm.config) as engine:
             self._require_graph(engine, arm)
-            if arm.name == "resident":
+            if arm.name.startswith("resident"):
                 engine.fill_slots()
+            if arm.name == "resident":
                 with self.results.cell(f"{self.label} batch {batch}, against stock experts"):
                     self._check_against_stock(engine, batch)
             yield engine, Replay(engine, routes, predictions)
@@ -261,6 +267,8 @@ class ShapeBenchmark:
         with self._opened(arm, batch) as (engine, replay):
             steps = self._steps(engine, batch)
             is_graph = isinstance(steps, GraphSteps)
+            if arm.name == PREDICTING and is_graph:
+                steps.keep_looking_ahead()
             logits, ms_per_token = self._warm_up(steps, replay, arm.warm_up_tokens)
             engine.reset_stats()
             most = self.args.tokens if is_graph else min(self.args.tokens, EAGER_TOKENS)

@@ -12,6 +12,7 @@ from replayed_routing import Replay
 from torch import Tensor
 from transformers import StaticCache
 
+from foreroute.runtime.device.give_up import LOOK_AHEAD
 from foreroute.runtime.device.graph_engine import GraphEngine
 
 RESTART_STEPS = 8
@@ -75,6 +76,10 @@ class GraphSteps(DecodeSteps):
         self._graph = engine.graph_for(batch, context)
         prompt = context - RESTART_STEPS - 2
         self._prompt_mask = torch.ones(batch, prompt, dtype=torch.long, device=engine.device)
+
+    def keep_looking_ahead(self) -> None:
+        """Predict at every step, also where the engine finds that it does not pay."""
+        self._graph.choose_variant = lambda: LOOK_AHEAD
 
     def restart(self) -> None:
         """Empty the cache up to the context."""

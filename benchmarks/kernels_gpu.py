@@ -9,23 +9,26 @@ in a decode step. Tensors are RANDOM. `--tune` also tries other tile sizes of th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from foreroute.runtime.device.kernels import demand as demand_module
 from foreroute.runtime.device.kernels import fetch as fetch_module
-from foreroute.runtime.device.kernels import products, transposed
+from foreroute.runtime.device.kernels import predict, products, transposed
 from foreroute.runtime.device.kernels.activation import ExpertForm
 from foreroute.runtime.device.kernels.attention import decode_attention
 from foreroute.runtime.device.kernels.cache import store_token
-from foreroute.runtime.device.kernels.fetch import BLOCK_WORDS as WORDS
+from foreroute.runtime.device.kernels.demand import Demand
 from foreroute.runtime.device.kernels.fetch import fetch
 from foreroute.runtime.device.kernels.head import plan_head
 from foreroute.runtime.device.kernels.plan import plan
@@ -119,23 +122,23 @@ class Experts:
         if shape.has_bias:
             self.weights["gate_up_proj_bias"] = random(self.num_slots, gated)
             self.weights["down_proj_bias"] = random(self.num_slots, shape.hidden)
-        self.slot_of = torch.arange(self.num_slots, dtype=torch.int32, device=DEVICE)
         self.hidden = random(1, shape.hidden)
         self.gates = torch.full((1, shape.top_k), 1 / shape.top_k, device=DEVICE)
         self.output = torch.empty_like(self.hidden)
         steps = torch.arange(CALLS * shape.top_k, device=DEVICE).view(CALLS, 1, shape.top_k)
-        self.ids = steps % self.num_slots
+        order = torch.arange(shape.top_k, device=DEVICE).expand(CALLS, 1, -1)
+        self.places = torch.cat([steps % self.num_slots, order], dim=1).int()
 
-    def run(self, i: int) -> None:
+    def run(self, i: int, demand: Demand | None = None) -> None:
         """One token's experts."""
         expert_products(
             self.hidden,
-            self.ids[i],
+            self.places[i],
             self.gates,
-            self.slot_of,
             self.weights,
             self.shape.form,
             self.output,
+            demand,
         )
 
 
@@ -212,6 +215,66 @@ def no_copies(count: int) -> Tensor:
     return torch.full((3, count), -1, dtype=torch.int32, device=DEVICE)
 
 
+def while_copying(shape: Shape) -> dict[str, float]:
+    """The products where some of a token's experts are missing: copied by the first launch.
+
+    Beside them the same work one after the other: a launch that copies, then the products.
+    """
+    experts, layout = Experts(shape), ["gate_up_proj", "down_proj"]
+    sizes = [experts.weights[name][0].nbytes for name in layout]
+    rows = torch.zeros(8, sum(sizes), dtype=torch.uint8, pin_memory=True)
+    slots = torch.empty(experts.num_slots, sum(sizes), dtype=torch.uint8, device=DEVICE)
+    first, second = slots.split(sizes, dim=1)
+    experts.weights = {
+        "gate_up_proj": first.view(torch.bfloat16).unflatten(1, (-1, shape.hidden)),
+        "down_proj": second.view(torch.bfloat16).unflatten(1, (-1, shape.width)),
+    }
+    arrived = torch.zeros(experts.num_slots, dtype=torch.int32, device=DEVICE)
+    progress = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    middle = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    every = experts.places.clone()
+    found = {}
+    for missing in (0, 1, 2):
+        copies = torch.full((CALLS, 3, shape.top_k), -1, dtype=torch.int32, device=DEVICE)
+        copies[:, 0, :missing] = torch.arange(missing, dtype=torch.int32, device=DEVICE)
+        copies[:, 1] = every[:, 0]
+        copies[:, 2] = 0
+        late = every.clone()
+        late[:, 0, :missing] = -1 - every[:, 0, :missing]
+        late[:, 1] = every[:, 1].roll(-missing, 1)
+
+        def together(i: int) -> None:
+            arrived.zero_()
+            moved = (rows, slots, copies[i], middle, arrived, progress)  # noqa: B023
+            experts.places = late  # noqa: B023
+            experts.run(i, Demand(*moved, first_bytes=sizes[0]))
+
+        def in_turn(i: int) -> None:
+            arrived.zero_()
+            fetch(rows, slots, copies[i], num_blocks=32)  # noqa: B023
+            experts.places = every
+            experts.run(i)
+
+        name = f"{missing} of {shape.top_k} experts missing"
+        found[f"{name}: copied by a launch of its own"] = microseconds(in_turn)
+        for programs, words in ((32, 1024), (64, 512), (64, 1024), (64, 2048), (128, 1024)):
+            with tiles(demand_module, DEMAND_PROGRAMS=programs, BLOCK_WORDS=words):
+                label = f"{name}: by the first product, {programs} programs of {words} words"
+                found[label] = microseconds(together)
+    return found
+
+
+@contextlib.contextmanager
+def tiles(module: Any, **values: int) -> Iterator[None]:
+    """Give a module's constants other values for a while."""
+    before = {name: getattr(module, name) for name in values}
+    for name, value in values.items():
+        setattr(module, name, value)
+    yield
+    for name, value in before.items():
+        setattr(module, name, value)
+
+
 def fetch_bandwidth(expert_bytes: int) -> dict[str, float]:
     """GB/s of the fetch kernel for one, two and four experts, by blocks per expert and tile."""
     size = expert_bytes // 8 * 8
@@ -224,12 +287,11 @@ def fetch_bandwidth(expert_bytes: int) -> dict[str, float]:
         found[f"fetch {count} experts, {blocks} blocks each: GB/s"] = (
             count * rows.shape[1] / us / 1e3
         )
-    copies, default = torch.arange(2, dtype=torch.int32, device=DEVICE).repeat(3, 1), WORDS
+    copies = torch.arange(2, dtype=torch.int32, device=DEVICE).repeat(3, 1)
     for words in (256, 512, 2048, 4096):
-        fetch_module.BLOCK_WORDS = words
-        us = microseconds(lambda i: fetch(rows, slots, copies, num_blocks=32))
+        with tiles(fetch_module, BLOCK_WORDS=words):
+            us = microseconds(lambda i: fetch(rows, slots, copies, num_blocks=32))
         found[f"fetch 2 experts, tiles of {words} words: GB/s"] = 2 * rows.shape[1] / us / 1e3
-    fetch_module.BLOCK_WORDS = default
     us = microseconds(lambda i: slots[:2].copy_(rows[:2], non_blocking=True))
     found["copy engine, 2 experts: GB/s"] = 2 * rows.shape[1] / us / 1e3
     return found
@@ -239,21 +301,33 @@ def tune(experts: Experts) -> dict[str, float]:
     """Time of the products with other tiles."""
     found = {}
     if experts.shape.form.is_transposed:
-        names = ("UP_OUTPUTS", "UP_DEPTH", "UP_WARPS", "DOWN_OUTPUTS", "DOWN_DEPTH", "DOWN_WARPS")
+        names = ("OUTPUTS", "DEPTH", "WARPS")
         module = transposed
-        tiles = [(64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 8), (32, 128, 4), (32, 256, 8)]
+        sizes = [(64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 8), (32, 128, 4), (32, 256, 8)]
     else:
-        names = ("UP_ROWS", "UP_COLUMNS", "UP_WARPS", "DOWN_ROWS", "DOWN_COLUMNS", "DOWN_WARPS")
+        names = ("ROWS", "COLUMNS", "WARPS")
         module = products  # type: ignore[assignment]
-        tiles = [(1, 1024, 2), (1, 2048, 2), (1, 2048, 4), (2, 1024, 4), (2, 2048, 4), (4, 1024, 4)]
-    before = [getattr(module, name) for name in names]
-    for half, offset in (("up", 0), ("down", 3)):
-        for tile in tiles:
-            for name, value in zip(names[offset : offset + 3], tile, strict=True):
-                setattr(module, name, value)
-            found[f"products with {half} tile {tile}"] = microseconds(experts.run)
-        for name, value in zip(names, before, strict=True):
-            setattr(module, name, value)
+        sizes = [(1, 1024, 2), (1, 2048, 2), (1, 2048, 4), (2, 1024, 4), (2, 2048, 4), (4, 1024, 4)]
+    for half, size in itertools.product(("UP", "DOWN"), sizes):
+        with tiles(module, **{f"{half}_{n}": v for n, v in zip(names, size, strict=True)}):
+            found[f"products with {half.lower()} tile {size}"] = microseconds(experts.run)
+    return found
+
+
+def tune_predictions(shape: Shape) -> dict[str, float]:
+    """Time of a prediction's logits with other tiles."""
+    found = {}
+    bias = torch.zeros(shape.experts, device=DEVICE)
+    vectors, hidden = random(shape.experts, shape.hidden), random(1, shape.hidden)
+    weights = random(16, shape.experts, shape.hidden)  # more than stays in the cache near a core
+    ids = torch.arange(shape.top_k, device=DEVICE).view(1, -1)
+    gates = torch.full((1, shape.top_k), 0.1, device=DEVICE)
+    routed = {"default_vectors": vectors, "expert_ids": ids, "gate_weights": gates}
+    for rows, columns, warps in itertools.product((1, 2, 4), (512, 1024, 2048), (2, 4, 8)):
+        with tiles(predict, ROWS=rows, COLUMNS=columns, WARPS=warps):
+            found[f"logits with tile {(rows, columns, warps)}"] = microseconds(
+                lambda i: predict_logits(hidden, weights[i % 16], bias, eps=1e-6, **routed)
+            )
     return found
 
 
@@ -274,9 +348,11 @@ def main() -> None:
         found["expert products: GB/s of weights"] = experts.bytes_per_call / us / 1e3
         if args.tune:
             found |= tune(experts)
+            found |= tune_predictions(shape)
         del experts
         torch.cuda.empty_cache()
         if shape is QWEN3:
+            found |= while_copying(shape)
             found |= fetch_bandwidth(6 * shape.hidden * shape.width)
         results[shape.name] = found
         print(shape.name)

@@ -15,6 +15,7 @@ from triton.runtime.jit import JITFunction
 from foreroute.runtime.device.kernels.activation import ExpertForm
 from foreroute.runtime.device.kernels.attention import decode_attention
 from foreroute.runtime.device.kernels.cache import store_token
+from foreroute.runtime.device.kernels.demand import Demand
 from foreroute.runtime.device.kernels.fetch import fetch
 from foreroute.runtime.device.kernels.head import plan_head
 from foreroute.runtime.device.kernels.plan import plan
@@ -61,11 +62,14 @@ def call_everything() -> None:
     ids, chances = torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4)
     tables = ResidencyTables.empty(16, 8, "cpu")
     copies = torch.zeros(3, 4, dtype=torch.int32)
-    plan(ids, tables, lrfu(20.0), copies)
-    plan(ids, tables, lrfu(20.0), copies, is_prefetch=True)
-    plan(ids, tables, LRU, copies)
-    plan(ids, tables, LRU, copies, is_prefetch=True)
-    plan_head(ids, chances, tables, copies, num_needed=8, head_words=copies[0, :1], num_words=8)
+    places = torch.zeros(2, 4, dtype=torch.int32)
+    for rule in (lrfu(20.0), LRU):
+        plan(ids, tables, rule, copies, places=places)
+        plan(ids, tables, rule, copies, is_prefetch=True)
+        plan(ids, tables, rule, copies, is_prefetch=True, behind=tables.progress)
+    head = {"num_needed": 8, "head_words": copies[0, :1], "num_words": 8}
+    plan_head(ids, chances, tables, copies, **head)
+    plan_head(ids, chances, tables, copies, **head, behind=tables.progress)
     rows = torch.zeros(16, 64, dtype=torch.uint8)
     fetch(rows, rows, copies, num_blocks=4)
     fetch(rows, rows, copies, num_blocks=4, head_words=copies[0, :1])
@@ -87,7 +91,9 @@ def call_everything() -> None:
         if form.is_interleaved:
             weights |= {f"{name}_bias": torch.zeros(8, 96, **half)}
             weights |= {"down_proj_bias": torch.zeros(8, 64, **half)}
-        expert_products(hidden, ids, chances, tables.slot_of, weights, form, hidden)
+        moved = (rows, rows, copies, copies[0, :1], tables.arrived, tables.progress)
+        for demand in (None, Demand(*moved, first_bytes=48)):
+            expert_products(hidden, places, chances, weights, form, hidden, demand)
     for dtype in (torch.bfloat16, torch.float32):
         query, keys = torch.zeros(1, 8, 1, 64, dtype=dtype), torch.zeros(1, 2, 128, 64, dtype=dtype)
         mask = torch.ones(1, 1, 1, 128, dtype=torch.bool)

@@ -5,7 +5,11 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton")
 
+from foreroute.runtime.device.kernels import demand as demand_module
+from foreroute.runtime.device.kernels import fetch as fetch_module
+from foreroute.runtime.device.kernels import plan as plan_module
 from foreroute.runtime.device.kernels.activation import ExpertForm
+from foreroute.runtime.device.kernels.demand import Demand
 from foreroute.runtime.device.kernels.fetch import BLOCK_WORDS, fetch, fetch_reference
 from foreroute.runtime.device.kernels.head import plan_head, plan_head_reference
 from foreroute.runtime.device.kernels.plan import plan, plan_reference
@@ -22,6 +26,7 @@ from foreroute.runtime.device.kernels.tables import (
     ScoreRule,
     lrfu,
 )
+from foreroute.runtime.host_store import ParameterSpec, RowLayout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NUM_SEQUENCES = 1000 if torch.cuda.is_available() else 40
@@ -49,10 +54,14 @@ def test_plans_agree_with_the_reference_over_random_residency_sequences(rule: Sc
             is_prefetch = bool(torch.rand((), generator=generator) < 0.4)
             if is_prefetch:
                 ids = torch.where(torch.rand(len(ids), generator=generator) < 0.2, -1, ids)
-            outputs = [torch.full((3, len(ids)), -7, dtype=torch.int32) for _ in range(2)]
+            outputs = [torch.full((5, len(ids)), -7, dtype=torch.int32) for _ in range(2)]
             outputs[1] = outputs[1].to(DEVICE)
-            plan_reference(ids, expected, rule, outputs[0], is_prefetch=is_prefetch)
-            plan(ids.to(DEVICE), got, rule, outputs[1], is_prefetch=is_prefetch)
+            split = [(rows[:3], None if is_prefetch else rows[3:]) for rows in outputs]
+            for tables, do, (copies, places) in zip(
+                (expected, got), (plan_reference, plan), split, strict=True
+            ):
+                where = {"places": places, "is_prefetch": is_prefetch}
+                do(ids.to(copies.device), tables, rule, copies, **where)
             assert torch.equal(outputs[1].cpu(), outputs[0])
             for name, tensor in vars(expected).items():
                 torch.testing.assert_close(vars(got)[name].cpu(), tensor, rtol=1e-6, atol=0)
@@ -136,10 +145,10 @@ def test_heads_agree_with_the_reference_over_random_residency_sequences(num_toke
             on_gpu = guess.to(DEVICE), chances.to(DEVICE)
             plan_head(*on_gpu, got, both[1], head_words=words.to(DEVICE), **share)
             assert torch.equal(both[1].cpu(), both[0])
-            size = (3, ids.numel())
+            size = (5, ids.numel())
             both = [torch.full(size, -7, dtype=torch.int32, device=d) for d in ("cpu", DEVICE)]
-            plan_reference(ids, expected, lrfu(5.0), both[0])
-            plan(ids.to(DEVICE), got, lrfu(5.0), both[1])
+            plan_reference(ids, expected, lrfu(5.0), both[0][:3], places=both[0][3:])
+            plan(ids.to(DEVICE), got, lrfu(5.0), both[1][:3], places=both[1][3:])
             assert torch.equal(both[1].cpu(), both[0])
             for name, tensor in vars(expected).items():
                 torch.testing.assert_close(vars(got)[name].cpu(), tensor, rtol=1e-5, atol=1e-6)
@@ -195,7 +204,7 @@ FORMS = {
 @pytest.mark.parametrize("name", FORMS)
 def test_products_agree_with_the_reference(name: str, dtype: torch.dtype, num_tokens: int) -> None:
     form, generator = FORMS[name], torch.Generator().manual_seed(1)
-    experts, slots, depth, width, top_k = 6, 4, 40, 24, 2
+    slots, depth, width, top_k = 4, 40, 24, 2
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(dtype)
@@ -208,15 +217,15 @@ def test_products_agree_with_the_reference(name: str, dtype: torch.dtype, num_to
     if name == "gpt-oss":
         weights |= {f"{prefix}_bias": random(slots, rows), "down_proj_bias": random(slots, depth)}
     slot_of = torch.tensor([2, -1, 0, 3, -1, 1], dtype=torch.int32)
-    ids = torch.tensor([[0, 3], [5, 2], [3, 5]])[:num_tokens]
+    ids = torch.tensor([[0, 3], [5, 2], [3, 5]])[:num_tokens].flatten()
+    places = torch.stack([slot_of[ids], torch.arange(len(ids), dtype=torch.int32)])
     hidden, gates = random(num_tokens, depth), torch.rand(num_tokens, top_k, generator=generator)
-    expected = expert_products_reference(hidden, ids, gates, slot_of, weights, form)
+    expected = expert_products_reference(hidden, places, gates, weights, form)
     output = torch.full((num_tokens, depth), float("nan"), dtype=dtype, device=DEVICE)
     expert_products(
         hidden.to(DEVICE),
-        ids.to(DEVICE),
+        places.to(DEVICE),
         gates.to(DEVICE),
-        slot_of.to(DEVICE),
         {key: weight.to(DEVICE) for key, weight in weights.items()},
         form,
         output,
@@ -225,4 +234,79 @@ def test_products_agree_with_the_reference(name: str, dtype: torch.dtype, num_to
     tolerance = 1e-5 if dtype == torch.float32 else 8e-3
     error = (output.cpu().float() - expected).norm() / expected.norm()
     assert error < tolerance
-    assert experts == len(slot_of)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2])
+@pytest.mark.parametrize("name", FORMS)
+def test_products_copy_what_is_missing_and_give_the_bits_of_all_resident(
+    name: str, num_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (fetch_module, demand_module):
+        monkeypatch.setattr(module, "BLOCK_WORDS", 64)
+    for module in (plan_module, demand_module):
+        monkeypatch.setattr(module, "DEMAND_PROGRAMS", 3)
+    form, generator = FORMS[name], torch.Generator().manual_seed(2)
+    num_experts, num_slots, depth, width, top_k = 7, 5, 40, 16, 2
+    inner = (2 if form.has_gate else 1) * width
+    sizes = {form.first: (inner, depth), f"{form.first}_bias": (inner,)}
+    sizes |= {"down_proj": (depth, width), "down_proj_bias": (depth,)}
+    if form.is_transposed:
+        sizes = {key: size[::-1] for key, size in sizes.items()}
+    if name != "gpt-oss":
+        sizes = {key: size for key, size in sizes.items() if len(size) == 2}
+    layout = RowLayout(
+        specs := _in_a_row(sizes), max(s.offset_bytes + s.num_bytes for s in specs.values())
+    )
+    values = torch.randn(num_experts, layout.row_bytes // 2, generator=generator)
+    rows = (values / 8).bfloat16().view(torch.uint8).to(DEVICE)
+    tables = ResidencyTables.empty(num_experts, num_slots, DEVICE)
+    slots = torch.full((num_slots, layout.row_bytes), 255, dtype=torch.uint8, device=DEVICE)
+    middle = torch.tensor([64], dtype=torch.int32, device=DEVICE)
+    everywhere = torch.arange(num_experts, dtype=torch.int32)
+    num_misses = 0
+    for step in range(6):
+        ids = torch.rand(num_tokens, num_experts, generator=generator).topk(top_k).indices
+        if step == 5:  # what a head began is completed
+            copies = torch.empty(3, 1, dtype=torch.int32, device=DEVICE)
+            absent = next(e for e in range(num_experts) if int(tables.slot_of[e]) < 0)
+            ids[0, 0] = absent if absent not in ids[0].tolist() else ids[0, 0]
+            guess = torch.tensor([absent], device=DEVICE), torch.ones(1, device=DEVICE)
+            words = layout.row_bytes // 8
+            plan_head(*guess, tables, copies, num_needed=1, head_words=middle, num_words=words)
+            fetch(rows, slots, copies, num_blocks=2, head_words=middle)
+            assert int(tables.pending[0]) == absent
+        hidden = torch.randn(num_tokens, depth, generator=generator).bfloat16().to(DEVICE)
+        gates = torch.rand(num_tokens, top_k, generator=generator).to(DEVICE)
+        copies = torch.empty(3, ids.numel(), dtype=torch.int32, device=DEVICE)
+        places = torch.empty(2, ids.numel(), dtype=torch.int32, device=DEVICE)
+        plan(ids.to(DEVICE), tables, LRU, copies, places=places)
+        num_misses += int((copies[0] >= 0).sum())
+        progress, first = tables.progress, specs.get(f"{form.first}_bias", specs[form.first])
+        demand = Demand(
+            rows,
+            slots,
+            copies,
+            middle,
+            tables.arrived,
+            progress,
+            first.offset_bytes + first.num_bytes,
+        )
+        outputs = [torch.full_like(hidden, float("nan")) for _ in range(2)]
+        expert_products(hidden, places, gates, layout.views(slots), form, outputs[0], demand)
+        all_there = torch.stack([ids.flatten().int(), everywhere[: ids.numel()]]).to(DEVICE)
+        expert_products(hidden, all_there, gates, layout.views(rows), form, outputs[1])
+        assert torch.equal(*outputs)
+        assert int(progress[0]) == int(progress[1])
+        for expert in set(ids.flatten().tolist()):
+            assert torch.equal(slots[tables.slot_of[expert]], rows[expert])
+    assert num_misses > 3
+    assert int(tables.counters[TAILS]) == 1
+
+
+def _in_a_row(sizes: dict[str, tuple[int, ...]]) -> dict[str, ParameterSpec]:
+    """Parameters in bfloat16, one after the other."""
+    specs, offset = {}, 0
+    for key, size in sizes.items():
+        specs[key] = ParameterSpec(size, torch.bfloat16, offset)
+        offset += specs[key].num_bytes
+    return specs

@@ -28,7 +28,7 @@ from foreroute.runtime.device.kernels.tables import (
     WASTED_HEADS,
     WHOLE,
 )
-from foreroute.runtime.device.layer import DEMAND_BLOCKS, DeviceLayer, DeviceRun
+from foreroute.runtime.device.layer import FETCH_BLOCKS, DeviceLayer, DeviceRun
 from foreroute.runtime.device.predictor import DevicePredictor
 from foreroute.runtime.device.prefill import StreamedPrefill
 from foreroute.runtime.device.sampling import decode_loop
@@ -259,7 +259,7 @@ class GraphEngine(Engine):
         copies = torch.tensor(place, dtype=torch.int32, device=self.device).unsqueeze(1)
 
         def once() -> None:
-            fetch(layer.rows, layer.slots, copies, num_blocks=DEMAND_BLOCKS)
+            fetch(layer.rows, layer.slots, copies, num_blocks=FETCH_BLOCKS)
 
         return min(_milliseconds(once) for _ in range(TUNING_REPLAYS))
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from foreroute.data.adapters import MoELayer
 from foreroute.runtime.config import PrefetchRule
 from foreroute.runtime.device.kernels.activation import ExpertForm
+from foreroute.runtime.device.kernels.demand import Demand
 from foreroute.runtime.device.kernels.fetch import BLOCK_WORDS, WORD, fetch
 from foreroute.runtime.device.kernels.head import plan_head
 from foreroute.runtime.device.kernels.plan import plan
@@ -21,8 +22,8 @@ from foreroute.runtime.device.prefill import StreamedPrefill
 from foreroute.runtime.host_store import RowLayout
 from foreroute.runtime.policies import EvictionPolicy, LayerState
 
-DEMAND_BLOCKS = 32
-PREFETCH_BLOCKS = 16
+FETCH_BLOCKS = 16
+"""Thread blocks per expert that is copied beside the compute."""
 FILL_EXPERTS = 8
 
 
@@ -89,6 +90,7 @@ class DeviceLayer:
         self.rows = rows
         self.slots = torch.zeros(num_slots, rows.shape[1], dtype=torch.uint8, device=device)
         self.weights = layout.views(self.slots)
+        self._first_bytes = _end_of(run.form.first, layout)
         self.tables = ResidencyTables.empty(
             len(rows), num_slots, device, trust=run.trust, counters=counters
         )
@@ -133,48 +135,69 @@ class DeviceLayer:
         tokens_at_once = len(self.slots) // top_k
         for start in range(0, num_tokens, tokens_at_once):
             tokens = slice(start, start + tokens_at_once)
-            ids = expert_ids[tokens].contiguous()
-            self.load(ids, num_blocks=DEMAND_BLOCKS)
-            if guess is not None and start + tokens_at_once >= num_tokens:
-                self._look_ahead(*guess)
-            self._multiply(
-                router_input[tokens], ids, gate_weights[tokens].contiguous(), output[tokens]
+            demand, places = self._plan_demand(expert_ids[tokens].contiguous())
+            if guess is not None:
+                self._run.ahead.wait_stream(torch.cuda.current_stream())
+            weights = gate_weights[tokens].contiguous()
+            form = self._run.form
+            expert_products(
+                router_input[tokens], places, weights, self.weights, form, output[tokens], demand
             )
+        if guess is not None:
+            self._look_ahead(*guess)
         return output
 
-    def load(self, expert_ids: Tensor, *, num_blocks: int, is_prefetch: bool = False) -> None:
-        """Make experts resident by copies from the host, on the current stream.
+    def _plan_demand(self, expert_ids: Tensor) -> tuple[Demand, Tensor]:
+        """What must be copied for these experts, [T, K] contiguous, and where each will be."""
+        num_ids, device = expert_ids.numel(), expert_ids.device
+        copies = torch.empty(3, num_ids, dtype=torch.int32, device=device)
+        places = torch.empty(2, num_ids, dtype=torch.int32, device=device)
+        tables = self.tables
+        plan(expert_ids, tables, self._run.rule, copies, places=places)
+        demand = Demand(
+            self.rows,
+            self.slots,
+            copies,
+            self._run.head_words,
+            tables.arrived,
+            tables.progress,
+            self._first_bytes,
+        )
+        return demand, places
+
+    def load(self, expert_ids: Tensor, behind: DeviceLayer | None = None) -> None:
+        """Make experts resident before they are asked for, by copies on the current stream.
 
         Args:
-            expert_ids: [T, K], contiguous; no more distinct ones than slots.
-            num_blocks: Thread blocks per copy.
-            is_prefetch: Whether they are predicted, not yet needed.
+            expert_ids: [T, K], contiguous; the first ones that find room.
+            behind: A layer whose demand is copied first.
         """
         copies = torch.empty(3, expert_ids.numel(), dtype=torch.int32, device=expert_ids.device)
-        plan(expert_ids, self.tables, self._run.rule, copies, is_prefetch=is_prefetch)
-        self._fetch(copies, num_blocks)
+        plan(
+            expert_ids,
+            self.tables,
+            self._run.rule,
+            copies,
+            is_prefetch=True,
+            behind=None if behind is None else behind.tables.progress,
+        )
+        fetch(self.rows, self.slots, copies, num_blocks=FETCH_BLOCKS)
 
-    def _load_head(self, expert_ids: Tensor, chances: Tensor) -> None:
+    def _load_head(self, expert_ids: Tensor, chances: Tensor, behind: DeviceLayer) -> None:
         """Copy the beginning of the likeliest absent expert, if it is likely enough."""
         copies = torch.empty(3, 1, dtype=torch.int32, device=expert_ids.device)
+        head_words = self._run.head_words
         plan_head(
             expert_ids,
             chances,
             self.tables,
             copies,
             num_needed=len(expert_ids) * self.top_k,
-            head_words=self._run.head_words,
+            head_words=head_words,
             num_words=self.rows.shape[1] // WORD.itemsize,
+            behind=behind.tables.progress,
         )
-        self._fetch(copies, PREFETCH_BLOCKS)
-
-    def _fetch(self, copies: Tensor, num_blocks: int) -> None:
-        head_words = self._run.head_words
-        fetch(self.rows, self.slots, copies, num_blocks=num_blocks, head_words=head_words)
-
-    def _multiply(self, hidden: Tensor, ids: Tensor, gate_weights: Tensor, output: Tensor) -> None:
-        form, slot_of = self._run.form, self.tables.slot_of
-        expert_products(hidden, ids, gate_weights, slot_of, self.weights, form, output)
+        fetch(self.rows, self.slots, copies, num_blocks=FETCH_BLOCKS, head_words=head_words)
 
     def _predict(
         self, router_input: Tensor, expert_ids: Tensor, gate_weights: Tensor
@@ -198,16 +221,15 @@ class DeviceLayer:
         return guess
 
     def _look_ahead(self, expert_ids: Tensor, chances: Tensor) -> None:
-        """Load ahead for the target layer, after this layer's demand: that has the link alone."""
+        """Load ahead for the target layer, behind this layer's demand: that has the link alone."""
         target, run = self.target, self._run
         assert target is not None  # there is a guess
-        run.ahead.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(run.ahead):
             if run.prefetch == "budgeted":
-                target._load_head(expert_ids, chances)
+                target._load_head(expert_ids, chances, behind=self)
             else:
                 ids = expert_ids.T.contiguous()  # [M, T]: every token's best guess first
-                target.load(ids, num_blocks=PREFETCH_BLOCKS, is_prefetch=True)
+                target.load(ids, behind=self)
             target._arriving = torch.cuda.Event()
             target._arriving.record(run.ahead)
 
@@ -222,7 +244,7 @@ class DeviceLayer:
         state.warm(rows)
         held = [expert for expert in state.expert_in if expert >= 0]
         for ids in torch.tensor(held, device=self.slots.device).split(FILL_EXPERTS):
-            self.load(ids, num_blocks=DEMAND_BLOCKS, is_prefetch=True)
+            self.load(ids)
         unit = 1.0 if policy.worth == "recency" else state.unit
         self.tables.score.copy_(torch.tensor(state.worth) / unit)
         self.tables.step.fill_(state.step)
@@ -248,7 +270,7 @@ class DeviceLayer:
         """Make as many experts resident as fit, lowest ids first."""
         every = torch.arange(len(self.slots), device=self.slots.device)
         for ids in every.split(FILL_EXPERTS):
-            self.load(ids, num_blocks=DEMAND_BLOCKS, is_prefetch=True)
+            self.load(ids)
 
     def check_integrity(self) -> None:
         """Check the tables, and every resident expert against its host row.
@@ -262,3 +284,9 @@ class DeviceLayer:
                 raise RuntimeError(
                     f"Layer {self.layer_idx}: slot {slot} differs from the host's expert {expert}."
                 )
+
+
+def _end_of(parameter: str, layout: RowLayout) -> int:
+    """Bytes of a row up to the end of a weight and of its bias, if there is one."""
+    specs = (layout.parameters.get(name) for name in (parameter, f"{parameter}_bias"))
+    return max(spec.offset_bytes + spec.num_bytes for spec in specs if spec is not None)

@@ -30,6 +30,11 @@ class ExpertForm:
     limit: float = 0.0
     """`clamped-swish`: gate is at most this, up lies within +-this."""
 
+    @property
+    def first(self) -> str:
+        """Name of the first product's weight; its bias is called the same and `_bias`."""
+        return "gate_up_proj" if self.has_gate else "up_proj"
+
     def split(
         self, weights: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
@@ -38,9 +43,8 @@ class ExpertForm:
         Args:
             weights: By name, as the experts module has them; biases may be missing.
         """
-        first = "gate_up_proj" if self.has_gate else "up_proj"
-        biases = [weights.get(f"{name}_bias") for name in (first, "down_proj")]
-        return weights[first], biases[0], weights["down_proj"], biases[1]
+        biases = [weights.get(f"{name}_bias") for name in (self.first, "down_proj")]
+        return weights[self.first], biases[0], weights["down_proj"], biases[1]
 
 
 @triton.jit

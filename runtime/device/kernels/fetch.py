@@ -1,4 +1,4 @@
-"""Copies experts from pinned host memory into slots, by a kernel that reads the host itself."""
+"""Copies experts from pinned host memory into slots, by programs that read the host themselves."""
 
 from __future__ import annotations
 
@@ -11,6 +11,28 @@ from foreroute.runtime.device.kernels.tables import HEAD, TAIL, WHOLE
 
 WORD = torch.int64
 BLOCK_WORDS = 1024
+
+
+@triton.jit
+def copy_blocks(  # noqa: ANN201
+    rows,
+    slots,
+    expert,
+    slot,
+    first,
+    last,
+    end,
+    num_words,
+    program,
+    num_programs,
+    BLOCK: tl.constexpr,
+):
+    """Copy every `num_programs`-th block of [first, last) of one expert, up to word `end`."""
+    for block in range(first + program, last, num_programs):
+        words = block * BLOCK + tl.arange(0, BLOCK)
+        is_word = words < end
+        values = tl.load(rows + expert * num_words + words, mask=is_word)
+        tl.store(slots + slot * num_words + words, values, mask=is_word)
 
 
 @triton.jit
@@ -33,12 +55,19 @@ def _fetch_kernel(
             middle = tl.load(head_words)
             begin = tl.where(part == 2, middle, 0)
             end = tl.where(part == 1, middle, num_words)
-        first = begin // BLOCK + tl.program_id(0)
-        for block in range(first, tl.cdiv(end, BLOCK), tl.num_programs(0)):
-            words = block * BLOCK + tl.arange(0, BLOCK)
-            is_word = words < end
-            values = tl.load(rows + expert * num_words + words, mask=is_word)
-            tl.store(slots + slot * num_words + words, values, mask=is_word)
+        copy_blocks(
+            rows,
+            slots,
+            expert,
+            slot,
+            begin // BLOCK,
+            tl.cdiv(end, BLOCK),
+            end,
+            num_words,
+            tl.program_id(0),
+            tl.num_programs(0),
+            BLOCK,
+        )
 
 
 def fetch(

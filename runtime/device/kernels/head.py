@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from foreroute.runtime.device.kernels.demand import MOST_TRIES, let_pass
 from foreroute.runtime.device.kernels.tables import (
     EMPTY,
     HEAD,
@@ -35,6 +36,7 @@ def _head_kernel(
     pending_confidence,
     trust,
     head_words,
+    behind,
     copies,
     num_slots,
     num_words,
@@ -43,7 +45,11 @@ def _head_kernel(
     NUM_IDS: tl.constexpr,
     IDS: tl.constexpr,
     SLOTS: tl.constexpr,
+    HAS_BEHIND: tl.constexpr,
+    MOST_TRIES: tl.constexpr,
 ):
+    if HAS_BEHIND:
+        let_pass(behind, MOST_TRIES)
     at, slots = tl.arange(0, IDS), tl.arange(0, SLOTS)
     is_id, is_slot = at < NUM_IDS, slots < num_slots
     ids = tl.load(expert_ids + at, mask=is_id, other=0).to(tl.int32)
@@ -94,6 +100,7 @@ def plan_head(
     num_needed: int,
     head_words: Tensor,
     num_words: int,
+    behind: Tensor | None = None,
 ) -> None:
     """Choose the expert whose head is copied early, if any is likely enough; one launch.
 
@@ -110,6 +117,7 @@ def plan_head(
         num_needed: Experts that the layer will use, over all tokens.
         head_words: Length of a head, [1] int32 on the device.
         num_words: Length of an expert in the same unit.
+        behind: `progress` of another layer's tables, whose demand is to be copied first.
     """
     num_ids, num_slots = expert_ids.numel(), len(tables.expert_in)
     _head_kernel[(1,)](
@@ -124,6 +132,7 @@ def plan_head(
         tables.pending_confidence,
         tables.trust,
         head_words,
+        tables.progress if behind is None else behind,
         copies,
         num_slots,
         num_words,
@@ -132,6 +141,8 @@ def plan_head(
         NUM_IDS=num_ids,
         IDS=triton.next_power_of_2(num_ids),
         SLOTS=triton.next_power_of_2(num_slots),
+        HAS_BEHIND=behind is not None,
+        MOST_TRIES=MOST_TRIES,
         num_warps=1,
     )
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from foreroute.runtime.device.kernels.demand import DEMAND_PROGRAMS, MOST_TRIES, let_pass
 from foreroute.runtime.device.kernels.tables import (
     EMPTY,
     HITS,
@@ -35,18 +36,28 @@ def _plan_kernel(
     pending,
     pending_confidence,
     trust,
+    arrived,
+    progress,
+    behind,
     copies,
+    places,
     num_experts,
     num_slots,
     decay,
     memory,
     IS_RECENCY: tl.constexpr,
     IS_PREFETCH: tl.constexpr,
+    HAS_PLACES: tl.constexpr,
+    HAS_BEHIND: tl.constexpr,
+    COPIERS: tl.constexpr,
+    MOST_TRIES: tl.constexpr,
     NUM_IDS: tl.constexpr,
     IDS: tl.constexpr,
     SLOTS: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
+    if HAS_BEHIND:
+        let_pass(behind, MOST_TRIES)
     at, slots, experts = tl.arange(0, IDS), tl.arange(0, SLOTS), tl.arange(0, EXPERTS)
     is_slot, is_expert = slots < num_slots, experts < num_experts
     ids = tl.load(expert_ids + at, mask=at < NUM_IDS, other=-1).to(tl.int32)
@@ -64,6 +75,8 @@ def _plan_kernel(
     copied = tl.full([IDS], -1, dtype=tl.int32)
     placed = tl.zeros([IDS], dtype=tl.int32)
     part = tl.zeros([IDS], dtype=tl.int32)
+    place = where_held
+    is_late = tl.zeros([IDS], dtype=tl.int32)
     if not IS_PREFETCH:
         num_hits = tl.sum((is_slot & (taken == 1)).to(tl.int32), 0)
         unused = tl.where(is_slot & (taken == 1), 0, unused)
@@ -79,6 +92,7 @@ def _plan_kernel(
             copied = tl.where(at == first, early, copied)
             placed = tl.where(at == first, early_slot, placed)
             part = tl.where(at == first, 2, part)
+            is_late = tl.where(ids == early, 1, is_late)
             num_hits -= is_right  # its tail is missing
             tl.store(counters + 5, tl.load(counters + 5) + is_right)
             tl.store(counters + 6, tl.load(counters + 6) + 1 - is_right)
@@ -105,6 +119,8 @@ def _plan_kernel(
                 tl.store(slot_of + wanted, slot)
                 copied = tl.where(at == k, wanted, copied)
                 placed = tl.where(at == k, slot, placed)
+                place = tl.where(ids == wanted, slot, place)
+                is_late = tl.where(ids == wanted, 1, is_late)
                 held = tl.where(here, wanted, held)
                 taken = tl.where(here, 1, taken)
                 unused = tl.where(here, 1 if IS_PREFETCH else 0, unused)
@@ -117,6 +133,17 @@ def _plan_kernel(
     tl.store(copies + NUM_IDS + at, placed, mask=copied >= 0)
     tl.store(copies + 2 * NUM_IDS + at, part, mask=copied >= 0)
     tl.store(is_unused_prefetch + slots, unused, mask=is_slot)
+    if HAS_PLACES:
+        is_copied = copied >= 0
+        tl.store(arrived + placed, 0, mask=is_copied)
+        tl.store(progress, tl.where(tl.max(is_copied.to(tl.int32), 0) > 0, COPIERS, 0))
+        tl.store(progress + 1, 0)
+        is_id = at < NUM_IDS
+        is_here = (is_id & (is_late == 0)).to(tl.int32)
+        rank_here, rank_late = tl.cumsum(is_here, 0) - 1, tl.cumsum(is_late, 0) - 1
+        rank = tl.where(is_late == 1, tl.sum(is_here, 0) + rank_late, rank_here)
+        tl.store(places + at, tl.where(is_late == 1, -1 - place, place), mask=is_id)
+        tl.store(places + NUM_IDS + rank, at, mask=is_id)
     if IS_RECENCY:
         tl.store(score + experts, now.to(tl.float32), mask=in_use == 1)
     elif not IS_PREFETCH:
@@ -129,7 +156,9 @@ def plan(
     rule: ScoreRule,
     copies: Tensor,
     *,
+    places: Tensor | None = None,
     is_prefetch: bool = False,
+    behind: Tensor | None = None,
 ) -> None:
     """Give every absent expert a slot, evicting the lowest scores; one launch.
 
@@ -144,7 +173,11 @@ def plan(
         rule: How scores change. A prefetch leaves frequencies alone.
         copies: Written, [3, N] int32: for each id the expert to copy or -1; where it is not -1, the
             slot to copy it to, and whether that is all of it (0) or what its head left (2).
+        places: Written, [2, N] int32, if the copies are made by the launch that needs them
+            (`demand.py`; no id may be -1 then): each id's slot, or -1 - slot where a copy must
+            arrive; and the ids in the order to work on them, late ones last.
         is_prefetch: Whether the experts are predicted, not yet needed.
+        behind: `progress` of another layer's tables, whose demand is to be copied first.
     """
     num_experts, num_slots = len(tables.slot_of), len(tables.expert_in)
     num_ids = expert_ids.numel()
@@ -159,13 +192,21 @@ def plan(
         tables.pending,
         tables.pending_confidence,
         tables.trust,
+        tables.arrived,
+        tables.progress,
+        tables.progress if behind is None else behind,
         copies,
+        copies if places is None else places,
         num_experts,
         num_slots,
         rule.decay,
         TRUST_MEMORY,
         IS_RECENCY=rule.is_recency,
         IS_PREFETCH=is_prefetch,
+        HAS_PLACES=places is not None,
+        HAS_BEHIND=behind is not None,
+        COPIERS=DEMAND_PROGRAMS,
+        MOST_TRIES=MOST_TRIES,
         NUM_IDS=num_ids,
         IDS=triton.next_power_of_2(num_ids),
         SLOTS=triton.next_power_of_2(num_slots),
@@ -180,6 +221,7 @@ def plan_reference(
     rule: ScoreRule,
     copies: Tensor,
     *,
+    places: Tensor | None = None,
     is_prefetch: bool = False,
 ) -> None:
     """What `plan` does, in plain Python."""
@@ -225,12 +267,25 @@ def plan_reference(
             tables.counters[HITS] += slot not in seen
             tables.is_unused_prefetch[slot] = 0
         seen.add(slot)
+    if places is not None:
+        _place(ids, tables, copies, places)
     named = torch.tensor(sorted({e for e in ids if e >= 0}), dtype=torch.long)
     if rule.is_recency:
         tables.score[named] = now
     elif not is_prefetch:
         tables.score *= rule.decay
         tables.score[named] += 1
+
+
+def _place(ids: list[int], tables: ResidencyTables, copies: Tensor, places: Tensor) -> None:
+    late = [expert for expert in copies[0].tolist() if expert >= 0]
+    for slot in (int(tables.slot_of[expert]) for expert in late):
+        tables.arrived[slot] = 0
+    tables.progress.copy_(torch.tensor([DEMAND_PROGRAMS if late else 0, 0]))
+    slots = [int(tables.slot_of[e]) for e in ids]
+    codes = [-1 - slot if e in late else slot for e, slot in zip(ids, slots, strict=True)]
+    order = sorted(range(len(ids)), key=lambda i: (ids[i] in late, i))
+    places.copy_(torch.tensor([codes, order]))
 
 
 def _held(tables: ResidencyTables) -> dict[int, int]:

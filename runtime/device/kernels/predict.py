@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, COLUMNS = 4, 1024
+# Fastest of those tried on an H100 at Qwen3-30B-A3B's shape.
+ROWS, COLUMNS, WARPS = 2, 2048, 4
 
 
 @triton.jit
@@ -103,8 +104,8 @@ def predict_logits(
         HAS_NORM=eps is not None,
         HAS_VECTORS=has_vectors,
         ROWS=ROWS,
-        COLUMNS=COLUMNS,
-        num_warps=4,
+        COLUMNS=min(COLUMNS, triton.next_power_of_2(depth)),
+        num_warps=WARPS,
     )
     return logits
 

@@ -1,4 +1,7 @@
-"""The experts' gated MLP for a few tokens, straight from the slots: two launches, no gather."""
+"""The experts' gated MLP for a few tokens, straight from the slots: two launches, no gather.
+
+The first also copies what is missing (`demand.py`).
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,13 @@ from foreroute.runtime.device.kernels.activation import (
     activate,
     activate_reference,
 )
+from foreroute.runtime.device.kernels.demand import (
+    Demand,
+    arrived_slot,
+    no_demand,
+    serve_demand,
+    slot_named,
+)
 from foreroute.runtime.device.kernels.transposed import transposed_products
 
 # Fastest of those tried on an H100 at Qwen3-30B-A3B's shape: few rows, each read all at once.
@@ -25,9 +35,18 @@ def _up_kernel(
     hidden,
     weight,
     bias,
-    expert_ids,
-    slot_of,
+    places,
     inner,
+    rows,
+    slots,
+    copies,
+    head_words,
+    arrived,
+    progress,
+    num_copies,
+    num_words,
+    first_blocks,
+    num_pairs,
     width,
     depth,
     top_k,
@@ -44,31 +63,53 @@ def _up_kernel(
     HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    COPIERS: tl.constexpr,
+    COPIES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    pair = tl.program_id(1)
-    slot = tl.load(slot_of + tl.load(expert_ids + pair)).to(tl.int64)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    is_row = rows < width
-    base = weight + slot * slot_stride + rows[:, None] * row_stride
-    gate = tl.zeros([ROWS], dtype=tl.float32)
-    up = tl.zeros([ROWS], dtype=tl.float32)
-    for start in range(0, depth, COLUMNS):
-        columns = start + tl.arange(0, COLUMNS)
-        is_column = columns < depth
-        mask = is_row[:, None] & is_column[None, :]
-        state = tl.load(hidden + (pair // top_k) * depth + columns, mask=is_column, other=0.0)
-        state = state.to(tl.float32)[None, :]
-        where = base + columns[None, :]
-        if HAS_GATE:
-            gate += tl.sum(tl.load(where, mask=mask, other=0.0).to(tl.float32) * state, 1)
-        up += tl.sum(tl.load(where + up_offset, mask=mask, other=0.0).to(tl.float32) * state, 1)
-    if HAS_BIAS:
-        where_bias = bias + slot * bias_slot_stride + rows * bias_row_stride
-        if HAS_GATE:
-            gate += tl.load(where_bias, mask=is_row, other=0.0).to(tl.float32)
-        up += tl.load(where_bias + bias_up_offset, mask=is_row, other=0.0).to(tl.float32)
-    value = activate(gate, up, alpha, limit, ACTIVATION, HAS_GATE)
-    tl.store(inner + pair * width + rows, value, mask=is_row)
+    tile = tl.program_id(0) - COPIERS
+    if tile < 0:
+        serve_demand(
+            rows,
+            slots,
+            copies,
+            head_words,
+            arrived,
+            progress,
+            num_copies,
+            num_words,
+            first_blocks,
+            COPIERS,
+            COPIES,
+            BLOCK,
+        )
+    else:
+        tiles_each = tl.cdiv(width, ROWS)
+        pair = tl.load(places + num_pairs + tile // tiles_each)
+        slot = arrived_slot(tl.load(places + pair), arrived, COPIERS)
+        inner_rows = (tile % tiles_each) * ROWS + tl.arange(0, ROWS)
+        is_row = inner_rows < width
+        base = weight + slot * slot_stride + inner_rows[:, None] * row_stride
+        gate = tl.zeros([ROWS], dtype=tl.float32)
+        up = tl.zeros([ROWS], dtype=tl.float32)
+        for start in range(0, depth, COLUMNS):
+            columns = start + tl.arange(0, COLUMNS)
+            is_column = columns < depth
+            mask = is_row[:, None] & is_column[None, :]
+            state = tl.load(hidden + (pair // top_k) * depth + columns, mask=is_column, other=0.0)
+            state = state.to(tl.float32)[None, :]
+            where = base + columns[None, :]
+            if HAS_GATE:
+                gate += tl.sum(tl.load(where, mask=mask, other=0.0).to(tl.float32) * state, 1)
+            where += up_offset
+            up += tl.sum(tl.load(where, mask=mask, other=0.0).to(tl.float32) * state, 1)
+        if HAS_BIAS:
+            where_bias = bias + slot * bias_slot_stride + inner_rows * bias_row_stride
+            if HAS_GATE:
+                gate += tl.load(where_bias, mask=is_row, other=0.0).to(tl.float32)
+            up += tl.load(where_bias + bias_up_offset, mask=is_row, other=0.0).to(tl.float32)
+        value = activate(gate, up, alpha, limit, ACTIVATION, HAS_GATE)
+        tl.store(inner + pair * width + inner_rows, value, mask=is_row)
 
 
 @triton.jit
@@ -77,8 +118,7 @@ def _down_kernel(
     gate_weights,
     weight,
     bias,
-    expert_ids,
-    slot_of,
+    places,
     output,
     width,
     depth,
@@ -96,7 +136,7 @@ def _down_kernel(
     total = tl.zeros([ROWS], dtype=tl.float32)
     for k in tl.static_range(TOP_K):
         pair = token * TOP_K + k
-        slot = tl.load(slot_of + tl.load(expert_ids + pair)).to(tl.int64)
+        slot = slot_named(tl.load(places + pair))
         base = weight + slot * slot_stride + rows[:, None] * row_stride
         value = tl.zeros([ROWS], dtype=tl.float32)
         for start in range(0, width, COLUMNS):
@@ -115,66 +155,68 @@ def _down_kernel(
 
 def expert_products(
     hidden: Tensor,
-    expert_ids: Tensor,
+    places: Tensor,
     gate_weights: Tensor,
-    slot_of: Tensor,
     weights: dict[str, Tensor],
     form: ExpertForm,
     output: Tensor,
+    demand: Demand | None = None,
 ) -> None:
-    """Compute experts that are resident; deterministic, sums in float32 in a fixed order.
+    """Compute a layer's experts; deterministic, sums in float32 in a fixed order.
 
     Args:
         hidden: Router input, [T, D], contiguous; T is small (each token reads its experts anew).
-        expert_ids: [T, K], any integer dtype.
+        places: Where each token's experts are, as `plan` writes it, [2, T * K] int32.
         gate_weights: [T, K], float.
-        slot_of: [E] int32, all asked experts resident.
         weights: The slots' parameters by name as the experts module has them, [S, ...].
         form: How the module computes.
         output: Written, [T, D].
+        demand: Experts to copy meanwhile; if None, all are resident.
     """
+    copying = no_demand(places) if demand is None else demand.arguments()
     if form.is_transposed:
-        transposed_products(hidden, expert_ids, gate_weights, slot_of, weights, form, output)
+        transposed_products(hidden, places, gate_weights, weights, form, output, copying)
         return
     num_tokens, depth = hidden.shape
     first, first_bias, second, second_bias = form.split(weights)
-    top_k, width = expert_ids.shape[-1], second.shape[2]
-    inner = hidden.new_empty((expert_ids.numel(), width), dtype=torch.float32)
+    num_pairs, width = places.shape[1], second.shape[2]
+    top_k = num_pairs // num_tokens
+    inner = hidden.new_empty((num_pairs, width), dtype=torch.float32)
     step = 2 if form.is_interleaved else 1
     row_stride = first.stride(1)
     apart = (1 if form.is_interleaved else width) if form.has_gate else 0
-    _up_kernel[(triton.cdiv(width, UP_ROWS), num_tokens * top_k)](
+    _up_kernel[(copying["COPIERS"] + triton.cdiv(width, UP_ROWS) * num_pairs,)](
         hidden,
         first,
         first if first_bias is None else first_bias,
-        expert_ids,
-        slot_of,
+        places,
         inner,
-        width,
-        depth,
-        top_k,
-        first.stride(0),
-        row_stride * step,
-        row_stride * apart,
-        0 if first_bias is None else first_bias.stride(0),
-        step,
-        apart,
-        form.alpha,
-        form.limit,
+        num_pairs=num_pairs,
+        width=width,
+        depth=depth,
+        top_k=top_k,
+        slot_stride=first.stride(0),
+        row_stride=row_stride * step,
+        up_offset=row_stride * apart,
+        bias_slot_stride=0 if first_bias is None else first_bias.stride(0),
+        bias_row_stride=step,
+        bias_up_offset=apart,
+        alpha=form.alpha,
+        limit=form.limit,
         ACTIVATION=ACTIVATIONS.index(form.activation),
         HAS_GATE=form.has_gate,
         HAS_BIAS=first_bias is not None,
         ROWS=UP_ROWS,
         COLUMNS=min(UP_COLUMNS, triton.next_power_of_2(depth)),
         num_warps=UP_WARPS,
+        **copying,
     )
     _down_kernel[(triton.cdiv(depth, DOWN_ROWS), num_tokens)](
         inner,
         gate_weights,
         second,
         second if second_bias is None else second_bias,
-        expert_ids,
-        slot_of,
+        places,
         output,
         width,
         depth,
@@ -191,14 +233,14 @@ def expert_products(
 
 def expert_products_reference(
     hidden: Tensor,
-    expert_ids: Tensor,
+    places: Tensor,
     gate_weights: Tensor,
-    slot_of: Tensor,
     weights: dict[str, Tensor],
     form: ExpertForm,
 ) -> Tensor:
     """What `expert_products` computes, in plain PyTorch and float32; returns [T, D]."""
-    slots = slot_of[expert_ids.long()].long()  # [T, K]
+    codes = places[0].view(gate_weights.shape).long()  # [T, K]
+    slots = torch.where(codes < 0, -1 - codes, codes)
     first, first_bias, second, second_bias = form.split(weights)
     first, second = first[slots].float(), second[slots].float()
     if form.is_transposed:

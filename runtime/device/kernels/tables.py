@@ -63,6 +63,10 @@ class ResidencyTables:
     """[2] int32: the expert whose head is here or on its way, or -1, and its slot."""
     pending_confidence: Tensor
     """[1] float32: how likely that expert was said to be needed."""
+    arrived: Tensor
+    """[S] int32: of an expert on its way, the programs that have copied its first part."""
+    progress: Tensor
+    """[2] int32: programs that copy for this layer's demand, and those that are done with it."""
     trust: Tensor
     """[2] float32, shared by all layers: heads that were needed, and how many were expected to be;
     both fade by `TRUST_MEMORY`."""
@@ -99,6 +103,8 @@ class ResidencyTables:
             counters=filled(NUM_COUNTERS, 0) if counters is None else counters,
             pending=filled(2, EMPTY),
             pending_confidence=torch.zeros(1, device=device),
+            arrived=filled(num_slots, 0),
+            progress=filled(2, 0),
             trust=torch.full((2,), PRIOR_PREFETCHES, device=device) if trust is None else trust,
         )
 

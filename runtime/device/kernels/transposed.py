@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from foreroute.runtime.device.kernels.activation import ACTIVATIONS, ExpertForm, activate
+from foreroute.runtime.device.kernels.demand import arrived_slot, serve_demand, slot_named
 
 # Fastest of those tried on an H100 at gpt-oss-20b's shape.
 UP_OUTPUTS, UP_DEPTH, UP_WARPS = 64, 128, 4
@@ -20,9 +23,18 @@ def _up_kernel(
     hidden,
     weight,
     bias,
-    expert_ids,
-    slot_of,
+    places,
     inner,
+    rows,
+    slots,
+    copies,
+    head_words,
+    arrived,
+    progress,
+    num_copies,
+    num_words,
+    first_blocks,
+    num_pairs,
     num_outputs,
     depth,
     top_k,
@@ -32,24 +44,45 @@ def _up_kernel(
     HAS_BIAS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     DEPTH: tl.constexpr,
+    COPIERS: tl.constexpr,
+    COPIES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    pair = tl.program_id(1)
-    slot = tl.load(slot_of + tl.load(expert_ids + pair)).to(tl.int64)
-    at = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    is_at = at < num_outputs
-    total = tl.zeros([DEPTH, OUTPUTS], dtype=tl.float32)
-    for start in range(0, depth, DEPTH):
-        rows = start + tl.arange(0, DEPTH)
-        is_row = rows < depth
-        state = tl.load(hidden + (pair // top_k) * depth + rows, mask=is_row, other=0.0)
-        where = weight + slot * slot_stride + rows[:, None] * depth_stride + at[None, :]
-        tile = tl.load(where, mask=is_row[:, None] & is_at[None, :], other=0.0)
-        total += tile.to(tl.float32) * state.to(tl.float32)[:, None]
-    value = tl.sum(total, 0)
-    if HAS_BIAS:
-        where_bias = bias + slot * bias_slot_stride + at
-        value += tl.load(where_bias, mask=is_at, other=0.0).to(tl.float32)
-    tl.store(inner + pair * num_outputs + at, value, mask=is_at)
+    tile = tl.program_id(0) - COPIERS
+    if tile < 0:
+        serve_demand(
+            rows,
+            slots,
+            copies,
+            head_words,
+            arrived,
+            progress,
+            num_copies,
+            num_words,
+            first_blocks,
+            COPIERS,
+            COPIES,
+            BLOCK,
+        )
+    else:
+        tiles_each = tl.cdiv(num_outputs, OUTPUTS)
+        pair = tl.load(places + num_pairs + tile // tiles_each)
+        slot = arrived_slot(tl.load(places + pair), arrived, COPIERS)
+        at = (tile % tiles_each) * OUTPUTS + tl.arange(0, OUTPUTS)
+        is_at = at < num_outputs
+        total = tl.zeros([DEPTH, OUTPUTS], dtype=tl.float32)
+        for start in range(0, depth, DEPTH):
+            above = start + tl.arange(0, DEPTH)
+            is_row = above < depth
+            state = tl.load(hidden + (pair // top_k) * depth + above, mask=is_row, other=0.0)
+            where = weight + slot * slot_stride + above[:, None] * depth_stride + at[None, :]
+            loaded = tl.load(where, mask=is_row[:, None] & is_at[None, :], other=0.0)
+            total += loaded.to(tl.float32) * state.to(tl.float32)[:, None]
+        value = tl.sum(total, 0)
+        if HAS_BIAS:
+            where_bias = bias + slot * bias_slot_stride + at
+            value += tl.load(where_bias, mask=is_at, other=0.0).to(tl.float32)
+        tl.store(inner + pair * num_outputs + at, value, mask=is_at)
 
 
 @triton.jit
@@ -58,8 +91,7 @@ def _down_kernel(
     gate_weights,
     weight,
     bias,
-    expert_ids,
-    slot_of,
+    places,
     partial,
     width,
     num_outputs,
@@ -78,7 +110,7 @@ def _down_kernel(
     DEPTH: tl.constexpr,
 ):
     pair = tl.program_id(1)
-    slot = tl.load(slot_of + tl.load(expert_ids + pair)).to(tl.int64)
+    slot = slot_named(tl.load(places + pair))
     at = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     is_at = at < num_outputs
     total = tl.zeros([DEPTH, OUTPUTS], dtype=tl.float32)
@@ -115,55 +147,56 @@ def _join_kernel(partial, output, num_outputs, TOP_K: tl.constexpr, OUTPUTS: tl.
 
 def transposed_products(
     hidden: Tensor,
-    expert_ids: Tensor,
+    places: Tensor,
     gate_weights: Tensor,
-    slot_of: Tensor,
     weights: dict[str, Tensor],
     form: ExpertForm,
     output: Tensor,
+    copying: dict[str, Any],
 ) -> None:
     """What `expert_products` does for weights [S, in, out]; three launches.
 
     Args:
         hidden: Router input, [T, D], contiguous.
-        expert_ids: [T, K], any integer dtype.
+        places: See `expert_products`, [2, T * K] int32.
         gate_weights: [T, K], float.
-        slot_of: [E] int32, all asked experts resident.
         weights: The slots' parameters by name, [S, ...].
         form: How the module computes.
         output: Written, [T, D].
+        copying: Arguments for `serve_demand`.
     """
     num_tokens, depth = hidden.shape
-    num_pairs, top_k = expert_ids.numel(), expert_ids.shape[-1]
+    num_pairs = places.shape[1]
+    top_k = num_pairs // num_tokens
     first, first_bias, second, second_bias = form.split(weights)
     num_inner, width = first.shape[2], second.shape[1]
     inner = hidden.new_empty((num_pairs, num_inner), dtype=torch.float32)
     partial = hidden.new_empty((num_pairs, second.shape[2]), dtype=torch.float32)
-    _up_kernel[(triton.cdiv(num_inner, UP_OUTPUTS), num_pairs)](
+    _up_kernel[(copying["COPIERS"] + triton.cdiv(num_inner, UP_OUTPUTS) * num_pairs,)](
         hidden,
         first,
         first if first_bias is None else first_bias,
-        expert_ids,
-        slot_of,
+        places,
         inner,
-        num_inner,
-        depth,
-        top_k,
-        first.stride(0),
-        first.stride(1),
-        0 if first_bias is None else first_bias.stride(0),
+        num_pairs=num_pairs,
+        num_outputs=num_inner,
+        depth=depth,
+        top_k=top_k,
+        slot_stride=first.stride(0),
+        depth_stride=first.stride(1),
+        bias_slot_stride=0 if first_bias is None else first_bias.stride(0),
         HAS_BIAS=first_bias is not None,
         OUTPUTS=UP_OUTPUTS,
         DEPTH=UP_DEPTH,
         num_warps=UP_WARPS,
+        **copying,
     )
     _down_kernel[(triton.cdiv(partial.shape[1], DOWN_OUTPUTS), num_pairs)](
         inner,
         gate_weights,
         second,
         second if second_bias is None else second_bias,
-        expert_ids,
-        slot_of,
+        places,
         partial,
         width,
         partial.shape[1],
