@@ -56,7 +56,6 @@ from foreroute.runtime.config import parse_slots
 from foreroute.runtime.device.graph_engine import GraphEngine, why_not_on_device
 from foreroute.runtime.offload import OffloadedModel
 
-WARM_UP_TOKENS = 32
 NO_CACHE_WARM_UP_TOKENS = 4
 EAGER_TOKENS = 16
 ACCELERATE_TOKENS = 2
@@ -64,7 +63,7 @@ TIMELINE_TOKENS = 3
 PREDICTING = "resident-predicting"
 """All resident, and every prediction made for nothing: what predicting costs a step."""
 EAGER_SLOTS = 25
-"""Per cent; the host-driven and the profiled arms run at this one alone."""
+"""Per cent; host-driven arms for several sequences and profiled arms run at this one alone."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class Arm:
     config: EngineConfig
     recall: float | None = None
     """Of the replayed predictions."""
-    warm_up_tokens: int = WARM_UP_TOKENS
+    has_cache: bool = True
 
 
 def arms_at(slots: int, batch: int, recalls: list[float]) -> Iterator[Arm]:
@@ -121,11 +120,12 @@ def arms_at(slots: int, batch: int, recalls: list[float]) -> Iterator[Arm]:
         yield Arm(name, config, recall)
         if slots == EAGER_SLOTS and batch == 1:
             yield Arm(f"{name}-every", replace(config, prefetch="every"), recall)
-    if slots == EAGER_SLOTS and batch == 1:
+    if slots == EAGER_SLOTS or batch == 1:
         host_lru = EngineConfig(expert_slots=share, decide_on="host", eviction="lru")
         yield Arm("eager-lru", host_lru)
+    if slots == EAGER_SLOTS:
         no_cache = EngineConfig(expert_slots=share, cache="none")
-        yield Arm("eager-no-cache", no_cache, warm_up_tokens=NO_CACHE_WARM_UP_TOKENS)
+        yield Arm("eager-no-cache", no_cache, has_cache=False)
 
 
 def difference_from_stock(engine: Engine, num_tokens: int) -> float:
@@ -223,7 +223,7 @@ class ShapeBenchmark:
     def _profile(self, arm: Arm, name: str) -> None:
         with self._opened(arm, 1) as (engine, replay):
             steps = self._steps(engine, 1)
-            self._warm_up(steps, replay, WARM_UP_TOKENS)
+            self._warm_up(steps, replay, self.args.warm_up)
             file = re.sub(r"[^\w.]+", "-", name) + ".json.gz"
             found = profile_steps(steps, replay, self.args.timelines / file, TIMELINE_TOKENS)
         print_summary(name, found)
@@ -269,13 +269,14 @@ class ShapeBenchmark:
             is_graph = isinstance(steps, GraphSteps)
             if arm.name == PREDICTING and is_graph:
                 steps.keep_looking_ahead()
-            logits, ms_per_token = self._warm_up(steps, replay, arm.warm_up_tokens)
+            warm_up = self.args.warm_up if arm.has_cache else NO_CACHE_WARM_UP_TOKENS
+            logits, ms_per_token = self._warm_up(steps, replay, warm_up)
             engine.reset_stats()
             most = self.args.tokens if is_graph else min(self.args.tokens, EAGER_TOKENS)
             num_tokens = tokens_within(self.args.cell_seconds, ms_per_token, most)
             if is_graph:  # arms of one cell are compared over the same tokens
                 num_tokens = self._num_tokens.setdefault((batch, slots), num_tokens)
-            times = steps.time(replay, arm.warm_up_tokens, num_tokens)
+            times = steps.time(replay, warm_up, num_tokens)
             stats = engine.stats()
             if arm.name == "resident":
                 self._resident_ms[batch] = statistics.median(times)
@@ -288,7 +289,7 @@ class ShapeBenchmark:
             batch,
             slots,
             times,
-            warm_up_tokens=arm.warm_up_tokens,
+            warm_up_tokens=warm_up,
             bytes_per_token=stats.bytes_per_token,
             prefetched_bytes_per_token=stats.decode.prefetched_bytes / num_tokens,
             wasted_bytes_per_token=stats.wasted_bytes_per_token,
@@ -397,6 +398,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--arms", nargs="+", default=["*"], help="patterns of the arms to run, such as prefetch-*")
     add("--context", type=int, default=512)
     add("--tokens", type=int, default=96, help="measured in a cell, after the warm-up")
+    add("--warm-up", type=int, default=32, help="tokens before the measured ones")
     add("--cell-seconds", type=float, default=4, help="measure fewer tokens than --tokens if slow")
     add("--minutes", type=float, default=9, help="begin no cell after so many")
     add("--json", type=Path)

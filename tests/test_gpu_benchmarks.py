@@ -125,7 +125,8 @@ def test_the_decode_benchmark_runs_to_its_end(
     written = json.loads(path.read_text())
     of_one = {r["arm"] for r in written["rows"]}
     assert of_one == {
-        *("resident", "on-demand", "prefetch-0.89", "prefetch-perfect"),
+        *("resident", "resident-predicting", "on-demand"),
+        *("prefetch-0.89", "prefetch-perfect"),
         *("prefetch-0.89-every", "prefetch-perfect-every"),
         *("eager-lru", "eager-no-cache", "accelerate"),
     }

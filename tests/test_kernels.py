@@ -29,7 +29,7 @@ from foreroute.runtime.device.kernels.tables import (
 from foreroute.runtime.host_store import ParameterSpec, RowLayout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NUM_SEQUENCES = 1000 if torch.cuda.is_available() else 40
+NUM_SEQUENCES = 1002 if torch.cuda.is_available() else 40
 
 
 def on_device(tables: ResidencyTables) -> ResidencyTables:

@@ -41,7 +41,7 @@ from foreroute.runtime.stats import PhaseStats, RuntimeStats
 logger = logging.getLogger(__name__)
 
 FIRST_HEAD_SHARE = 0.4
-PREDICTION_MS = 0.02  # from the router's choice until a head can begin; by kernel times
+PREDICTION_MS = 0.012  # from the router's choice until a head can begin; by kernel times
 TUNING_REPLAYS = 8
 LEAST_HEAD_SHARE = 0.1
 """Heads of a lesser share of an expert have nothing to win (docs/policies.md)."""
