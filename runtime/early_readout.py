@@ -1,0 +1,130 @@
+"""Runs the next MoE layers' attention early while decoding, for estimators that read the result."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from foreroute.data.adapters import MoEModel
+from foreroute.data.adapters.early_attention import (
+    EarlyAttention,
+    find_early_attention,
+    split_input,
+)
+from foreroute.estimators.inputs import expected_output
+from foreroute.estimators.stack import EstimatorStack
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pair:
+    """What the readout from one source layer needs."""
+
+    site: EarlyAttention
+    """The target layer's."""
+    vectors: Tensor
+    """The source layer's default vectors, [1, E, D], float32."""
+
+
+class EarlyReadouts:
+    """Gives `SourceState.readout` as it was recorded, from what a source layer saw and decided.
+
+    Mask, positions and cache are those that an earlier layer of the same kind was called with in
+    the same forward pass; nothing is read from a target layer whose kind has none so early.
+    """
+
+    def __init__(self, moe: MoEModel, stack: EstimatorStack) -> None:
+        """Find what the stack's pairs need; one tiny forward pass.
+
+        Args:
+            moe: The model; its experts' weights need not be there.
+            stack: Estimators, on the model's device; some of them read a readout.
+
+        Raises:
+            ValueError: If the model's attention cannot be run early; one line says why.
+        """
+        self._moe = moe
+        self._pairs: dict[int, _Pair] = {}
+        self._settings: dict[nn.Module, dict[str, Any]] = {}
+        name = f"{moe.geometry.model_name} ({moe.geometry.model_type})"
+        remedy = "Export runs of another --input."
+        what = "The attention-readout estimators cannot run with"
+        sites = find_early_attention(moe, what=what, remedy=remedy)
+        reading = {
+            source: target
+            for source, target in zip(stack.source_layers, stack.target_layers, strict=True)
+            if "readout" in stack.input_of(source)[0].needed
+        }
+        self.unread_targets = tuple(
+            target for target in reading.values() if sites[target].settings_from is None
+        )
+        """Layers that are not predicted: no layer before them shows mask and positions."""
+        for source, target in reading.items():
+            own_input, pair = stack.input_of(source)
+            if own_input.default_vectors is None:
+                raise ValueError(f"{what} {name}: they have no default vectors. {remedy}")
+            if target not in self.unread_targets:
+                vectors = own_input.default_vectors[pair : pair + 1]
+                self._pairs[source] = _Pair(site=sites[target], vectors=vectors)
+        reason = "no earlier layer is called with the mask and positions of layers"
+        reason = f"{reason} {list(self.unread_targets)}"
+        if not self._pairs:
+            raise ValueError(f"{what} {name}: {reason}. {remedy}")
+        if self.unread_targets:
+            logger.info("Not predicted with %s: %s.", name, reason)
+
+    def attach(self, undo: ExitStack, is_decoding: Callable[[], bool]) -> None:
+        """Watch what attention modules are called with.
+
+        Args:
+            undo: Gets the callbacks that take the hooks off.
+            is_decoding: Whether the forward pass at hand is a decode step; others are not watched.
+        """
+
+        def see(module: nn.Module, arguments: Any, settings: Any) -> None:
+            if is_decoding():
+                self._settings[module] = split_input(arguments, settings)[1]
+
+        def forget(*_: Any) -> None:
+            self._settings.clear()
+
+        for donor in {pair.site.settings_from for pair in self._pairs.values()}:
+            assert donor is not None  # only pairs that have one are kept
+            undo.callback(donor.register_forward_pre_hook(see, with_kwargs=True).remove)
+        ended = self._moe.model.register_forward_hook(forget, always_call=True)
+        undo.callback(ended.remove)
+
+    def attention_of(self, source_layer: int) -> nn.Module | None:
+        """The attention module that is run early from this layer, if any."""
+        pair = self._pairs.get(source_layer)
+        return None if pair is None else pair.site.attention
+
+    def read(
+        self, source_layer: int, *, residual: Tensor, expert_ids: Tensor, gate_weights: Tensor
+    ) -> Tensor | None:
+        """Run the target layer's attention on the source layer's quasi-hidden residual.
+
+        Args:
+            source_layer: Decoder layer index the tensors come from.
+            residual: Residual stream in front of its experts, [T, D], one token per sequence.
+            expert_ids: [T, K].
+            gate_weights: [T, K].
+
+        Returns:
+            The target layer's residual as it will be before its experts, [T, D]; None if no
+            estimator reads it.
+        """
+        pair = self._pairs.get(source_layer)
+        if pair is None:
+            return None
+        assert pair.site.settings_from is not None  # only pairs that have one are kept
+        settings = self._settings[pair.site.settings_from]
+        added = expected_output(expert_ids[None], gate_weights[None], pair.vectors)[0]  # [T, D]
+        quasi_hidden = (residual + added).to(residual.dtype).unsqueeze(1)  # [B, 1, D]
+        return pair.site.step(quasi_hidden, settings).squeeze(1)
