@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from foreroute.data.adapters import MoEModel
@@ -52,6 +53,7 @@ class EarlyReadouts:
         self._moe = moe
         self._pairs: dict[int, _Pair] = {}
         self._settings: dict[nn.Module, dict[str, Any]] = {}
+        self._done: dict[nn.Module, torch.cuda.Event] = {}
         name = f"{moe.geometry.model_name} ({moe.geometry.model_type})"
         remedy = "Export runs of another --input."
         what = "The attention-readout estimators cannot run with"
@@ -80,7 +82,10 @@ class EarlyReadouts:
             logger.info("Not predicted with %s: %s.", name, reason)
 
     def attach(self, undo: ExitStack, is_decoding: Callable[[], bool]) -> None:
-        """Watch what attention modules are called with.
+        """Watch what attention modules are called with, and run them after their early runs.
+
+        A cache may be written by both, at the same position, and the early run may be on another
+        stream.
 
         Args:
             undo: Gets the callbacks that take the hooks off.
@@ -91,24 +96,29 @@ class EarlyReadouts:
             if is_decoding():
                 self._settings[module] = split_input(arguments, settings)[1]
 
+        def wait(module: nn.Module, _: Any) -> None:
+            done = self._done.pop(module, None)
+            if done is not None:
+                torch.cuda.current_stream().wait_event(done)
+
         def forget(*_: Any) -> None:
             self._settings.clear()
+            self._done.clear()
 
+        for pair in self._pairs.values():
+            undo.callback(pair.site.attention.register_forward_pre_hook(wait).remove)
         for donor in {pair.site.settings_from for pair in self._pairs.values()}:
             assert donor is not None  # only pairs that have one are kept
             undo.callback(donor.register_forward_pre_hook(see, with_kwargs=True).remove)
         ended = self._moe.model.register_forward_hook(forget, always_call=True)
         undo.callback(ended.remove)
 
-    def attention_of(self, source_layer: int) -> nn.Module | None:
-        """The attention module that is run early from this layer, if any."""
-        pair = self._pairs.get(source_layer)
-        return None if pair is None else pair.site.attention
-
     def read(
         self, source_layer: int, *, residual: Tensor, expert_ids: Tensor, gate_weights: Tensor
     ) -> Tensor | None:
         """Run the target layer's attention on the source layer's quasi-hidden residual.
+
+        No host sync; runs on the current stream, and the true run waits for it.
 
         Args:
             source_layer: Decoder layer index the tensors come from.
@@ -127,4 +137,8 @@ class EarlyReadouts:
         settings = self._settings[pair.site.settings_from]
         added = expected_output(expert_ids[None], gate_weights[None], pair.vectors)[0]  # [T, D]
         quasi_hidden = (residual + added).to(residual.dtype).unsqueeze(1)  # [B, 1, D]
-        return pair.site.step(quasi_hidden, settings).squeeze(1)
+        readout = pair.site.step(quasi_hidden, settings).squeeze(1)
+        if readout.is_cuda:
+            done = self._done[pair.site.attention] = torch.cuda.Event()
+            done.record()
+        return readout

@@ -158,7 +158,7 @@ class Engine:
         if offloaded.device.type == "cuda" and config.decide_on != "host":
             from foreroute.runtime.device.graph_engine import GraphEngine, why_not_on_device
 
-            reason = why_not_on_device(offloaded, config)
+            reason = why_not_on_device(offloaded, config, stack)
             if reason is None:
                 return GraphEngine(offloaded, config, stack)
             logger.info("Decoding is driven by the host: %s.", reason)
