@@ -1,6 +1,7 @@
 """A decode step with its kernels and cache runs attentions early and stays as it was; on a CPU."""
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from foreroute.estimators import EstimatorSpec, EstimatorStack, predictable_laye
 from foreroute.runtime import Engine, EngineConfig
 from foreroute.runtime.device import decode_graph
 from foreroute.runtime.device.decode_graph import DecodeStep
+from foreroute.runtime.device.graph_engine import why_not_on_device
 from foreroute.runtime.device.predictor import DevicePredictor
 from foreroute.runtime.offload import offload
 
@@ -150,3 +152,15 @@ def test_the_device_predicts_from_readouts_what_the_host_predicts(
         prefetcher.predict = compared  # type: ignore[method-assign]
         forced_steps(engine)
     assert num_compared == STEPS * len(prefetcher.stack.source_layers)
+
+
+def test_the_gpu_takes_readouts_and_leaves_a_layers_own_input_to_the_host(tiny_moe: Any) -> None:
+    offloaded = offload(copy.deepcopy(tiny_moe.model), device=CPU, model_name="tiny")
+    on_gpu = dataclasses.replace(offloaded, device=torch.device("cuda"))
+    config, moe = EngineConfig(policy="prefetch"), offloaded.moe
+    own = EstimatorStack.training_free(
+        moe.geometry, moe.anchors, horizon=0, input_kind="pre-attention"
+    )
+    assert why_not_on_device(on_gpu, config, readout_stack(moe)) is None
+    assert why_not_on_device(on_gpu, config, own) == "pre-attention estimators are run by the host"
+    assert why_not_on_device(on_gpu, EngineConfig(policy="on-demand"), own) is None
