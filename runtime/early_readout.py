@@ -30,7 +30,25 @@ class _Pair:
     site: EarlyAttention
     """The target layer's."""
     vectors: Tensor
-    """The source layer's default vectors, [1, E, D], float32."""
+    """The source layer's default vectors, [E, D], float32."""
+
+
+def add_expected_output(
+    residual: Tensor, expert_ids: Tensor, gate_weights: Tensor, default_vectors: Tensor
+) -> Tensor:
+    """The quasi-hidden residual, computed as it is when it is recorded.
+
+    Args:
+        residual: [T, D].
+        expert_ids: [T, K].
+        gate_weights: [T, K].
+        default_vectors: [E, D].
+
+    Returns:
+        [T, D], in the residual's dtype.
+    """
+    added = expected_output(expert_ids[None], gate_weights[None], default_vectors[None])[0]
+    return (residual + added).to(residual.dtype)
 
 
 class EarlyReadouts:
@@ -50,6 +68,8 @@ class EarlyReadouts:
         Raises:
             ValueError: If the model's attention cannot be run early; one line says why.
         """
+        self.add_expected_output = add_expected_output
+        """Makes a quasi-hidden residual; an engine may put a kernel in its place."""
         self._moe = moe
         self._pairs: dict[int, _Pair] = {}
         self._settings: dict[nn.Module, dict[str, Any]] = {}
@@ -72,7 +92,7 @@ class EarlyReadouts:
             if own_input.default_vectors is None:
                 raise ValueError(f"{what} {name}: they have no default vectors. {remedy}")
             if target not in self.unread_targets:
-                vectors = own_input.default_vectors[pair : pair + 1]
+                vectors = own_input.default_vectors[pair]
                 self._pairs[source] = _Pair(site=sites[target], vectors=vectors)
         reason = "no earlier layer is called with the mask and positions of layers"
         reason = f"{reason} {list(self.unread_targets)}"
@@ -135,9 +155,10 @@ class EarlyReadouts:
             return None
         assert pair.site.settings_from is not None  # only pairs that have one are kept
         settings = self._settings[pair.site.settings_from]
-        added = expected_output(expert_ids[None], gate_weights[None], pair.vectors)[0]  # [T, D]
-        quasi_hidden = (residual + added).to(residual.dtype).unsqueeze(1)  # [B, 1, D]
-        readout = pair.site.step(quasi_hidden, settings).squeeze(1)
+        quasi_hidden = self.add_expected_output(
+            residual.contiguous(), expert_ids.contiguous(), gate_weights.contiguous(), pair.vectors
+        )  # [T, D]
+        readout = pair.site.step(quasi_hidden.unsqueeze(1), settings).squeeze(1)
         if readout.is_cuda:
             done = self._done[pair.site.attention] = torch.cuda.Event()
             done.record()

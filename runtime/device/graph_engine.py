@@ -17,6 +17,7 @@ from foreroute.runtime.device.expert_form import find_expert_form
 from foreroute.runtime.device.fusions import fuse_norms
 from foreroute.runtime.device.give_up import LOOK_AHEAD, ON_DEMAND, GiveUp
 from foreroute.runtime.device.kernels.fetch import WORD, fetch
+from foreroute.runtime.device.kernels.quasi_hidden import add_expected_output
 from foreroute.runtime.device.kernels.tables import (
     EMPTY,
     HEADS,
@@ -94,6 +95,8 @@ class GraphEngine(Engine):
         assert form is not None  # `why_not_on_device` was asked before
         device, dtype = self.device, offloaded.moe.model.dtype
         prefetcher = self._run.prefetcher
+        if prefetcher is not None and prefetcher.readouts is not None:
+            prefetcher.readouts.add_expected_output = add_expected_output
         self._device_run = DeviceRun(
             rule=self._run.policy.device_rule(),
             form=form,
