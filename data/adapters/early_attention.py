@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from foreroute.data.adapters.discovery import MoELayer, MoEModel
 from foreroute.data.adapters.probe import PROBE_TOKENS, Call, first_tensor, is_same_memory
@@ -23,6 +23,8 @@ CACHE_NAME = "past_key_values"
 HIDDEN_NAME = "hidden_states"
 WRITTEN_AGAIN = "is_written_again"
 """A cache layer that says so of itself overwrites in the true run what an early one wrote."""
+GROWING_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+"""Cache layers that make new tensors for a new token; others may write into those they have."""
 KIND_ATTRIBUTES = ("sliding_window", "is_sliding", "attention_type", "layer_type")
 
 
@@ -262,18 +264,11 @@ def _shadow(cache: Any, layer_idx: int) -> Any:
     if layer_idx < len(layers):
         if getattr(layers[layer_idx], WRITTEN_AGAIN, False):
             return cache
-        layers[layer_idx] = _apart(layers[layer_idx])
+        own = layers[layer_idx]
+        layers[layer_idx] = copy.copy(own) if type(own) in GROWING_LAYERS else copy.deepcopy(own)
     shadow = copy.copy(cache)
     shadow.layers = layers
     return shadow
-
-
-def _apart(layer: Any) -> Any:
-    """A copy of a cache layer; the tensors too, where the layer writes in place."""
-    apart = copy.copy(layer)
-    if not isinstance(layer, DynamicLayer):
-        vars(apart).update({n: v.clone() for n, v in vars(layer).items() if isinstance(v, Tensor)})
-    return apart
 
 
 def _twice(value: Any, length: int) -> Any:
