@@ -22,6 +22,9 @@ from foreroute.estimators.stack import EstimatorStack
 
 logger = logging.getLogger(__name__)
 
+REFUSAL = "The attention-readout estimators cannot run with"
+REMEDY = "Export runs of another --input."
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Pair:
@@ -74,32 +77,31 @@ class EarlyReadouts:
         self._pairs: dict[int, _Pair] = {}
         self._settings: dict[nn.Module, dict[str, Any]] = {}
         self._done: dict[nn.Module, torch.cuda.Event] = {}
-        name = f"{moe.geometry.model_name} ({moe.geometry.model_type})"
-        remedy = "Export runs of another --input."
-        what = "The attention-readout estimators cannot run with"
-        sites = find_early_attention(moe, what=what, remedy=remedy)
-        reading = {
-            source: target
-            for source, target in zip(stack.source_layers, stack.target_layers, strict=True)
-            if "readout" in stack.input_of(source)[0].needed
-        }
-        self.unread_targets = tuple(
-            target for target in reading.values() if sites[target].settings_from is None
-        )
-        """Layers that are not predicted: no layer before them shows mask and positions."""
-        for source, target in reading.items():
+        sites = find_early_attention(moe, what=REFUSAL, remedy=REMEDY)
+        unread = []
+        for source, target in zip(stack.source_layers, stack.target_layers, strict=True):
             own_input, pair = stack.input_of(source)
-            if own_input.default_vectors is None:
-                raise ValueError(f"{what} {name}: they have no default vectors. {remedy}")
-            if target not in self.unread_targets:
-                vectors = own_input.default_vectors[pair]
-                self._pairs[source] = _Pair(site=sites[target], vectors=vectors)
+            if "readout" not in own_input.needed:
+                continue
+            if sites[target].settings_from is None:
+                unread.append(target)
+                continue
+            assert own_input.default_vectors is not None  # a readout is recorded with them
+            vectors = own_input.default_vectors[pair]
+            self._pairs[source] = _Pair(site=sites[target], vectors=vectors)
+        self.unread_targets = tuple(unread)
+        """Layers that are not predicted: no layer before them shows mask and positions."""
+        if unread:
+            self._say_what_is_unread()
+
+    def _say_what_is_unread(self) -> None:
+        geometry = self._moe.geometry
+        name = f"{geometry.model_name} ({geometry.model_type})"
         reason = "no earlier layer is called with the mask and positions of layers"
         reason = f"{reason} {list(self.unread_targets)}"
         if not self._pairs:
-            raise ValueError(f"{what} {name}: {reason}. {remedy}")
-        if self.unread_targets:
-            logger.info("Not predicted with %s: %s.", name, reason)
+            raise ValueError(f"{REFUSAL} {name}: {reason}. {REMEDY}")
+        logger.info("Not predicted with %s: %s.", name, reason)
 
     def attach(self, undo: ExitStack, is_decoding: Callable[[], bool]) -> None:
         """Watch what attention modules are called with, and run them after their early runs.

@@ -337,5 +337,11 @@ def test_from_traces_to_tokens_a_readout_predicts_better_than_the_quasi_hidden_s
         with Engine.from_pretrained("bundled", bundle=bundle, expert_slots="25%") as engine:
             assert torch.equal(greedy(engine, ids[:, :20]), expected)
             recall[input_kind] = measured_recall(engine, ids, 32)
+    also, mixed = [tmp_path / "run-attention-readout"], tmp_path / "bundle-mixed"
+    export_estimator(tmp_path / "run-quasi-hidden", mixed, also=also)
+    with Engine.from_pretrained("bundled", bundle=mixed, expert_slots="25%") as engine:
+        assert torch.equal(greedy(engine, ids[:, :20]), expected)
+        recall["mixed"] = measured_recall(engine, ids, 32)
+    assert recall["mixed"] > recall["quasi-hidden"]
     assert recall["attention-readout"] > recall["quasi-hidden"] + 0.02
     assert recall["pre-attention"] > 0.5
