@@ -16,6 +16,7 @@ import logging
 import statistics
 import subprocess
 import sys
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from foreroute.data.corpus import documents
 from foreroute.estimators import EstimatorSpec, EstimatorStack
 from foreroute.estimators.artifacts import read_json
 from foreroute.estimators.pairs import predictable_layers
+from foreroute.estimators.types import InputKind
 from foreroute.export.bundle import load_bundle
 from foreroute.export.export import export_estimator
 from foreroute.runtime import Engine, EngineConfig
@@ -49,7 +51,9 @@ from foreroute.train.run import FitConfig
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_bundled_model.py"
 LOG_LINES = 12
 HOST_SLOTS = "25%"
-"""The host-driven arms run at this share alone."""
+"""The host-driven arms and those with a readout run at this share alone."""
+INPUTS: dict[str, InputKind] = {"trained": "quasi-hidden", "readout": "attention-readout"}
+"""What each bundle's estimators read, by the name in the arms."""
 CHARACTERS_PER_TOKEN = 4
 TINY: dict[str, Any] = {
     "model_minutes": 0.05,
@@ -111,7 +115,8 @@ class Arm:
 
     name: str
     config: EngineConfig
-    uses_bundle: bool = False
+    bundle: str | None = None
+    """Name of the estimators; the training-free next router if None."""
 
     @property
     def is_driven_by_host(self) -> bool:
@@ -177,14 +182,25 @@ def record(args: argparse.Namespace, folder: Path, fields: str) -> dict[str, Any
     return held | {"prose_source": "descriptions and manuals of installed packages"}
 
 
-def train_estimators(args: argparse.Namespace) -> dict[str, Any]:
-    """Estimators of all layers, exported; their metrics."""
-    traces, run = args.work / "traces", args.work / "run"
-    geometry = load_geometry(traces)
-    spec = EstimatorSpec(form="low-rank", target_layers=predictable_layers(geometry, 1))
+def train_estimators(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Estimators of all layers, exported; their metrics.
+
+    Args:
+        args: The command line.
+        name: One of `INPUTS`.
+    """
+    traces, run = args.work / "traces", args.work / f"run-{name}"
+    layers = predictable_layers(load_geometry(traces), 1)
+    spec = EstimatorSpec(form="low-rank", input_kind=INPUTS[name], target_layers=layers)
     metrics = train_estimator(traces, spec, FitConfig(), run, resume=True)
-    export_estimator(run, args.work / "bundle", overwrite=True)
+    export_estimator(run, bundle_folder(args, name), overwrite=True)
     return metrics
+
+
+def bundle_folder(args: argparse.Namespace, name: str) -> Path:
+    """Where the estimators of that name are exported to."""
+    folder: Path = args.work / f"bundle-{name}"
+    return folder
 
 
 def load_geometry(traces: Path) -> Any:
@@ -194,20 +210,20 @@ def load_geometry(traces: Path) -> Any:
     return Traces.open(traces).geometry
 
 
-def arms_at(slots: str, *, has_bundle: bool) -> list[Arm]:
-    """All arms of an engine at one share of slots."""
+def arms_at(slots: str, bundles: Collection[str]) -> list[Arm]:
+    """All arms of an engine at one share of slots, with these estimators."""
 
-    def arm(name: str, *, uses_bundle: bool = False, **settings: Any) -> Arm:
-        return Arm(name, EngineConfig(**({"expert_slots": slots} | settings)), uses_bundle)
+    def arm(name: str, bundle: str | None = None, **settings: Any) -> Arm:
+        return Arm(name, EngineConfig(**({"expert_slots": slots} | settings)), bundle)
 
     found = [arm("on-demand"), arm("prefetch-next-router", policy="prefetch")]
-    if has_bundle:
-        found.append(arm("prefetch-trained", policy="prefetch", uses_bundle=True))
+    for bundle in bundles:
+        if bundle == "trained" or slots == HOST_SLOTS:
+            found.append(arm(f"prefetch-{bundle}", bundle, policy="prefetch"))
+        if slots == HOST_SLOTS:
+            every = {"policy": "prefetch", "prefetch": "every"}
+            found.append(arm(f"prefetch-{bundle}-every", bundle, **every))
     if slots == HOST_SLOTS:
-        if has_bundle:
-            found.append(
-                arm("prefetch-trained-every", uses_bundle=True, policy="prefetch", prefetch="every")
-            )
         found += [
             arm("eager-lru", decide_on="host", eviction="lru"),
             arm("eager-no-cache", cache="none"),
@@ -245,7 +261,7 @@ class ArmsBenchmark:
             prompts: [1, P] each; the first also warms up.
         """
         self.args, self.results, self.offloaded, self.prompts = args, results, offloaded, prompts
-        self.stack: EstimatorStack | None = None
+        self.stacks: dict[str, EstimatorStack] = {}
         geometry = offloaded.moe.geometry
         self.label = f"{geometry.num_layers} layers x {geometry.num_experts} experts, trained here"
         self._link_gb_s = link_bandwidth(offloaded.store.rows[0], offloaded.device)
@@ -265,7 +281,7 @@ class ArmsBenchmark:
         args = self.args
         length = args.host_new_tokens if arm.is_driven_by_host else args.new_tokens
         prompts = self.prompts[:1] if arm.is_driven_by_host else self.prompts
-        stack = self.stack if arm.uses_bundle else None
+        stack = self.stacks[arm.bundle] if arm.bundle else None
         with Engine.open(self.offloaded, arm.config, stack) as engine:
             if arm.name == "resident":
                 engine.fill_slots()
@@ -439,21 +455,26 @@ def main() -> int:
             quiet(args.work / "record.log"),
         ):
             results.set(traces=record(args, folder, fields), recorded_fields=fields)
-    with results.phase("estimators"), results.cell("estimators"):
-        with quiet(args.work / "estimators.log"):
-            metrics = train_estimators(args)
-        recalls = {name: round(value, 4) for name, value in metrics["mean"].items()}
-        results.set(recall_at_k=recalls, held_out_tokens=metrics["num_held_out_tokens"])
-        print(f"recall@k (budget = top-k): {recalls}", flush=True)
+    for name, key in {"trained": "recall_at_k", "readout": "readout_recall_at_k"}.items():
+        if name == "readout" and "readout" not in results.content.get("recorded_fields", ""):
+            continue
+        with results.phase("estimators"), results.cell(f"estimators {name}"):
+            with quiet(args.work / f"estimators-{name}.log"):
+                metrics = train_estimators(args, name)
+            recalls = {kind: round(value, 4) for kind, value in metrics["mean"].items()}
+            results.set(**{key: recalls}, held_out_tokens=metrics["num_held_out_tokens"])
+            print(f"{name}, recall@k (budget = top-k): {recalls}", flush=True)
     with results.phase("load"):
         offloaded = load_offloaded(str(folder), dtype=args.dtype, device=args.device)
     benchmark = ArmsBenchmark(args, results, offloaded, prompts_of(folder, args))
-    with results.cell("bundle"):
-        benchmark.stack = load_bundle(args.work / "bundle").stack
+    for name in INPUTS:
+        if bundle_folder(args, name).is_dir():
+            with results.cell(f"bundle {name}"):
+                benchmark.stacks[name] = load_bundle(bundle_folder(args, name)).stack
     print(f"expert: {offloaded.expert_bytes / 1e6:.2f} MB; {offloaded.moe.geometry.describe()}")
     benchmark.run(Arm("resident", EngineConfig(expert_slots="100%")))
     for slots in args.slots:
-        for arm in arms_at(slots, has_bundle=benchmark.stack is not None):
+        for arm in arms_at(slots, benchmark.stacks):
             benchmark.run(arm)
     benchmark.run_accelerate(folder)
     return results.finish()

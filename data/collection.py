@@ -18,10 +18,10 @@ from rich.progress import Progress
 from torch import Tensor
 
 from foreroute.data.adapters import MoEModel
+from foreroute.data.adapters.early_attention import find_early_attention
 from foreroute.data.batch import RecordedBatch, record_batch
 from foreroute.data.corpus import documents, token_sequences, windows
 from foreroute.data.disk import free_bytes
-from foreroute.data.early_attention import find_early_attention
 from foreroute.data.layout import shard_bytes
 from foreroute.data.manifest import MANIFEST_FILE, StopReason, TraceManifest, read_manifest
 from foreroute.data.recorder import EarlyReadout, RoutingRecorder

@@ -19,8 +19,8 @@ from foreroute.data.adapters import (
     routed_through,
     router_logits_of,
 )
+from foreroute.data.adapters.early_attention import EarlyAttention, decoder_layer, split_input
 from foreroute.data.adapters.seam import held_function
-from foreroute.data.early_attention import EarlyAttention, decoder_layer, split_input
 from foreroute.data.expert_sums import HeldExperts, StockExperts, SummedExperts
 from foreroute.estimators.inputs import expected_output
 from foreroute.estimators.types import RoutingRecord

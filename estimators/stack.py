@@ -260,6 +260,15 @@ class EstimatorStack(nn.Module):
         """Which of its parts predicts each pair, [P]."""
         return (0,) * len(self.target_layers)
 
+    def input_of(self, source_layer: int) -> tuple[SourceInput, int]:
+        """What one pair reads: the input of its part, and the pair's place there.
+
+        Args:
+            source_layer: One of `source_layers`.
+        """
+        pair = self._pair_of[source_layer]
+        return self.parts[self.part_of_pairs[pair]].input, pair
+
     @property
     def input_fields(self) -> tuple[str, ...]:
         """Fields of `SourceState` that it reads."""

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from foreroute.data.adapters import MoELayer, first_tensor, routed_through, router_logits_of
+from foreroute.data.adapters.early_attention import decoder_layer
 from foreroute.data.adapters.seam import SEAM_NAME
 from foreroute.estimators.stack import EstimatorStack
 from foreroute.export.bundle import load_bundle
 from foreroute.runtime.config import EngineConfig
+from foreroute.runtime.early_readout import EarlyReadouts
 from foreroute.runtime.layer import OffloadedLayer
 from foreroute.runtime.offload import OffloadedModel, load_offloaded
 from foreroute.runtime.planning.machine import find_profile
@@ -30,6 +32,10 @@ from foreroute.runtime.timing import TimingStreamer
 from foreroute.runtime.transfers import Transfers
 
 logger = logging.getLogger(__name__)
+
+ATTENTION_SHARE = 0.5
+"""Of a layer's compute, taken to be its attention: what there is to hide behind of a fetch for
+experts that are predicted from their own layer's input."""
 
 
 class Engine:
@@ -152,7 +158,7 @@ class Engine:
         if offloaded.device.type == "cuda" and config.decide_on != "host":
             from foreroute.runtime.device.graph_engine import GraphEngine, why_not_on_device
 
-            reason = why_not_on_device(offloaded, config)
+            reason = why_not_on_device(offloaded, config, stack)
             if reason is None:
                 return GraphEngine(offloaded, config, stack)
             logger.info("Decoding is driven by the host: %s.", reason)
@@ -174,7 +180,10 @@ class Engine:
             )
         if stack is None:
             stack = EstimatorStack.training_free(geometry, self.offloaded.moe.anchors)
-        return Prefetcher(stack.to(self.device), budget)
+        stack, readouts = stack.to(self.device), None
+        if "readout" in stack.input_fields:
+            readouts = EarlyReadouts(self.offloaded.moe, stack)
+        return Prefetcher(stack, budget, readouts)
 
     def _make_budget(self) -> PrefetchBudget | None:
         """What decides on prefetches; speculative execution needs every prediction."""
@@ -219,7 +228,7 @@ class Engine:
             layer.target = by_idx[target_idx] if target_idx is not None else None
             if layer.target is not None:
                 distance = self.layers.index(layer.target) - self.layers.index(layer)
-                layer.target.seen_from = distance
+                layer.target.seen_from = distance or ATTENTION_SHARE
 
     def _attach(self) -> None:
         if self.model.get_experts_implementation() == {"": SEAM_NAME}:
@@ -229,11 +238,16 @@ class Engine:
         self._attachments.enter_context(routed_through(self.model, handlers))
         needs_logits = self.config.on_miss == "predicted" and self.config.weights == "true"
         needs_logits = needs_logits or self._run.policy.likely_bonus > 0
+        prefetcher = self._run.prefetcher
+        if prefetcher is not None and prefetcher.readouts is not None:
+            prefetcher.readouts.attach(self._attachments, lambda: not self._run.is_prefill)
         for moe_layer, own in zip(moe_layers, self.layers, strict=True):
-            if self._run.prefetcher is not None:
+            if prefetcher is not None:
                 self._hook_residual(moe_layer, own)
                 if moe_layer.is_input_apart:
                     self._hook_router_input(moe_layer, own)
+                if "layer_input" in prefetcher.stack.input_fields:
+                    self._hook_layer_input(moe_layer, own)
             if needs_logits:
                 self._hook_router(moe_layer, own)
         handle = self.model.register_forward_pre_hook(self._begin_forward, with_kwargs=True)
@@ -245,6 +259,16 @@ class Engine:
 
         source = moe_layer.residual_source
         handle = source.register_forward_pre_hook(keep, with_kwargs=True)
+        self._attachments.callback(handle.remove)
+
+    def _hook_layer_input(self, moe_layer: MoELayer, own: OffloadedLayer) -> None:
+        def keep(_: nn.Module, inputs: tuple[Any, ...], settings: dict[str, Any]) -> None:
+            own.layer_input = first_tensor(inputs, settings).flatten(0, -2)
+            if own.target is own and not self._run.is_prefill:
+                own.expect_own(own.layer_input)
+
+        decoder = decoder_layer(self.offloaded.moe, moe_layer)
+        handle = decoder.register_forward_pre_hook(keep, with_kwargs=True)
         self._attachments.callback(handle.remove)
 
     def _hook_router_input(self, moe_layer: MoELayer, own: OffloadedLayer) -> None:

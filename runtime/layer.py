@@ -39,13 +39,15 @@ class OffloadedLayer:
         self.residency = residency
         self.target: OffloadedLayer | None = None
         """The layer whose experts are predicted from this one's state."""
-        self.seen_from = 1
-        """Layers from the one whose state predicts this one."""
+        self.seen_from = 1.0
+        """Layers from the state that predicts this one; a part of one if that is its own input."""
         self.num_calls = 0
         self.residual: Tensor | None = None
         """Set by a hook, [T, D]; only where estimators read it."""
         self.router_input: Tensor | None = None
         """Set by a hook, [T, D]; only where estimators read it and the experts read another."""
+        self.layer_input: Tensor | None = None
+        """Set by a hook on the decoder layer, [T, D]; only where estimators read it."""
         self.router_logits: Tensor | None = None
         """Set by a hook on the router, [T, E]; only where speculation needs it."""
         self._run = run
@@ -117,19 +119,39 @@ class OffloadedLayer:
 
         The prediction stands on the experts that run here, which speculation may have replaced.
         """
-        if self.target is None or self._run.prefetcher is None:
+        prefetcher = self._run.prefetcher
+        if prefetcher is None or self.target is None or self.target is self:
             return true_ids.tolist(), None
         assert self.residual is not None  # the engine hooks the norm wherever it prefetches
-        logits, ranked = self._run.prefetcher.predict(
+        logits, ranked = prefetcher.predict(
             self.layer_idx,
             residual=self.residual,
             router_input=router_input if self.router_input is None else self.router_input,
             expert_ids=run_ids,
             gate_weights=run_weights,
+            layer_input=self.layer_input,
         )
+        return self._to_host(true_ids, ranked, logits)
+
+    def expect_own(self, layer_input: Tensor) -> None:
+        """Load what is predicted for this layer from what enters it, before its attention runs.
+
+        Args:
+            layer_input: Of one token per sequence, [T, D].
+        """
+        assert self._run.prefetcher is not None  # the engine calls this where there are estimators
+        logits, ranked = self._run.prefetcher.predict(self.layer_idx, layer_input=layer_input)
+        _, prediction = self._to_host(ranked[:, :0], ranked, logits)
+        self.expect(prediction)
+
+    def _to_host(
+        self, true_ids: Tensor, ranked: Tensor, logits: Tensor
+    ) -> tuple[list[list[int]], Prediction]:
+        """True ids [T, any], and a prediction from its ranking [T, budget] and logits [T, E]."""
         top_k, end = true_ids.shape[-1], true_ids.shape[-1] + ranked.shape[-1]
         columns = [true_ids, ranked]
         if self._run.budget is not None:
+            assert self._run.prefetcher is not None  # it gave the logits
             chances = self._run.prefetcher.probabilities(self.layer_idx, logits)  # [T, E]
             columns = [true_ids.float(), ranked.float(), chances.gather(-1, ranked)]
         rows = torch.cat(columns, dim=-1).tolist()

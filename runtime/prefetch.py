@@ -9,9 +9,7 @@ from torch import Tensor
 
 from foreroute.estimators.calibration import uncalibrated
 from foreroute.estimators.stack import EstimatorStack
-
-KNOWN_FIELDS = ("residual", "router_input", "expert_ids", "gate_weights")
-"""Fields of `SourceState` that the runtime has at hand when it predicts."""
+from foreroute.runtime.early_readout import EarlyReadouts
 
 
 @dataclass(frozen=True)
@@ -39,28 +37,24 @@ class Prediction:
 class Prefetcher:
     """Ranks the experts of a coming layer from the state at an earlier one."""
 
-    def __init__(self, stack: EstimatorStack, budget: int) -> None:
+    def __init__(
+        self, stack: EstimatorStack, budget: int, readouts: EarlyReadouts | None = None
+    ) -> None:
         """Use these estimators.
 
         Args:
             stack: Estimators, on the engine's device.
             budget: Experts per token and layer.
-
-        Raises:
-            ValueError: If they read what the runtime does not hand them.
+            readouts: Gives readouts; only estimators that read one need it.
         """
-        unknown = [name for name in stack.input_fields if name not in KNOWN_FIELDS]
-        if unknown:
-            raise ValueError(
-                f"These estimators read {', '.join(unknown)}, which the runtime does not compute; "
-                f"it hands them {', '.join(KNOWN_FIELDS)}. Export runs of another --input."
-            )
         self.stack = stack
         self.budget = budget
+        self.readouts = readouts
 
     def target_of(self, source_layer: int) -> int | None:
         """Decoder layer index predicted from this one, if any."""
-        return self.stack.target_of(source_layer)
+        target = self.stack.target_of(source_layer)
+        return None if self.readouts and target in self.readouts.unread_targets else target
 
     @property
     def is_calibrated(self) -> bool:
@@ -87,23 +81,41 @@ class Prefetcher:
         self,
         source_layer: int,
         *,
-        residual: Tensor,
-        router_input: Tensor,
-        expert_ids: Tensor,
-        gate_weights: Tensor,
+        residual: Tensor | None = None,
+        router_input: Tensor | None = None,
+        expert_ids: Tensor | None = None,
+        gate_weights: Tensor | None = None,
+        layer_input: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Rank the target layer's experts.
+        """Rank the target layer's experts; runs its attention early where estimators read that.
+
+        Args:
+            source_layer: Decoder layer index the tensors come from.
+            residual: [T, D]; see `SourceState` for all of them.
+            router_input: [T, D].
+            expert_ids: [T, K].
+            gate_weights: [T, K].
+            layer_input: [T, D].
 
         Returns:
             Router logits as predicted, [T, E], and the budget's best experts, [T, budget], most
             likely first; both on the device.
         """
+        readout = None
+        if self.readouts is not None and residual is not None:
+            assert expert_ids is not None  # they come with the residual
+            assert gate_weights is not None
+            readout = self.readouts.read(
+                source_layer, residual=residual, expert_ids=expert_ids, gate_weights=gate_weights
+            )
         logits = self.stack.predict(
             source_layer,
             residual=residual,
             router_input=router_input,
             expert_ids=expert_ids,
             gate_weights=gate_weights,
+            readout=readout,
+            layer_input=layer_input,
         )
         ranking = self.stack.ranking(logits, source_layer)
         return logits, ranking.topk(self.budget, dim=-1).indices

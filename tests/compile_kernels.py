@@ -21,6 +21,7 @@ from foreroute.runtime.device.kernels.head import plan_head
 from foreroute.runtime.device.kernels.plan import plan
 from foreroute.runtime.device.kernels.predict import predict_logits, rank_experts
 from foreroute.runtime.device.kernels.products import expert_products
+from foreroute.runtime.device.kernels.quasi_hidden import add_expected_output
 from foreroute.runtime.device.kernels.rotary import rotate
 from foreroute.runtime.device.kernels.tables import LRU, ResidencyTables, lrfu
 from foreroute.runtime.device.kernels.top_k import softmax_top_k
@@ -108,6 +109,7 @@ def call_everything() -> None:
     routed = {"default_vectors": weight, "expert_ids": ids, "gate_weights": chances}
     predict_logits(hidden, weight, bias, eps=1e-6, **routed)
     predict_logits(hidden, weight, bias, eps=None)
+    add_expected_output(hidden, ids, chances, weight.float())
     table = torch.zeros(9)
     rank_experts(torch.zeros(1, 16), table[:1], table[:1], table, top_k=4, budget=4)
 

@@ -17,6 +17,10 @@ from foreroute.runtime.device.kernels.predict import (
     rank_experts,
     rank_experts_reference,
 )
+from foreroute.runtime.device.kernels.quasi_hidden import (
+    add_expected_output,
+    add_expected_output_reference,
+)
 from foreroute.runtime.device.kernels.rotary import rotate, rotate_reference
 from foreroute.runtime.device.kernels.top_k import softmax_top_k, softmax_top_k_reference
 
@@ -140,3 +144,17 @@ def test_ranks_and_chances_are_those_of_the_reference(budget: int) -> None:
     expected = rank_experts_reference(logits, *settings, top_k=4, budget=budget)
     assert torch.equal(ids, expected[0])
     torch.testing.assert_close(chances, expected[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("depth", [40, 768])
+def test_expected_outputs_are_added_as_the_reference_adds_them(
+    dtype: torch.dtype, depth: int
+) -> None:
+    residual, vectors = random(3, depth, dtype=dtype), random(8, depth, seed=1)
+    gates, ids = random(3, 8, seed=2).topk(2)
+    gates = gates.to(dtype)
+    got = add_expected_output(residual, ids, gates, vectors)
+    expected = add_expected_output_reference(residual, ids, gates, vectors)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])

@@ -8,7 +8,9 @@ import torch
 from tiny_models import tiny_model
 from torch import Tensor
 
+from foreroute.estimators import EstimatorStack
 from foreroute.runtime import Engine, EngineConfig
+from foreroute.runtime.device.decode_graph import DecodeGraph
 from foreroute.runtime.device.graph_engine import GraphEngine
 from foreroute.runtime.host_store import allocate_host
 from foreroute.runtime.offload import OffloadedModel, offload
@@ -272,3 +274,86 @@ def test_capturing_a_step_teaches_eviction_nothing(offloaded: OffloadedModel) ->
         assert all(not layer.tables.score.any() for layer in engine.layers)
         assert all(not layer.tables.step.any() for layer in engine.layers)
         assert engine.stats().decode.lookups == 0
+
+
+def readout_stack(offloaded: OffloadedModel, input_kind: Any = "attention-readout") -> Any:
+    geometry, anchors = offloaded.moe.geometry, offloaded.moe.anchors
+    shape = (geometry.num_layers, geometry.num_experts, geometry.hidden_size)
+    vectors = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.1
+    horizon = int(input_kind != "pre-attention")
+    settings = {"horizon": horizon, "input_kind": input_kind, "default_vectors": vectors}
+    return EstimatorStack.training_free(geometry, anchors, **settings)
+
+
+@pytest.mark.parametrize("prefetch", ["every", "budgeted"])
+@pytest.mark.parametrize("slots", ["4", "9"])
+def test_graph_with_attentions_run_early_gives_the_all_resident_logits_bit_for_bit(
+    offloaded: OffloadedModel, slots: str, prefetch: Any
+) -> None:
+    with GraphEngine(offloaded, EngineConfig(expert_slots="100%")) as engine:
+        engine.fill_slots()
+        expected = graph_logits(engine, prompt(), steps=40)
+    config = EngineConfig(expert_slots=slots, policy="prefetch", prefetch=prefetch)
+    with GraphEngine(offloaded, config, readout_stack(offloaded)) as engine:
+        for _ in range(3):  # an order that is not kept need not show at once
+            assert torch.equal(graph_logits(engine, prompt(), steps=40), expected)
+        engine.check_integrity()
+        assert engine.stats().decode.prefetches > 0
+
+
+def test_graph_with_attentions_run_early_predicts_as_well_as_the_host(
+    offloaded: OffloadedModel,
+) -> None:
+    wasted = {}
+    for decide_on in ("auto", "host"):
+        config = EngineConfig(
+            expert_slots="50%", policy="prefetch", prefetch="every", decide_on=decide_on
+        )
+        with Engine.open(offloaded, config, readout_stack(offloaded)) as engine:
+            engine.generate(prompt(), max_new_tokens=60, do_sample=False, pad_token_id=0)
+            decode = engine.stats().decode
+        wasted[decide_on] = decode.wasted_bytes / decode.prefetched_bytes
+    assert wasted["auto"] == pytest.approx(wasted["host"], abs=0.1)
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "mixtral", "deepseek_v3"])
+def test_early_attentions_change_nothing_of_other_architectures(model_type: str) -> None:
+    windowed = {"sliding_window": 8} if model_type in ("gpt_oss", "mixtral") else {}
+    model = tiny_model(model_type, **windowed, num_hidden_layers=4)
+    tokens = torch.randint(3, 60, (1, 40), generator=torch.Generator().manual_seed(1)).to(CUDA)
+    offloaded = offload(model, device=CUDA, model_name=model_type)
+    with GraphEngine(offloaded, EngineConfig(expert_slots="4")) as engine:
+        expected = graph_logits(engine, tokens, steps=20)
+    config = EngineConfig(expert_slots="4", policy="prefetch", prefetch="every")
+    with GraphEngine(offloaded, config, readout_stack(offloaded)) as engine:
+        assert torch.equal(graph_logits(engine, tokens, steps=20), expected)
+        assert engine.stats().decode.prefetches > 0
+
+
+def test_a_step_that_runs_attentions_early_never_waits_for_the_host(
+    offloaded: OffloadedModel,
+) -> None:
+    config = EngineConfig(expert_slots="6", policy="prefetch")
+    with GraphEngine(offloaded, config, readout_stack(offloaded)) as engine:
+        graph = engine.graph_for(1, 64)
+        assert isinstance(graph, DecodeGraph)  # it could be captured
+        graph.begin(torch.ones(1, 4, dtype=torch.long, device=CUDA))
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            token = torch.zeros(1, dtype=torch.long, device=CUDA)
+            for _ in range(5):
+                token = graph.replay(token).argmax(-1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_pre_attention_estimators_are_run_by_the_host(offloaded: OffloadedModel) -> None:
+    stack = readout_stack(offloaded, "pre-attention")
+    config = EngineConfig(expert_slots="6", policy="prefetch", prefetch="every")
+    settings = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    with Engine(offloaded, EngineConfig(expert_slots="6", decide_on="host")) as engine:
+        expected = engine.generate(prompt(), **settings)
+    with Engine.open(offloaded, config, stack) as engine:
+        assert type(engine) is Engine
+        assert torch.equal(engine.generate(prompt(), **settings), expected)

@@ -168,11 +168,13 @@ def test_the_end_to_end_benchmark_runs_to_its_end_and_keeps_what_is_there(
     trained = (work / "model" / "training.json").stat().st_mtime_ns
     assert [r["arm"] for r in first["rows"]] == [
         *("resident", "on-demand", "prefetch-next-router", "prefetch-trained"),
-        *("prefetch-trained-every", "eager-lru", "eager-no-cache"),
+        *("prefetch-trained-every", "prefetch-readout", "prefetch-readout-every"),
+        *("eager-lru", "eager-no-cache"),
         *("on-demand", "prefetch-next-router", "prefetch-trained", "accelerate"),
     ]
     assert all(r["same_tokens"] == 1 for r in first["rows"])  # one arithmetic on a CPU
     assert first["recall_at_k"].keys() >= {"previous-token", "next-router"}
+    assert first["readout_recall_at_k"].keys() >= {"previous-token", "next-router"}
     run_script(end_to_end_gpu, "--work", str(work), "--json", str(path), "--minutes", "0")
     assert (work / "model" / "training.json").stat().st_mtime_ns == trained
     second = json.loads(path.read_text())

@@ -84,6 +84,7 @@ def test_layers_without_an_estimator_are_refused() -> None:
         prefetcher.predict(1, **STATE)
 
 
-def test_estimators_that_read_what_the_runtime_lacks_are_refused() -> None:
-    with pytest.raises(ValueError, match="read readout, which the runtime does not compute"):
-        Prefetcher(stack_with(None, "attention-readout"), 2)
+def test_estimators_that_read_a_readout_are_not_run_without_one() -> None:
+    prefetcher = Prefetcher(stack_with(None, "attention-readout"), 2)
+    with pytest.raises(ValueError, match="attention-readout input needs readout"):
+        prefetcher.predict(0, **STATE)

@@ -7,8 +7,8 @@ import torch
 from tiny_models import tiny_model
 
 from foreroute.data.adapters import discover
+from foreroute.data.adapters.early_attention import find_early_attention
 from foreroute.data.collect import collect_traces
-from foreroute.data.early_attention import find_early_attention
 from foreroute.data.int8_rows import from_int8, to_int8
 from foreroute.data.recorder import EarlyReadout, RoutingRecorder
 from foreroute.estimators import EstimatorSpec

@@ -24,6 +24,11 @@ class DecodeCacheLayer(StaticLayer):  # type: ignore[misc]  # transformers is un
     write_at: Tensor | None = None
     """Position of the one new token, [1] int64; set while a decode step runs."""
 
+    @property
+    def is_written_again(self) -> bool:
+        """Whether a second update in the same step overwrites the first: an early attention's."""
+        return self.write_at is not None
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foreroute.estimators.stack import EstimatorStack
 from foreroute.runtime.config import EngineConfig
 from foreroute.runtime.device.decode_graph import DecodeGraph, DecodeStep
 from foreroute.runtime.device.expert_form import find_expert_form
 from foreroute.runtime.device.fusions import fuse_norms
 from foreroute.runtime.device.give_up import LOOK_AHEAD, ON_DEMAND, GiveUp
 from foreroute.runtime.device.kernels.fetch import WORD, fetch
+from foreroute.runtime.device.kernels.quasi_hidden import add_expected_output
 from foreroute.runtime.device.kernels.tables import (
     EMPTY,
     HEADS,
@@ -42,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 FIRST_HEAD_SHARE = 0.4
 PREDICTION_MS = 0.012  # from the router's choice until a head can begin; by kernel times
+READOUT_SHARE = 0.4  # of a layer's time, that an early attention takes before that; a guess
 TUNING_REPLAYS = 8
 LEAST_HEAD_SHARE = 0.1
 """Heads of a lesser share of an expert have nothing to win (docs/policies.md)."""
@@ -56,7 +59,9 @@ UNSUPPORTED_ARGUMENTS = (
 )
 
 
-def why_not_on_device(offloaded: OffloadedModel, config: EngineConfig) -> str | None:
+def why_not_on_device(
+    offloaded: OffloadedModel, config: EngineConfig, stack: EstimatorStack | None = None
+) -> str | None:
     """What keeps this model from deciding on the GPU, in one line; None if nothing does."""
     if offloaded.device.type != "cuda":
         return "it needs a CUDA device"
@@ -70,6 +75,8 @@ def why_not_on_device(offloaded: OffloadedModel, config: EngineConfig) -> str | 
         return "its experts are stored in fewer bits, which the kernels do not decode"
     if find_expert_form(offloaded.moe.layers[0].experts) is None:
         return "its experts' activation has no kernel"
+    if stack is not None and config.policy == "prefetch" and "layer_input" in stack.input_fields:
+        return "pre-attention estimators are run by the host"
     return None
 
 
@@ -88,12 +95,16 @@ class GraphEngine(Engine):
         assert form is not None  # `why_not_on_device` was asked before
         device, dtype = self.device, offloaded.moe.model.dtype
         prefetcher = self._run.prefetcher
+        if prefetcher is not None and prefetcher.readouts is not None:
+            prefetcher.readouts.add_expected_output = add_expected_output
         self._device_run = DeviceRun(
             rule=self._run.policy.device_rule(),
             form=form,
             prefill=StreamedPrefill(store.layouts[0], PREFILL_GROUP, device),
             predictor=(
-                DevicePredictor(prefetcher.stack, prefetcher.budget, dtype) if prefetcher else None
+                DevicePredictor(prefetcher.stack, prefetcher.budget, dtype, prefetcher.readouts)
+                if prefetcher
+                else None
             ),
             prefetch=self.config.prefetch,
             ahead=torch.cuda.Stream(device=device, priority=-1),
@@ -236,7 +247,10 @@ class GraphEngine(Engine):
             step_ms.append(min(replays))  # the same token again and again: nothing is missing
         expert_ms = self._fetch_ms()
         window_ms = step_ms[ON_DEMAND] / len(self.layers)
-        head_ms = min(expert_ms, max(0.0, window_ms - PREDICTION_MS))
+        prediction_ms = PREDICTION_MS
+        if self._run.prefetcher is not None and self._run.prefetcher.readouts is not None:
+            prediction_ms += READOUT_SHARE * window_ms
+        head_ms = min(expert_ms, max(0.0, window_ms - prediction_ms))
         run.set_head(head_ms / expert_ms, row_bytes)
         if run.prefetch == "budgeted" and head_ms / expert_ms < LEAST_HEAD_SHARE:
             share = f"{head_ms / expert_ms:.0%}"

@@ -9,9 +9,16 @@ from torch import Tensor
 
 from foreroute.estimators.calibration import Calibration
 from foreroute.estimators.stack import EstimatorStack
+from foreroute.estimators.types import InputKind
 from foreroute.runtime.device.kernels.predict import predict_logits, rank_experts
+from foreroute.runtime.early_readout import EarlyReadouts
 
-FOLDABLE_INPUTS = ("router-input", "residual", "quasi-hidden")
+FOLDABLE_INPUTS: tuple[InputKind, ...] = (
+    "router-input",
+    "residual",
+    "quasi-hidden",
+    "attention-readout",
+)
 TOLERANCE = 1e-3
 WIDEST_MARGIN, KNOTS_PER_MARGIN = 8, 4
 
@@ -24,8 +31,8 @@ class FoldedPair:
     """[E, D], the norm's weight folded in."""
     bias: Tensor
     """[E], float32."""
-    reads_residual: bool
-    """Whether the state is the residual; else the router input."""
+    field: str
+    """Of `SourceState`, that is the state: `router_input`, `residual` or `readout`."""
     eps: float | None
     """Of the norm; None where the state is not normed."""
     default_vectors: Tensor | None
@@ -46,10 +53,10 @@ def fold(stack: EstimatorStack, source_layer: int, dtype: torch.dtype) -> Folded
     """
     at = stack.source_layers.index(source_layer)
     pair, part = slice(at, at + 1), stack.parts[stack.part_of_pairs[at]]
-    own, reads_residual = part.input, part.input.kind != "router-input"
+    own, is_before_norm = part.input, part.input.kind != "router-input"
     if own.kind not in FOLDABLE_INPUTS or own.selection_bias is not None:
         return None
-    if reads_residual and own.norm_kind not in ("rms", "none"):
+    if is_before_norm and own.norm_kind not in ("rms", "none"):
         return None
     depth, device = stack.geometry.hidden_size, own.device
 
@@ -64,7 +71,7 @@ def fold(stack: EstimatorStack, source_layer: int, dtype: torch.dtype) -> Folded
     error = (sample @ weight.T + bias - expected).norm() / expected.norm()
     if error > TOLERANCE:
         return None
-    has_norm = reads_residual and own.norm_kind == "rms"
+    has_norm = is_before_norm and own.norm_kind == "rms"
     if has_norm:
         bias = bias + weight @ own.norm_bias[at]
         weight = weight * own.norm_weight[at]
@@ -72,7 +79,7 @@ def fold(stack: EstimatorStack, source_layer: int, dtype: torch.dtype) -> Folded
     return FoldedPair(
         weight=weight.to(dtype).contiguous(),
         bias=bias.contiguous(),
-        reads_residual=reads_residual,
+        field=own.needed[0],
         eps=own.norm_eps if has_norm else None,
         default_vectors=None if vectors is None else vectors[at].to(dtype).contiguous(),
     )
@@ -81,14 +88,22 @@ def fold(stack: EstimatorStack, source_layer: int, dtype: torch.dtype) -> Folded
 class DevicePredictor:
     """Ranks a coming layer's experts and says how likely each is; no host sync."""
 
-    def __init__(self, stack: EstimatorStack, budget: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        stack: EstimatorStack,
+        budget: int,
+        dtype: torch.dtype,
+        readouts: EarlyReadouts | None = None,
+    ) -> None:
         """Fold what can be folded; the rest runs as it is.
 
         Args:
             stack: Estimators, on the engine's device.
             budget: M, experts to rank.
             dtype: Of folded matrices.
+            readouts: Gives readouts; only estimators that read one need it.
         """
+        self._readouts = readouts
         self._stack, self._budget, self._top_k = stack, budget, stack.geometry.top_k
         self._folded = {layer: fold(stack, layer, dtype) for layer in stack.source_layers}
         calibration = stack.calibration
@@ -127,6 +142,11 @@ class DevicePredictor:
         Returns:
             Ids [T, M] int64, most likely first, and their probabilities [T, M] float32.
         """
+        readout = None
+        if self._readouts is not None and residual is not None:
+            readout = self._readouts.read(
+                source_layer, residual=residual, expert_ids=expert_ids, gate_weights=gate_weights
+            )
         folded = self._folded[source_layer]
         if folded is None:
             logits = self._stack.predict(
@@ -135,10 +155,12 @@ class DevicePredictor:
                 router_input=router_input,
                 expert_ids=expert_ids,
                 gate_weights=gate_weights,
+                readout=readout,
             )
             scores = self._stack.ranking(logits, source_layer).float().contiguous()
         else:
-            state = residual if folded.reads_residual else router_input
+            states = {"residual": residual, "router_input": router_input, "readout": readout}
+            state = states[folded.field]
             assert state is not None
             scores = predict_logits(
                 state.contiguous(),

@@ -44,7 +44,7 @@ class PrefetchBudget:
         predicted: Iterable[tuple[int, float]],
         *,
         kept: Collection[int],
-        ahead: int = 1,
+        ahead: float = 1,
     ) -> Iterator[int]:
         """Experts to fetch now; the caller gives each its slot before it asks for the next.
 
@@ -53,7 +53,7 @@ class PrefetchBudget:
             state: Its slots.
             predicted: Distinct experts and their probabilities.
             kept: Experts that may not be evicted for them.
-            ahead: Layers until then.
+            ahead: Layers of compute until then.
 
         Yields:
             Absent experts, likeliest first.

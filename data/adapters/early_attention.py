@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,14 +12,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from foreroute.data.adapters import MoELayer, MoEModel, first_tensor
-from foreroute.data.adapters.probe import Call, is_same_memory
+from foreroute.data.adapters.discovery import MoELayer, MoEModel
+from foreroute.data.adapters.probe import PROBE_TOKENS, Call, first_tensor, is_same_memory
+from foreroute.data.adapters.seam import routed_through
 
 TOLERANCE = 2e-2  # of the largest residual: two ways to round in bfloat16
-PROBE_TOKENS = 5
 CACHE_NAME = "past_key_values"
 HIDDEN_NAME = "hidden_states"
+WRITTEN_AGAIN = "is_written_again"
+"""A cache layer that says so of itself overwrites in the true run what an early one wrote."""
+GROWING_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+"""Cache layers that make new tensors for a new token; others may write into those they have."""
+KIND_ATTRIBUTES = ("sliding_window", "is_sliding", "attention_type", "layer_type")
 
 
 def decoder_layer(moe: MoEModel, layer: MoELayer) -> nn.Module:
@@ -35,6 +42,27 @@ class EarlyAttention:
 
     input_norm: nn.Module
     attention: nn.Module
+    settings_from: nn.Module | None = None
+    """Attention of an earlier layer that is called with the same mask and positions before the
+    experts of the MoE layer in front are computed; None if there is none."""
+
+    def step(self, residual: Tensor, settings: Mapping[str, Any]) -> Tensor:
+        """The residual after attention, were the layer to read this residual, while decoding.
+
+        Args:
+            residual: Approximate residual stream of one new token per sequence, [B, 1, D].
+            settings: What an attention module is called with besides; a cache in them holds the
+                past, and is left as it is.
+
+        Returns:
+            `residual` plus what attention adds, [B, 1, D].
+        """
+        cache = settings.get(CACHE_NAME)
+        if cache is not None:
+            layer_idx: Any = self.attention.layer_idx
+            settings = {**settings, CACHE_NAME: _shadow(cache, layer_idx)}
+        approximate = self.input_norm.forward(residual)
+        return residual + _hidden_of(self.attention.forward(approximate, **settings))
 
     def run(self, residual: Tensor, true_input: Tensor, settings: Mapping[str, Any]) -> Tensor:
         """The residual after attention, were the layer to read this residual.
@@ -54,11 +82,10 @@ class EarlyAttention:
         Raises:
             ValueError: If the mask is none that can be extended.
         """
-        approximate = self.input_norm.forward(residual)
         cache = settings.get(CACHE_NAME)
         if cache is not None and cache.get_seq_length(self.attention.layer_idx) > 0:
-            settings = {**settings, CACHE_NAME: _shadow(cache)}
-            return residual + _hidden_of(self.attention.forward(approximate, **settings))
+            return self.step(residual, settings)
+        approximate = self.input_norm.forward(residual)
         # The true tokens first, then their approximations, which see the true ones before them.
         length = residual.shape[1]
         settings = {name: _twice(value, length) for name, value in settings.items()}
@@ -68,8 +95,20 @@ class EarlyAttention:
         return residual + _hidden_of(self.attention.forward(both, **settings))[:, length:]
 
 
-def find_early_attention(moe: MoEModel) -> dict[int, EarlyAttention]:
+def find_early_attention(
+    moe: MoEModel,
+    *,
+    what: str = "readout cannot be recorded from",
+    remedy: str = "Leave readout out of --record.",
+) -> dict[int, EarlyAttention]:
     """The attention of every MoE layer but the first, found and checked by one tiny forward pass.
+
+    The experts are left out of it: their weights need not be there.
+
+    Args:
+        moe: The model.
+        what: Begins the message of a refusal; the model's name follows.
+        remedy: Ends it.
 
     Returns:
         By decoder layer index.
@@ -77,23 +116,83 @@ def find_early_attention(moe: MoEModel) -> dict[int, EarlyAttention]:
     Raises:
         ValueError: If a layer is not `x + attention(norm(x))`, then its MoE; says which.
     """
-    tokens = torch.arange(3, 3 + PROBE_TOKENS, device=moe.model.device).unsqueeze(0)
     watchers = [_Watcher(moe, layer) for layer in moe.layers[1:]]
-    with contextlib.ExitStack() as stack, torch.no_grad():
+    with contextlib.ExitStack() as stack:
         for watcher in watchers:
             stack.enter_context(watcher)
-        moe.model(input_ids=tokens, use_cache=False)
+        settings_of = _probed_settings(moe)
     found = {}
-    for layer, watcher in zip(moe.layers[1:], watchers, strict=True):
+    for before, layer, watcher in zip(moe.layers, moe.layers[1:], watchers, strict=False):
         site = watcher.site()
         if site is None:
             raise ValueError(
-                f"readout cannot be recorded from {moe.geometry.model_name} "
-                f"({moe.geometry.model_type}): decoder layer {layer.layer_idx} is not "
-                "x + attention(norm(x)) before its experts. Leave readout out of --record."
+                f"{what} {moe.geometry.model_name} ({moe.geometry.model_type}): decoder layer "
+                f"{layer.layer_idx} is not x + attention(norm(x)) before its experts. {remedy}"
             )
-        found[layer.layer_idx] = site
+        donor = _donor(site.attention, settings_of, before.layer_idx, moe.model.config)
+        found[layer.layer_idx] = dataclasses.replace(site, settings_from=donor)
     return found
+
+
+def _probed_settings(moe: MoEModel) -> dict[nn.Module, dict[str, Any]]:
+    """One tiny forward pass without experts: what every module of a decoder layer is called with.
+
+    Only of modules that know their layer, without what they read.
+    """
+    seen: dict[nn.Module, dict[str, Any]] = {}
+
+    def see(module: nn.Module, arguments: Any, settings: Any) -> None:
+        seen[module] = {name: value for name, value in settings.items() if name != HIDDEN_NAME}
+
+    def left_out(_: nn.Module, hidden: Tensor, *__: Tensor) -> Tensor:
+        return torch.zeros_like(hidden)
+
+    tokens = torch.arange(3, 3 + PROBE_TOKENS, device=moe.model.device).unsqueeze(0)
+    handlers = {layer.experts: left_out for layer in moe.layers}
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for module in moe.model.modules():
+            if hasattr(module, "layer_idx"):
+                handle = module.register_forward_pre_hook(see, with_kwargs=True)
+                stack.callback(handle.remove)
+        stack.enter_context(routed_through(moe.model, handlers))
+        moe.model.base_model(input_ids=tokens, use_cache=False)
+    return seen
+
+
+def _donor(
+    attention: Any, settings_of: Mapping[nn.Module, dict[str, Any]], last_idx: int, config: Any
+) -> nn.Module | None:
+    """The last attention, up to a decoder layer, whose settings are those of a later one."""
+    kind = _kind(attention, config)
+    earlier: list[Any] = [
+        module
+        for module in settings_of
+        if isinstance(module.layer_idx, int)
+        and module.layer_idx <= last_idx
+        and _kind(module, config) == kind
+    ]
+    donor = max(earlier, key=lambda module: module.layer_idx, default=None)
+    if donor is None or not _is_same(settings_of[donor], settings_of[attention]):
+        return None
+    return donor  # type: ignore[no-any-return]
+
+
+def _kind(attention: Any, config: Any) -> tuple[Any, ...]:
+    """What decides which mask and positions a model hands to an attention module."""
+    types = getattr(config.get_text_config(), "layer_types", None)
+    own_type = types[attention.layer_idx] if types else None
+    return type(attention), own_type, *(getattr(attention, n, None) for n in KIND_ATTRIBUTES)
+
+
+def _is_same(left: Any, right: Any) -> bool:
+    """Whether two settings, or two tensors in them, are equal."""
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(_is_same(left[n], right[n]) for n in left)
+    if isinstance(left, (tuple, list)) and isinstance(right, (tuple, list)):
+        return len(left) == len(right) and all(map(_is_same, left, right))
+    return left is right or bool(left == right)
 
 
 class _Watcher(contextlib.ExitStack):
@@ -159,10 +258,16 @@ def _hidden_of(output: Any) -> Tensor:
     return hidden
 
 
-def _shadow(cache: Any) -> Any:
-    """A cache with the same content, whose layers can grow without the first one growing."""
+def _shadow(cache: Any, layer_idx: int) -> Any:
+    """A cache in which one layer can take a token without the given cache changing."""
+    layers = list(cache.layers)
+    if layer_idx < len(layers):
+        if getattr(layers[layer_idx], WRITTEN_AGAIN, False):
+            return cache
+        own = layers[layer_idx]
+        layers[layer_idx] = copy.copy(own) if type(own) in GROWING_LAYERS else copy.deepcopy(own)
     shadow = copy.copy(cache)
-    shadow.layers = [copy.copy(layer) for layer in cache.layers]
+    shadow.layers = layers
     return shadow
 
 
