@@ -243,18 +243,24 @@ class EncodedWeights:
     """Stands in for a parameter [n, ...]: indexing decodes the experts asked for."""
 
     def __init__(self, parameter: EncodedParameter, parts: Mapping[str, Tensor]) -> None:
-        self._parameter = parameter
-        self._parts = parts
+        """Of one parameter.
+
+        Args:
+            parameter: How it is stored.
+            parts: What is stored, by suffix, [n, ...] each.
+        """
+        self.parameter = parameter
+        self.parts = parts
         self.dtype = parameter.dtype
         self.shape = (len(next(iter(parts.values()))), *parameter.shape)
 
     def __getitem__(self, expert_ids: Tensor | slice) -> Tensor:
         """[len(expert_ids), ...] in the parameter's dtype."""
         chosen = {}
-        for name, part in self._parts.items():  # as bytes: not every device can index 8-bit floats
+        for name, part in self.parts.items():  # as bytes: not every device can index 8-bit floats
             raw = part.view(torch.uint8) if part.dtype.itemsize == 1 else part
             chosen[name] = raw[expert_ids].view(part.dtype)
-        return self._parameter.decode(chosen)
+        return self.parameter.decode(chosen)
 
 
 def encoder_named(name: str) -> Encoder | None:

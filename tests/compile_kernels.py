@@ -25,6 +25,15 @@ from foreroute.runtime.device.kernels.quasi_hidden import add_expected_output
 from foreroute.runtime.device.kernels.rotary import rotate
 from foreroute.runtime.device.kernels.tables import LRU, ResidencyTables, lrfu
 from foreroute.runtime.device.kernels.top_k import softmax_top_k
+from foreroute.runtime.encodings import (
+    EncodedParameter,
+    EncodedWeights,
+    Fp8,
+    Fp8Blocks,
+    Int4,
+    Int8,
+    Mxfp4,
+)
 
 H100 = GPUTarget("cuda", 90, 32)
 TYPES = {
@@ -33,6 +42,8 @@ TYPES = {
     torch.int64: "*i64",
     torch.int32: "*i32",
     torch.uint8: "*u8",
+    torch.int8: "*i8",
+    torch.float16: "*fp16",
     torch.bool: "*i1",
 }
 OPTIONS = ("num_warps", "num_stages")
@@ -95,6 +106,14 @@ def call_everything() -> None:
         moved = (rows, rows, copies, copies[0, :1], tables.arrived, tables.progress)
         for demand in (None, Demand(*moved, first_bytes=48)):
             expert_products(hidden, places, chances, weights, form, hidden, demand)
+    for kind in (Int8, Fp8, Int4, Mxfp4, Fp8Blocks):
+        weights = {}
+        for name, rows, columns in (("gate_up_proj", 128, 64), ("down_proj", 64, 64)):
+            encoding = kind(rows, columns)
+            parts = {k: torch.zeros(8, *size, dtype=t) for k, (size, t) in encoding.parts().items()}
+            parameter = EncodedParameter(encoding, (rows, columns), torch.bfloat16, False)
+            weights[name] = EncodedWeights(parameter, parts)
+        expert_products(hidden, places, chances, weights, forms["rows"], hidden)
     for dtype in (torch.bfloat16, torch.float32):
         query, keys = torch.zeros(1, 8, 1, 64, dtype=dtype), torch.zeros(1, 2, 128, 64, dtype=dtype)
         mask = torch.ones(1, 1, 1, 128, dtype=torch.bool)

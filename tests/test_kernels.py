@@ -1,5 +1,7 @@
 """The Triton kernels agree with their plain references; on a CPU interpreted (conftest.py)."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -25,6 +27,14 @@ from foreroute.runtime.device.kernels.tables import (
     ResidencyTables,
     ScoreRule,
     lrfu,
+)
+from foreroute.runtime.encodings import (
+    EXPERT_DTYPES,
+    EncodedParameter,
+    EncodedWeights,
+    Encoding,
+    Fp8Blocks,
+    Mxfp4,
 )
 from foreroute.runtime.host_store import ParameterSpec, RowLayout
 
@@ -234,6 +244,65 @@ def test_products_agree_with_the_reference(name: str, dtype: torch.dtype, num_to
     tolerance = 1e-5 if dtype == torch.float32 else 8e-3
     error = (output.cpu().float() - expected).norm() / expected.norm()
     assert error < tolerance
+
+
+ENCODINGS = {
+    **EXPERT_DTYPES,
+    "mxfp4": Mxfp4,
+    "fp8-blocks": lambda rows, columns: Fp8Blocks(rows, columns, stacked=2, block=16),
+}
+
+
+def encoded(encoding: Encoding, num_slots: int, generator: torch.Generator) -> dict[str, Any]:
+    """Parts of random matrices, by suffix, [S, ..]."""
+    if not encoding.is_native:
+        matrices = torch.randn(num_slots, encoding.rows, encoding.columns, generator=generator)
+        stored = [encoding.encode(matrix) for matrix in matrices]
+        return {suffix: torch.stack([parts[suffix] for parts in stored]) for suffix in stored[0]}
+    parts: dict[str, Any] = {}
+    for suffix, (shape, dtype) in encoding.parts().items():
+        size = (num_slots, *shape)
+        if dtype == torch.float32:  # a factor
+            parts[suffix] = torch.rand(size, generator=generator) / 100
+        elif suffix == "_scales":  # an exponent
+            parts[suffix] = torch.randint(120, 132, size, dtype=dtype, generator=generator)
+        else:
+            bits = torch.randint(0, 127, size, dtype=torch.uint8, generator=generator)
+            parts[suffix] = (bits | (bits & 1) << 7).view(dtype)  # both signs, no NaN
+    return parts
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((n, torch.float32) for n in ("qwen", "gpt-oss", "nemotron")), ("gpt-oss", torch.bfloat16)],
+)
+@pytest.mark.parametrize("kind", ENCODINGS)
+def test_products_decode_experts_stored_in_fewer_bits(
+    kind: str, name: str, dtype: torch.dtype
+) -> None:
+    form, generator = FORMS[name], torch.Generator().manual_seed(3)
+    num_slots, depth, width, top_k = 3, 64, 32, 2
+    inner = (2 if form.has_gate else 1) * width
+    weights: dict[str, Any] = {}
+    for key, rows, columns in ((form.first, inner, depth), ("down_proj", depth, width)):
+        encoding = ENCODINGS[kind](rows, columns)
+        shape = (columns, rows) if form.is_transposed else (rows, columns)
+        parameter = EncodedParameter(encoding, shape, dtype, form.is_transposed)
+        parts = encoded(encoding, num_slots, generator)
+        weights[key] = EncodedWeights(parameter, {k: part.to(DEVICE) for k, part in parts.items()})
+    if name == "gpt-oss":
+        sizes = {f"{form.first}_bias": inner, "down_proj_bias": depth}
+        for key, size in sizes.items():
+            weights[key] = torch.randn(num_slots, size, generator=generator).to(DEVICE, dtype)
+    places = torch.tensor([[2, 0, 1, 2], [0, 1, 2, 3]], dtype=torch.int32, device=DEVICE)
+    hidden = torch.randn(2, depth, generator=generator).to(DEVICE, dtype)
+    gates = torch.rand(2, top_k, generator=generator).to(DEVICE)
+    output = torch.full_like(hidden, float("nan"))
+    expert_products(hidden, places, gates, weights, form, output)
+    expected = expert_products_reference(hidden, places, gates, weights, form)
+    error = (output.float() - expected).norm() / expected.norm()
+    # float32 sums in another order; Triton's interpreter cuts bfloat16 off instead of rounding
+    assert error < (1e-5 if dtype == torch.float32 else 2.5e-2)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2])

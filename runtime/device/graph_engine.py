@@ -71,8 +71,6 @@ def why_not_on_device(
         return f"eviction={config.eviction} is decided on the host"
     if len(set(map(_shape_of, offloaded.store.layouts))) > 1:
         return "its layers have experts of different shapes"
-    if any(layout.encoded for layout in offloaded.store.layouts):
-        return "its experts are stored in fewer bits, which the kernels do not decode"
     if find_expert_form(offloaded.moe.layers[0].experts) is None:
         return "its experts' activation has no kernel"
     if stack is not None and config.policy == "prefetch" and "layer_input" in stack.input_fields:

@@ -89,7 +89,7 @@ class DeviceLayer:
         self.top_k = layer.top_k
         self.rows = rows
         self.slots = torch.zeros(num_slots, rows.shape[1], dtype=torch.uint8, device=device)
-        self.weights = layout.views(self.slots)
+        self.weights = layout.weights(self.slots)
         self._first_bytes = _end_of(run.form.first, layout)
         self.tables = ResidencyTables.empty(
             len(rows), num_slots, device, trust=run.trust, counters=counters
@@ -287,6 +287,6 @@ class DeviceLayer:
 
 
 def _end_of(parameter: str, layout: RowLayout) -> int:
-    """Bytes of a row up to the end of a weight and of its bias, if there is one."""
-    specs = (layout.parameters.get(name) for name in (parameter, f"{parameter}_bias"))
-    return max(spec.offset_bytes + spec.num_bytes for spec in specs if spec is not None)
+    """Bytes of a row up to the end of a weight, with its bias and its scales if it has any."""
+    specs = [spec for name, spec in layout.parameters.items() if name.startswith(parameter)]
+    return max(spec.offset_bytes + spec.num_bytes for spec in specs)

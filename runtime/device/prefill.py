@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class _Buffer:
     """Room for one group of experts."""
 
     rows: Tensor
-    weights: dict[str, Tensor]
+    weights: dict[str, Any]
     is_free: torch.cuda.Event
     """Compute is done with what was here."""
     is_filled: torch.cuda.Event
@@ -60,7 +60,7 @@ class StreamedPrefill:
         for _ in range(2):
             rows = torch.empty(group_size, layout.row_bytes, dtype=torch.uint8, device=device)
             events = torch.cuda.Event(), torch.cuda.Event()
-            self._buffers.append(_Buffer(rows, layout.views(rows), *events))
+            self._buffers.append(_Buffer(rows, layout.weights(rows), *events))
 
     def run(
         self, layer: DeviceLayer, hidden: Tensor, expert_ids: Tensor, gate_weights: Tensor
@@ -86,16 +86,17 @@ class StreamedPrefill:
         layer.count_prompt(expert_ids)
         outputs = hidden.new_empty(flat_ids.numel(), hidden.shape[-1])  # [T * K, D]
 
-        def compute(experts: list[int], places: list[int], weights: dict[str, Tensor]) -> None:
+        def compute(experts: list[int], places: list[int], weights: dict[str, Any]) -> None:
             place_of = torch.full((num_experts,), EMPTY)
             place_of[experts] = torch.tensor(places)
             place_of_pair = place_of.to(hidden.device)[flat_ids]
             pairs = (place_of_pair != EMPTY).nonzero().squeeze(1)
+            view, rows = ExpertsView(layer.experts, weights).decoded(place_of_pair[pairs])
             outputs[pairs] = unweighted_outputs(
                 stock_experts_function("grouped_mm", layer.experts),
-                ExpertsView(layer.experts, weights),
+                view,
                 hidden[pairs // top_k],
-                place_of_pair[pairs],
+                rows,
             )
 
         if resident:

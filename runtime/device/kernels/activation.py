@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+SlotWeights = Mapping[str, Any]
+"""Parameters of all slots by name, [S, ...]: tensors, or `EncodedWeights`."""
 Activation = Literal["silu", "gelu-tanh", "relu-squared", "clamped-swish"]
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu-tanh", "relu-squared", "clamped-swish")
 
@@ -35,9 +38,7 @@ class ExpertForm:
         """Name of the first product's weight; its bias is called the same and `_bias`."""
         return "gate_up_proj" if self.has_gate else "up_proj"
 
-    def split(
-        self, weights: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    def split(self, weights: SlotWeights) -> tuple[Any, Tensor | None, Any, Tensor | None]:
         """Weight and bias of the first product (gate and up), then of the second (down).
 
         Args:

@@ -13,6 +13,7 @@ from torch import Tensor
 from foreroute.runtime.device.kernels.activation import (
     ACTIVATIONS,
     ExpertForm,
+    SlotWeights,
     activate,
     activate_reference,
 )
@@ -23,6 +24,7 @@ from foreroute.runtime.device.kernels.demand import (
     serve_demand,
     slot_named,
 )
+from foreroute.runtime.device.kernels.matrices import SlotMatrix, load_inputs, row_sums
 from foreroute.runtime.device.kernels.transposed import transposed_products
 
 # Fastest of those tried on an H100 at Qwen3-30B-A3B's shape: few rows, each read all at once.
@@ -34,6 +36,8 @@ DOWN_ROWS, DOWN_COLUMNS, DOWN_WARPS = 2, 1024, 4
 def _up_kernel(
     hidden,
     weight,
+    scales,
+    offsets,
     bias,
     places,
     inner,
@@ -50,19 +54,24 @@ def _up_kernel(
     width,
     depth,
     top_k,
-    slot_stride,
-    row_stride,
-    up_offset,
+    step,
+    apart,
     bias_slot_stride,
-    bias_row_stride,
-    bias_up_offset,
     alpha,
     limit,
+    slot_stride,
+    row_stride,
+    scale_slot_stride,
+    scale_row_stride,
+    height,
     ACTIVATION: tl.constexpr,
     HAS_GATE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    SHARED_ROWS: tl.constexpr,
     COPIERS: tl.constexpr,
     COPIES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -87,29 +96,67 @@ def _up_kernel(
         tiles_each = tl.cdiv(width, ROWS)
         pair = tl.load(places + num_pairs + tile // tiles_each)
         slot = arrived_slot(tl.load(places + pair), arrived, COPIERS)
-        inner_rows = (tile % tiles_each) * ROWS + tl.arange(0, ROWS)
-        is_row = inner_rows < width
-        base = weight + slot * slot_stride + inner_rows[:, None] * row_stride
+        at = (tile % tiles_each) * ROWS + tl.arange(0, ROWS)
+        is_at = at < width
+        row = at * step  # the gate's, or the only one
+        state = hidden + (pair // top_k) * depth
+        NUMBER: tl.constexpr = hidden.dtype.element_ty
         gate = tl.zeros([ROWS], dtype=tl.float32)
         up = tl.zeros([ROWS], dtype=tl.float32)
-        for start in range(0, depth, COLUMNS):
-            columns = start + tl.arange(0, COLUMNS)
-            is_column = columns < depth
-            mask = is_row[:, None] & is_column[None, :]
-            state = tl.load(hidden + (pair // top_k) * depth + columns, mask=is_column, other=0.0)
-            state = state.to(tl.float32)[None, :]
-            where = base + columns[None, :]
+        num_rows = (width - 1) * step + apart + 1
+        for start in range(0, depth if KIND < 3 else depth // 2, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            low, high = load_inputs(state, column, depth, KIND)
             if HAS_GATE:
-                gate += tl.sum(tl.load(where, mask=mask, other=0.0).to(tl.float32) * state, 1)
-            where += up_offset
-            up += tl.sum(tl.load(where, mask=mask, other=0.0).to(tl.float32) * state, 1)
+                gate += row_sums(
+                    weight,
+                    scales,
+                    offsets,
+                    slot,
+                    row,
+                    column,
+                    low,
+                    high,
+                    num_rows,
+                    depth,
+                    slot_stride,
+                    row_stride,
+                    scale_slot_stride,
+                    scale_row_stride,
+                    height,
+                    NUMBER,
+                    KIND,
+                    GROUP,
+                    SHARED_ROWS,
+                )
+            up += row_sums(
+                weight,
+                scales,
+                offsets,
+                slot,
+                row + apart,
+                column,
+                low,
+                high,
+                num_rows,
+                depth,
+                slot_stride,
+                row_stride,
+                scale_slot_stride,
+                scale_row_stride,
+                height,
+                NUMBER,
+                KIND,
+                GROUP,
+                SHARED_ROWS,
+            )
         if HAS_BIAS:
-            where_bias = bias + slot * bias_slot_stride + inner_rows * bias_row_stride
+            where_bias = bias + slot * bias_slot_stride + row
             if HAS_GATE:
-                gate += tl.load(where_bias, mask=is_row, other=0.0).to(tl.float32)
-            up += tl.load(where_bias + bias_up_offset, mask=is_row, other=0.0).to(tl.float32)
+                gate += tl.load(where_bias, mask=is_at, other=0.0).to(tl.float32)
+            up += tl.load(where_bias + apart, mask=is_at, other=0.0).to(tl.float32)
         value = activate(gate, up, alpha, limit, ACTIVATION, HAS_GATE)
-        tl.store(inner + pair * width + inner_rows, value, mask=is_row)
+        tl.store(inner + pair * width + at, value, mask=is_at)
 
 
 @triton.jit
@@ -117,47 +164,72 @@ def _down_kernel(
     inner,
     gate_weights,
     weight,
+    scales,
+    offsets,
     bias,
     places,
     output,
     width,
     depth,
+    bias_slot_stride,
     slot_stride,
     row_stride,
-    bias_slot_stride,
+    scale_slot_stride,
+    scale_row_stride,
+    height,
     TOP_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    SHARED_ROWS: tl.constexpr,
 ):
     token = tl.program_id(1)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    is_row = rows < depth
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    is_row = row < depth
+    NUMBER: tl.constexpr = output.dtype.element_ty
     total = tl.zeros([ROWS], dtype=tl.float32)
     for k in tl.static_range(TOP_K):
         pair = token * TOP_K + k
         slot = slot_named(tl.load(places + pair))
-        base = weight + slot * slot_stride + rows[:, None] * row_stride
         value = tl.zeros([ROWS], dtype=tl.float32)
-        for start in range(0, width, COLUMNS):
-            columns = start + tl.arange(0, COLUMNS)
-            is_column = columns < width
-            mask = is_row[:, None] & is_column[None, :]
-            state = tl.load(inner + pair * width + columns, mask=is_column, other=0.0)[None, :]
-            weights = tl.load(base + columns[None, :], mask=mask, other=0.0)
-            value += tl.sum(weights.to(tl.float32) * state, 1)
+        for start in range(0, width if KIND < 3 else width // 2, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            low, high = load_inputs(inner + pair * width, column, width, KIND)
+            value += row_sums(
+                weight,
+                scales,
+                offsets,
+                slot,
+                row,
+                column,
+                low,
+                high,
+                depth,
+                width,
+                slot_stride,
+                row_stride,
+                scale_slot_stride,
+                scale_row_stride,
+                height,
+                NUMBER,
+                KIND,
+                GROUP,
+                SHARED_ROWS,
+            )
         if HAS_BIAS:
-            where_bias = bias + slot * bias_slot_stride + rows
+            where_bias = bias + slot * bias_slot_stride + row
             value += tl.load(where_bias, mask=is_row, other=0.0).to(tl.float32)
         total += tl.load(gate_weights + pair).to(tl.float32) * value
-    tl.store(output + token * depth + rows, total.to(output.dtype.element_ty), mask=is_row)
+    tl.store(output + token * depth + row, total.to(NUMBER), mask=is_row)
 
 
 def expert_products(
     hidden: Tensor,
     places: Tensor,
     gate_weights: Tensor,
-    weights: dict[str, Tensor],
+    weights: SlotWeights,
     form: ExpertForm,
     output: Tensor,
     demand: Demand | None = None,
@@ -168,66 +240,61 @@ def expert_products(
         hidden: Router input, [T, D], contiguous; T is small (each token reads its experts anew).
         places: Where each token's experts are, as `plan` writes it, [2, T * K] int32.
         gate_weights: [T, K], float.
-        weights: The slots' parameters by name as the experts module has them, [S, ...].
+        weights: The slots' parameters by name as the experts module has them, [S, ...]; matrices
+            may be stored in fewer bits.
         form: How the module computes.
         output: Written, [T, D].
         demand: Experts to copy meanwhile; if None, all are resident.
     """
     copying = no_demand(places) if demand is None else demand.arguments()
-    if form.is_transposed:
+    first, first_bias, second, second_bias = form.split(weights)
+    if form.is_transposed and isinstance(first, Tensor):
         transposed_products(hidden, places, gate_weights, weights, form, output, copying)
         return
+    up, down = SlotMatrix.of(first), SlotMatrix.of(second)
     num_tokens, depth = hidden.shape
-    first, first_bias, second, second_bias = form.split(weights)
-    num_pairs, width = places.shape[1], second.shape[2]
+    num_pairs, width = places.shape[1], down.columns
     top_k = num_pairs // num_tokens
     inner = hidden.new_empty((num_pairs, width), dtype=torch.float32)
-    step = 2 if form.is_interleaved else 1
-    row_stride = first.stride(1)
-    apart = (1 if form.is_interleaved else width) if form.has_gate else 0
+    is_alternating = form.has_gate and form.is_interleaved
     _up_kernel[(copying["COPIERS"] + triton.cdiv(width, UP_ROWS) * num_pairs,)](
-        hidden,
-        first,
-        first if first_bias is None else first_bias,
-        places,
-        inner,
+        hidden=hidden,
+        bias=places if first_bias is None else first_bias,
+        places=places,
+        inner=inner,
         num_pairs=num_pairs,
         width=width,
         depth=depth,
         top_k=top_k,
-        slot_stride=first.stride(0),
-        row_stride=row_stride * step,
-        up_offset=row_stride * apart,
+        step=2 if is_alternating else 1,
+        apart=(1 if is_alternating else width) if form.has_gate else 0,
         bias_slot_stride=0 if first_bias is None else first_bias.stride(0),
-        bias_row_stride=step,
-        bias_up_offset=apart,
         alpha=form.alpha,
         limit=form.limit,
         ACTIVATION=ACTIVATIONS.index(form.activation),
         HAS_GATE=form.has_gate,
         HAS_BIAS=first_bias is not None,
         ROWS=UP_ROWS,
-        COLUMNS=min(UP_COLUMNS, triton.next_power_of_2(depth)),
+        COLUMNS=up.tile_width(UP_COLUMNS),
         num_warps=UP_WARPS,
+        **up.arguments(),
         **copying,
     )
     _down_kernel[(triton.cdiv(depth, DOWN_ROWS), num_tokens)](
-        inner,
-        gate_weights,
-        second,
-        second if second_bias is None else second_bias,
-        places,
-        output,
-        width,
-        depth,
-        second.stride(0),
-        second.stride(1),
-        0 if second_bias is None else second_bias.stride(0),
+        inner=inner,
+        gate_weights=gate_weights,
+        bias=places if second_bias is None else second_bias,
+        places=places,
+        output=output,
+        width=width,
+        depth=depth,
+        bias_slot_stride=0 if second_bias is None else second_bias.stride(0),
         TOP_K=top_k,
         HAS_BIAS=second_bias is not None,
         ROWS=DOWN_ROWS,
-        COLUMNS=min(DOWN_COLUMNS, triton.next_power_of_2(width)),
+        COLUMNS=down.tile_width(DOWN_COLUMNS),
         num_warps=DOWN_WARPS,
+        **down.arguments(),
     )
 
 
@@ -235,7 +302,7 @@ def expert_products_reference(
     hidden: Tensor,
     places: Tensor,
     gate_weights: Tensor,
-    weights: dict[str, Tensor],
+    weights: SlotWeights,
     form: ExpertForm,
 ) -> Tensor:
     """What `expert_products` computes, in plain PyTorch and float32; returns [T, D]."""

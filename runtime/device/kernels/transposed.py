@@ -9,7 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foreroute.runtime.device.kernels.activation import ACTIVATIONS, ExpertForm, activate
+from foreroute.runtime.device.kernels.activation import (
+    ACTIVATIONS,
+    ExpertForm,
+    SlotWeights,
+    activate,
+)
 from foreroute.runtime.device.kernels.demand import arrived_slot, serve_demand, slot_named
 
 # Fastest of those tried on an H100 at gpt-oss-20b's shape.
@@ -149,7 +154,7 @@ def transposed_products(
     hidden: Tensor,
     places: Tensor,
     gate_weights: Tensor,
-    weights: dict[str, Tensor],
+    weights: SlotWeights,
     form: ExpertForm,
     output: Tensor,
     copying: dict[str, Any],
