@@ -1,6 +1,7 @@
 """Sets the simulator beside a GPU: the same steps of the same routes, measured and simulated.
 
-    python benchmarks/simulator_agreement.py --routes qwen3-30b-a3b.route.csv
+    foreroute profile --out here.json    # on the GPU of decode_gpu.py
+    python benchmarks/simulator_agreement.py --routes qwen3-30b-a3b.route.csv --profile here.json
 
 Reads what `decode_gpu.py` measured, single sequences. Compute per layer is each shape's figure with
 all experts resident over its layers; an expert's size follows from the bytes of a cell on demand;
@@ -81,7 +82,7 @@ def main(
     Args:
         routes: The route that was replayed on the GPU.
         results: What was measured.
-        profile: The machine it was measured on.
+        profile: The machine it was measured on; nothing is fitted in a file of foreroute profile.
         first_steps: Times that the first step runs before the warm-up: two to warm up, one to
             compile.
         first_steps_with_prefetch: The same with prefetch, which captures twice and tunes itself.

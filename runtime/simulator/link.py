@@ -32,6 +32,8 @@ class LinkTimes:
     """To copy one."""
     early_ms: tuple[float, ...] = ()
     """To copy n whole experts beside compute; as on demand if empty."""
+    fetch_ms: float = 0.0
+    """The part of `demand_ms` that even a part of an expert takes whole."""
     begin_ms: float = 0.0
     """From a demand's last byte to the first of a prefetch."""
     ahead_ms: float = 0.0
@@ -72,6 +74,7 @@ class LinkTimes:
             pieces=pieces,
             piece_ms=profile.early_copy_ms(FULL_GATHER * size) / FULL_GATHER / pieces,
             early_ms=early_ms,
+            fetch_ms=min(profile.fetch_ms, demand_ms[1]),
             begin_ms=profile.begin_ms,
             ahead_ms=profile.ahead_ms,
         )
@@ -82,6 +85,7 @@ class LinkTimes:
             layer_ms=self.layer_ms,
             token_ms=self.token_ms,
             predict_ms=self.predict_ms,
+            fetch_ms=self.fetch_ms,
             begin_ms=self.begin_ms,
             ahead_ms=self.ahead_ms,
             head_share=self.head_share,
