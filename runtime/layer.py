@@ -96,7 +96,7 @@ class OffloadedLayer:
         if mode == "predicted" and prediction is not None:
             run_ids, run_weights = self._speculate(prediction, gate_weights)
         true_rows, onward = self._look_ahead(expert_ids, router_input, run_ids, run_weights)
-        if self._run.budget is not None:
+        if self._run.budget is not None and self._run.is_looking_ahead:
             needed = {expert for row in true_rows for expert in row}
             here = self.residency.cache.state.here
             has_missed = not all(here[expert] for expert in needed)
@@ -117,8 +117,23 @@ class OffloadedLayer:
 
         The prediction stands on the experts that run here, which speculation may have replaced.
         """
-        if self.target is None or self._run.prefetcher is None:
+        if self.target is None or not self._run.is_looking_ahead or not self._run.prefetcher:
             return true_ids.tolist(), None
+        with self._run.ledger.spending():
+            columns, logits, ranked = self._predict(true_ids, router_input, run_ids, run_weights)
+        top_k, end = true_ids.shape[-1], true_ids.shape[-1] + ranked.shape[-1]
+        rows = columns.tolist()
+        ids = [[int(number) for number in row[:end]] for row in rows]
+        onward = Prediction(
+            ranked, [row[top_k:] for row in ids], logits, [row[end:] for row in rows]
+        )
+        return [row[:top_k] for row in ids], onward
+
+    def _predict(
+        self, true_ids: Tensor, router_input: Tensor, run_ids: Tensor, run_weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the host needs, [T, K + M or K + 2 M], the logits, [T, E], and the ids, [T, M]."""
+        assert self._run.prefetcher is not None
         assert self.residual is not None  # the engine hooks the norm wherever it prefetches
         logits, ranked = self._run.prefetcher.predict(
             self.layer_idx,
@@ -127,17 +142,11 @@ class OffloadedLayer:
             expert_ids=run_ids,
             gate_weights=run_weights,
         )
-        top_k, end = true_ids.shape[-1], true_ids.shape[-1] + ranked.shape[-1]
         columns = [true_ids, ranked]
         if self._run.budget is not None:
             chances = self._run.prefetcher.probabilities(self.layer_idx, logits)  # [T, E]
             columns = [true_ids.float(), ranked.float(), chances.gather(-1, ranked)]
-        rows = torch.cat(columns, dim=-1).tolist()
-        ids = [[int(number) for number in row[:end]] for row in rows]
-        onward = Prediction(
-            ranked, [row[top_k:] for row in ids], logits, [row[end:] for row in rows]
-        )
-        return [row[:top_k] for row in ids], onward
+        return torch.cat(columns, dim=-1), logits, ranked
 
     def _run_exact(
         self,
@@ -217,7 +226,8 @@ class OffloadedLayer:
 
     def _prefetch_onward(self, onward: Prediction | None) -> None:
         if onward is not None and self.target is not None:
-            self.target.expect(onward)
+            with self._run.ledger.spending():
+                self.target.expect(onward)
 
     def expect(self, prediction: Prediction) -> None:
         """Load experts predicted for this layer, and remember the prediction."""
