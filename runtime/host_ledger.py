@@ -68,7 +68,7 @@ class HostLedger(Ledger):
         """Start at nothing."""
         self._saved_ms = self._spent_ms = 0.0
 
-    def close(self) -> None:
+    def close(self, num_steps: int) -> None:
         """Keep the sums."""
         self._closed = Balance(self._saved_ms, self._spent_ms)
 

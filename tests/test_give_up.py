@@ -11,7 +11,7 @@ from foreroute.runtime.policies.give_up import LOOK_AHEAD, ON_DEMAND, PERIOD_STE
 def variants(used_per_step: list[int], steps: int, cost_ms: float) -> list[int]:
     """What is chosen in each step when so many prefetches of 1 ms are used, period by period."""
     counters = torch.zeros(2, 7, dtype=torch.int32)
-    ledger = DeviceLedger(counters, lambda change: float(change[5]), TRIAL_STEPS * cost_ms)
+    ledger = DeviceLedger(counters, lambda change: float(change[5]), cost_ms)
     give_up = GiveUp(ledger, TRIAL_STEPS)
     chosen = []
     for step in range(steps):
@@ -56,6 +56,6 @@ def test_early_experts_save_what_of_their_copies_was_hidden(
     ledger.count_delay(Early(asked_at=9.998, num_copies=1))  # the rest of it is in the way
     ledger.count_delay(Early(asked_at=9.0, num_copies=1))
     assert ledger.balance() is None
-    ledger.close()
+    ledger.close(1)
     assert ledger.balance() == pytest.approx((4 + 2 + 1, 2))
     assert ledger.balance() is None

@@ -256,7 +256,7 @@ class GraphEngine(Engine):
             used = change[PREFETCHES] - change[WASTED]
             return change[TAILS] * head_ms + used * min(expert_ms, window_ms)
 
-        spent_ms = TRIAL_STEPS * (step_ms[LOOK_AHEAD] - step_ms[ON_DEMAND])
+        spent_ms = step_ms[LOOK_AHEAD] - step_ms[ON_DEMAND]
         ledger = DeviceLedger(self._counters, saved_ms, spent_ms)
         self._choose_variant = GiveUp(ledger, TRIAL_STEPS).next_variant
 

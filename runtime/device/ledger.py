@@ -23,17 +23,19 @@ class DeviceLedger(Ledger):
         Args:
             counters: Of all layers, [L, C] int32, on the device.
             saved_ms: Time saved in a trial, from the counters' change summed over layers.
-            spent_ms: What looking ahead takes in a trial.
+            spent_ms: What looking ahead takes in a step.
         """
         self._counters, self._saved_ms, self._spent_ms = counters, saved_ms, spent_ms
+        self._num_steps = 0
         self._snapshots: list[tuple[Tensor, torch.cuda.Event | None]] = []
 
     def open(self) -> None:
         """Copy the counters to the host."""
         self._snapshots = [self._snapshot()]
 
-    def close(self) -> None:
+    def close(self, num_steps: int) -> None:
         """Copy them again."""
+        self._num_steps = num_steps
         self._snapshots.append(self._snapshot())
 
     def _snapshot(self) -> tuple[Tensor, torch.cuda.Event | None]:
@@ -53,4 +55,5 @@ class DeviceLedger(Ledger):
         if event is not None and not event.query():
             return None
         self._snapshots = []
-        return Balance(self._saved_ms((after - before).sum(0).tolist()), self._spent_ms)
+        saved_ms = self._saved_ms((after - before).sum(0).tolist())
+        return Balance(saved_ms, self._spent_ms * self._num_steps)

@@ -12,6 +12,8 @@ LOOK_AHEAD, ON_DEMAND = 0, 1
 """Variants of the decode step."""
 PERIOD_STEPS = 512
 """Decode steps from one trial to the next."""
+WARM_UP_STEPS = 1
+"""Of a trial, not counted: kernels may be loaded in them."""
 
 
 class Balance(NamedTuple):
@@ -31,8 +33,8 @@ class Ledger(ABC):
         """A trial begins."""
 
     @abstractmethod
-    def close(self) -> None:
-        """The trial has ended."""
+    def close(self, num_steps: int) -> None:
+        """The trial has ended, after so many steps."""
 
     @abstractmethod
     def balance(self) -> Balance | None:
@@ -51,7 +53,7 @@ class GiveUp:
 
         Args:
             ledger: None where nothing can be saved: then no step looks ahead.
-            trial_steps: Length of a trial.
+            trial_steps: Length of a trial, its warm-up included.
         """
         self._ledger, self._trial_steps = ledger, trial_steps
         self._step = 0
@@ -63,10 +65,10 @@ class GiveUp:
             return ON_DEMAND
         at = self._step % PERIOD_STEPS
         self._step += 1
-        if at == 0:
+        if at == WARM_UP_STEPS:
             self._ledger.open()
         elif at == self._trial_steps:
-            self._ledger.close()
+            self._ledger.close(at - WARM_UP_STEPS)
         balance = self._ledger.balance()
         if balance is not None:
             self._decide(balance)
@@ -79,7 +81,7 @@ class GiveUp:
                 "Prefetch %s: a step that looks ahead saves %.3f ms and takes %.3f ms more; "
                 "tried every %d steps.",
                 "goes on" if self.is_worth_it else "rests",
-                balance.saved_ms / self._trial_steps,
-                balance.spent_ms / self._trial_steps,
+                balance.saved_ms / (self._trial_steps - WARM_UP_STEPS),
+                balance.spent_ms / (self._trial_steps - WARM_UP_STEPS),
                 PERIOD_STEPS,
             )
