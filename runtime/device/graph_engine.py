@@ -212,7 +212,10 @@ class GraphEngine(Engine):
         self._choose_variant = int  # the first
 
         def looking(ahead: bool) -> Callable[[], None]:
-            return lambda: setattr(run, "is_looking_ahead", ahead)
+            def set_up() -> None:
+                run.is_looking_ahead = self._run.is_looking_ahead = ahead
+
+            return set_up
 
         variants = [looking(False)]
         if run.predictor is not None and (batch == 1 or run.prefetch == "every"):
