@@ -12,8 +12,8 @@ from replayed_routing import Replay
 from torch import Tensor
 from transformers import StaticCache
 
-from foreroute.runtime.device.give_up import LOOK_AHEAD
 from foreroute.runtime.device.graph_engine import GraphEngine
+from foreroute.runtime.policies.give_up import LOOK_AHEAD
 
 RESTART_STEPS = 8
 """Decode so many tokens, then go back: the context stays what was asked for."""

@@ -206,7 +206,11 @@ def check_exact(stock: Any, offloaded: OffloadedModel) -> None:
     reference = {shape: greedy(stock, prompt(*shape)) for shape in GENERATED_SHAPES}
     policies = ["on-demand"] + ["prefetch"] * (offloaded.moe.found_anchors is not None)
     for policy in policies:
-        config = EngineConfig(expert_slots=str(NUM_SLOTS), policy=policy)  # type: ignore[arg-type]
+        config = EngineConfig(
+            expert_slots=str(NUM_SLOTS),
+            policy=policy,  # type: ignore[arg-type]
+            prefetch="every",
+        )
         with Engine(offloaded, config) as engine, torch.no_grad():
             for shape in PROMPT_SHAPES if policy == "on-demand" else []:
                 tokens = prompt(*shape)

@@ -1,12 +1,12 @@
 """Sets the simulator beside a GPU: the same steps of the same routes, measured and simulated.
 
-    python benchmarks/simulator_agreement.py --routes qwen3-30b-a3b.route.csv
+    foreroute profile --out here.json    # on the GPU of decode_gpu.py
+    python benchmarks/simulator_agreement.py --routes qwen3-30b-a3b.route.csv --profile here.json
 
 Reads what `decode_gpu.py` measured, single sequences. Compute per layer is each shape's figure with
 all experts resident over its layers; an expert's size follows from the bytes of a cell on demand;
 everything else comes from the profile. Slots begin empty, and steps are replayed as the GPU ran
-them: one step several times (the engine captures and tunes itself on it), the warm-up, then the
-measured ones.
+them: the first one, the warm-up, then the measured ones.
 """
 
 from __future__ import annotations
@@ -72,8 +72,7 @@ def main(
     routes: Path,
     results: Path = RESULTS / "decode_gpu.json",
     profile: str = "h100-engine",
-    first_steps: int = 3,
-    first_steps_with_prefetch: int = 21,
+    first_steps: int = 1,
     out: Path = RESULTS / "simulator_agreement.json",
 ) -> None:
     """Print measured and simulated TPOT of every cell.
@@ -81,10 +80,9 @@ def main(
     Args:
         routes: The route that was replayed on the GPU.
         results: What was measured.
-        profile: The machine it was measured on.
-        first_steps: Times that the first step runs before the warm-up: two to warm up, one to
-            compile.
-        first_steps_with_prefetch: The same with prefetch, which captures twice and tunes itself.
+        profile: The machine it was measured on; nothing is fitted in a file of foreroute profile.
+        first_steps: Times that the first step counts for eviction before the warm-up; what the
+            engine runs while it captures and tunes itself does not.
         out: Where the rows go.
     """
     rows = [row for row in _read(results)["rows"] if row["batch"] == 1]
@@ -98,9 +96,7 @@ def main(
         shape = shape_of(label, cells, recorded)
         for row in cells:
             if row["arm"].startswith(("on-demand", "prefetch-")):
-                has_prefetch = row["arm"] != "on-demand"
-                repeats = first_steps_with_prefetch if has_prefetch else first_steps
-                pairs.append(compare(row, shape, machine, repeats))
+                pairs.append(compare(row, shape, machine, first_steps))
                 _print(pairs[-1])
     worst = max(pairs, key=lambda pair: abs(pair.ratio - 1))
     verdict = "within" if abs(worst.ratio - 1) <= AGREES_WITHIN else "NOT within"

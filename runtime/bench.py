@@ -66,6 +66,9 @@ class ModeResult:
     bytes_per_token: float
     wasted_bytes_per_token: float
     late_per_token: float
+    share_ahead: float | None
+    """Share of decode steps that looked ahead; None for modes that never do. Budgeted prefetch ends
+    where it takes longer than it saves, and is tried again now and then."""
     agreement: float
     """Share of speculatively run experts that the true router chose; 1 for exact modes."""
     is_speculation_off: bool
@@ -109,6 +112,8 @@ def modes_for(
         return modes
     if has_bundle:
         modes.append(Mode(name="prefetch", config=prefetch, uses_bundle=True))
+    every = replace(prefetch, prefetch="every")
+    modes.append(Mode(name="prefetch-every", config=every, uses_bundle=has_bundle))
     if can_speculate:
         speculative = replace(prefetch, on_miss="predicted")
         modes += [
@@ -190,6 +195,8 @@ def measure_modes(
         merged = RuntimeStats.merged(stats[mode.name])
         is_exact = mode.config.is_exact
         result = _result(mode.name, merged, tokens[mode.name], is_exact, merged.hit_rate)
+        if mode.config.policy == "prefetch":
+            result = replace(result, share_ahead=merged.share_ahead)
         if needs_perplexity(mode):
             with _opened(mode, offloaded, stack) as engine:
                 result = replace(result, perplexity=_perplexity(engine, work, tick))
@@ -303,6 +310,7 @@ def _result(
         bytes_per_token=stats.bytes_per_token,
         wasted_bytes_per_token=stats.wasted_bytes_per_token,
         late_per_token=stats.late_per_token,
+        share_ahead=None,
         agreement=stats.agreement,
         is_speculation_off=stats.is_speculation_off,
         perplexity=None,

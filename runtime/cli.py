@@ -20,6 +20,7 @@ SPECULATIVE_NOTE = (
     "with predicted weights too (as the paper's engine does), skip leaves missing experts out: "
     "these three change the output."
 )
+EVERY_NOTE = "prefetch-every fetches each prediction, whether or not that pays."
 CPU_NOTE = (
     "On this CPU a fetch is a copy from memory to memory, done at once: nothing overlaps, and no "
     "figure here stands for PCIe or a GPU."
@@ -208,7 +209,9 @@ def bench(
     title = f"{model} on {target}, {slots} slots for the {geometry.num_experts} experts of a layer"
     console.print(_time_table(results, title))
     console.print(_traffic_table(results))
-    console.print(SPECULATIVE_NOTE)
+    for note in (_gave_up_note(results), EVERY_NOTE, SPECULATIVE_NOTE):
+        if note:
+            console.print(note)
     if target.type == "cpu":
         console.print(CPU_NOTE)
     if json is not None:
@@ -278,6 +281,21 @@ def _time_table(results: list[ModeResult], title: str) -> Table:
     return table
 
 
+def _gave_up_note(results: list[ModeResult]) -> str:
+    """Which modes stopped looking ahead; empty if none did."""
+    gave_up = [
+        f"{r.name} ({r.share_ahead:.0%})"
+        for r in results
+        if r.share_ahead is not None and r.share_ahead < 1
+    ]
+    if not gave_up:
+        return ""
+    return (
+        f"Gave up, as looking ahead takes longer here than it saves (share of steps that did all "
+        f"the same): {', '.join(gave_up)}."
+    )
+
+
 def _traffic_table(results: list[ModeResult]) -> Table:
     """What each mode copied, and what it did to the output."""
     table = _table(
@@ -314,6 +332,8 @@ def _cost_line(engine: Engine) -> str:
     kind = "exact" if engine.config.is_exact else f"SPECULATIVE, agreement {stats.agreement:.3f}"
     if engine.offloaded.expert_dtype != "auto":
         kind += f" with experts in {engine.offloaded.expert_dtype}"
+    if engine.config.policy == "prefetch" and stats.share_ahead < 1:
+        kind += f", given up (looked ahead in {stats.steps_ahead} of {stats.decode.forwards} steps)"
     return (
         f"[{engine.geometry.describe()}; {engine.config.policy}, {kind}; "
         f"{engine.num_slots} slots a layer; TTFT {stats.ttft_ms[-1]:.0f} ms, "

@@ -47,7 +47,8 @@ class EngineConfig:
     """`on-demand` loads an expert when the router asks; `prefetch` also loads what is predicted."""
     prefetch: PrefetchRule = "budgeted"
     """What `policy="prefetch"` loads early: `budgeted` what is expected to save more time than it
-    costs, `every` each prediction; speculative execution always loads every one."""
+    costs, and nothing while looking ahead does not pay; `every` each prediction. Speculative
+    execution always loads every one."""
     profile: str = "h100-pcie5"
     """The machine that `budgeted` decides by where the host decides: a built-in profile, or a file
     that `foreroute profile` wrote."""

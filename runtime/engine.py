@@ -17,10 +17,11 @@ from foreroute.estimators.stack import EstimatorStack
 from foreroute.export.bundle import load_bundle
 from foreroute.runtime.config import EngineConfig
 from foreroute.runtime.early_readout import EarlyReadouts
+from foreroute.runtime.host_ledger import TRIAL_STEPS, HostLedger, time_copy
 from foreroute.runtime.layer import OffloadedLayer
 from foreroute.runtime.offload import OffloadedModel, load_offloaded
 from foreroute.runtime.planning.machine import find_profile
-from foreroute.runtime.policies import PrefetchBudget, find_policy, find_prefetch_rule
+from foreroute.runtime.policies import GiveUp, PrefetchBudget, find_policy, find_prefetch_rule
 from foreroute.runtime.prefetch import Prefetcher
 from foreroute.runtime.residency import Residency
 from foreroute.runtime.run_state import RunState
@@ -82,6 +83,7 @@ class Engine:
         )
         self.layers = self._make_layers()
         self._link_targets()
+        self._run.give_up = self._make_give_up()
         if recording is not None:
             self._warm([list(layer) for layer in zip(*recording.rows(), strict=True)])
         self._attachments = contextlib.ExitStack()
@@ -197,6 +199,19 @@ class Engine:
             copy_ms=machine.copy_ms(expert_bytes),
         )
 
+    def _make_give_up(self) -> GiveUp | None:
+        """What ends prefetching that does not pay; speculative execution always looks ahead."""
+        run = self._run
+        if run.budget is None:
+            return None
+        if not run.transfers.can_hide:
+            logger.info("Nothing is prefetched: copies to this device hide behind nothing.")
+            return GiveUp(None, 0)
+        first = self.layers[0].residency
+        copy_ms = time_copy(run.transfers, first.rows[0], first.cache.slots[0])
+        run.ledger = HostLedger(copy_ms)
+        return GiveUp(run.ledger, TRIAL_STEPS)
+
     def _warm(self, rows: list[list[tuple[int, ...]]]) -> None:
         """Fill the slots with what a recording used most, [L][T], not counted in the statistics."""
         for layer, uses in zip(self.layers, rows, strict=True):
@@ -291,6 +306,8 @@ class Engine:
             tokens = kwargs["inputs_embeds"]
         self._run.is_prefill = tokens.shape[1] > 1
         self._run.phase.forwards += 1
+        if not self._run.is_prefill:
+            self._run.begin_step()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One forward pass of the model, through the engine."""

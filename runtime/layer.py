@@ -14,7 +14,7 @@ from foreroute.data.adapters import (
     stock_experts_function,
     unweighted_outputs,
 )
-from foreroute.runtime.prefetch import Prediction, distinct, most_wanted
+from foreroute.runtime.prefetch import Prediction, Prefetcher, distinct, most_wanted
 from foreroute.runtime.residency import Residency
 from foreroute.runtime.run_state import RunState
 from foreroute.runtime.slot_cache import EMPTY
@@ -98,7 +98,7 @@ class OffloadedLayer:
         if mode == "predicted" and prediction is not None:
             run_ids, run_weights = self._speculate(prediction, gate_weights)
         true_rows, onward = self._look_ahead(expert_ids, router_input, run_ids, run_weights)
-        if self._run.budget is not None:
+        if self._run.budget is not None and self._run.is_looking_ahead:
             needed = {expert for row in true_rows for expert in row}
             here = self.residency.cache.state.here
             has_missed = not all(here[expert] for expert in needed)
@@ -119,19 +119,22 @@ class OffloadedLayer:
 
         The prediction stands on the experts that run here, which speculation may have replaced.
         """
-        prefetcher = self._run.prefetcher
-        if prefetcher is None or self.target is None or self.target is self:
+        run = self._run
+        prefetcher, is_own = run.prefetcher, self.target is self
+        if prefetcher is None or not run.is_looking_ahead or self.target is None or is_own:
             return true_ids.tolist(), None
         assert self.residual is not None  # the engine hooks the norm wherever it prefetches
-        logits, ranked = prefetcher.predict(
-            self.layer_idx,
-            residual=self.residual,
-            router_input=router_input if self.router_input is None else self.router_input,
-            expert_ids=run_ids,
-            gate_weights=run_weights,
-            layer_input=self.layer_input,
-        )
-        return self._to_host(true_ids, ranked, logits)
+        with run.ledger.spending():
+            logits, ranked = prefetcher.predict(
+                self.layer_idx,
+                residual=self.residual,
+                router_input=router_input if self.router_input is None else self.router_input,
+                expert_ids=run_ids,
+                gate_weights=run_weights,
+                layer_input=self.layer_input,
+            )
+            columns = self._for_host(prefetcher, true_ids, ranked, logits)
+        return _on_host(columns, ranked, logits)
 
     def expect_own(self, layer_input: Tensor) -> None:
         """Load what is predicted for this layer from what enters it, before its attention runs.
@@ -139,27 +142,23 @@ class OffloadedLayer:
         Args:
             layer_input: Of one token per sequence, [T, D].
         """
-        assert self._run.prefetcher is not None  # the engine calls this where there are estimators
-        logits, ranked = self._run.prefetcher.predict(self.layer_idx, layer_input=layer_input)
-        _, prediction = self._to_host(ranked[:, :0], ranked, logits)
-        self.expect(prediction)
+        run, prefetcher = self._run, self._run.prefetcher
+        if prefetcher is None or not run.is_looking_ahead:
+            return
+        with run.ledger.spending():
+            logits, ranked = prefetcher.predict(self.layer_idx, layer_input=layer_input)
+            columns = self._for_host(prefetcher, ranked[:, :0], ranked, logits)
+        self.expect(_on_host(columns, ranked, logits)[1])
 
-    def _to_host(
-        self, true_ids: Tensor, ranked: Tensor, logits: Tensor
-    ) -> tuple[list[list[int]], Prediction]:
-        """True ids [T, any], and a prediction from its ranking [T, budget] and logits [T, E]."""
-        top_k, end = true_ids.shape[-1], true_ids.shape[-1] + ranked.shape[-1]
+    def _for_host(
+        self, prefetcher: Prefetcher, true_ids: Tensor, ranked: Tensor, logits: Tensor
+    ) -> Tensor:
+        """True ids [T, any], the ranking [T, M] and, for a budget, its chances, side by side."""
         columns = [true_ids, ranked]
         if self._run.budget is not None:
-            assert self._run.prefetcher is not None  # it gave the logits
-            chances = self._run.prefetcher.probabilities(self.layer_idx, logits)  # [T, E]
+            chances = prefetcher.probabilities(self.layer_idx, logits)  # [T, E]
             columns = [true_ids.float(), ranked.float(), chances.gather(-1, ranked)]
-        rows = torch.cat(columns, dim=-1).tolist()
-        ids = [[int(number) for number in row[:end]] for row in rows]
-        onward = Prediction(
-            ranked, [row[top_k:] for row in ids], logits, [row[end:] for row in rows]
-        )
-        return [row[:top_k] for row in ids], onward
+        return torch.cat(columns, dim=-1)
 
     def _run_exact(
         self,
@@ -239,7 +238,8 @@ class OffloadedLayer:
 
     def _prefetch_onward(self, onward: Prediction | None) -> None:
         if onward is not None and self.target is not None:
-            self.target.expect(onward)
+            with self._run.ledger.spending():
+                self.target.expect(onward)
 
     def expect(self, prediction: Prediction) -> None:
         """Load experts predicted for this layer, and remember the prediction."""
@@ -286,3 +286,15 @@ class OffloadedLayer:
         weights = without_missing(gate_weights, mask, self._run.gate_family)
         slot_ids = self.residency.cache.slot_ids(rows, router_input.device)
         return self._per_token(self._view, router_input, slot_ids, weights)
+
+
+def _on_host(columns: Tensor, ranked: Tensor, logits: Tensor) -> tuple[list[list[int]], Prediction]:
+    """True ids, and the prediction that stands beside them; one device-to-host sync."""
+    rows, budget = columns.tolist(), ranked.shape[-1]
+    has_chances = columns.is_floating_point()
+    top_k = columns.shape[-1] - (2 * budget if has_chances else budget)
+    end = top_k + budget
+    ids = [[int(number) for number in row[:end]] for row in rows]
+    chances = [row[end:] for row in rows]
+    onward = Prediction(ranked, [row[top_k:] for row in ids], logits, chances)
+    return [row[:top_k] for row in ids], onward

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from foreroute.runtime.host_ledger import Early
 from foreroute.runtime.run_state import RunState
 from foreroute.runtime.slot_cache import EMPTY, SlotCache
 from foreroute.runtime.transfers import Ticket
@@ -26,6 +27,7 @@ class Residency:
         self.rows = rows
         self.cache = cache
         self._run = run
+        self._early: dict[int, Early] = {}
 
     @property
     def expert_bytes(self) -> int:
@@ -45,7 +47,9 @@ class Residency:
         cache.pin(needed)
         tickets, missing = [], []
         for expert in needed:
-            ticket = cache.arriving.pop(expert, None)
+            ticket, early = cache.arriving.pop(expert, None), self._early.pop(expert, None)
+            if early is not None and cache.slot_of(expert) != EMPTY:
+                self._run.ledger.count_needed(early)
             if cache.slot_of(expert) == EMPTY:
                 missing.append(expert)
             elif ticket is not None and not ticket.is_done():
@@ -56,6 +60,8 @@ class Residency:
         if missing:
             tickets.append(self._copy(self._admit(missing)))
             phase.misses += len(missing)
+            for expert in cache.arriving.keys() & self._early.keys():
+                self._run.ledger.count_delay(self._early[expert])
         phase.lookups += len(needed)
         cache.use(needed, is_step=not self._run.is_prefill)
         cache.unpin()
@@ -128,6 +134,8 @@ class Residency:
             ticket = self._copy(slots)  # in order: of two in one slot, the one that stays is last
             stay = [expert for expert in slots if self.cache.slot_of(expert) != EMPTY]
             self.cache.arriving.update(dict.fromkeys(stay, ticket))
+            if is_prefetch:
+                self._early.update(dict.fromkeys(stay, self._run.ledger.asked(len(slots))))
 
     def _admit(self, expert_ids: Iterable[int], *, is_prefetch: bool = False) -> dict[int, int]:
         """Give absent experts slots, and count their copies; the slot of each."""

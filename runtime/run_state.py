@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 
 from foreroute.estimators.types import GateFamily
 from foreroute.runtime.config import EngineConfig
-from foreroute.runtime.policies import EvictionPolicy, PrefetchBudget
+from foreroute.runtime.host_ledger import HostLedger
+from foreroute.runtime.policies import EvictionPolicy, GiveUp, PrefetchBudget
+from foreroute.runtime.policies.give_up import LOOK_AHEAD
 from foreroute.runtime.prefetch import Prefetcher
 from foreroute.runtime.speculation import AgreementGuard
 from foreroute.runtime.stats import PhaseStats, RuntimeStats
@@ -27,9 +29,15 @@ class RunState:
     policy: EvictionPolicy
     budget: PrefetchBudget | None = None
     """Decides which predictions are fetched early; every one is if None."""
+    give_up: GiveUp | None = None
+    """Decides which decode steps look ahead; every one does if None."""
+    ledger: HostLedger = field(default_factory=HostLedger)
+    """What looking ahead saves and takes."""
     stats: RuntimeStats = field(default_factory=RuntimeStats)
     is_prefill: bool = True
     """Whether the forward pass at hand reads a prompt (else it is one decode step)."""
+    is_looking_ahead: bool = True
+    """Whether the decode step at hand predicts."""
 
     @property
     def phase(self) -> PhaseStats:
@@ -40,6 +48,12 @@ class RunState:
     def is_speculating(self) -> bool:
         """Whether this forward pass may change the output."""
         return not (self.is_prefill or self.config.is_exact) and self.guard.is_open
+
+    def begin_step(self) -> None:
+        """Decide whether a decode step looks ahead."""
+        if self.give_up is not None:
+            self.is_looking_ahead = self.give_up.next_variant() == LOOK_AHEAD
+        self.stats.steps_ahead += self.prefetcher is not None and self.is_looking_ahead
 
     def count_agreement(self, num_agreed: int, num_run: int) -> None:
         """Count how many of the experts one layer ran speculatively the true router chose."""

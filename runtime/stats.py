@@ -60,6 +60,8 @@ class RuntimeStats:
 
     prefill: PhaseStats = field(default_factory=PhaseStats)
     decode: PhaseStats = field(default_factory=PhaseStats)
+    steps_ahead: int = 0
+    """Decode steps that looked ahead; others ran on demand, because that had not paid."""
     agreed_experts: int = 0
     """Of the experts that speculative execution ran, how many the true router chose."""
     speculated_experts: int = 0
@@ -77,6 +79,7 @@ class RuntimeStats:
         return cls(
             prefill=_sum([part.prefill for part in parts]),
             decode=_sum([part.decode for part in parts]),
+            steps_ahead=sum(part.steps_ahead for part in parts),
             agreed_experts=sum(part.agreed_experts for part in parts),
             speculated_experts=sum(part.speculated_experts for part in parts),
             is_speculation_off=any(part.is_speculation_off for part in parts),
@@ -110,6 +113,11 @@ class RuntimeStats:
         return _share(self.decode.late, self.decode.forwards)
 
     @property
+    def share_ahead(self) -> float:
+        """Share of decode steps that looked ahead."""
+        return _share(self.steps_ahead, self.decode.forwards)
+
+    @property
     def agreement(self) -> float:
         """Share of speculatively run experts that the true router chose; 1 where nothing was."""
         if not self.speculated_experts:
@@ -124,6 +132,7 @@ class RuntimeStats:
             "bytes_per_token",
             "wasted_bytes_per_token",
             "late_per_token",
+            "share_ahead",
             "agreement",
         )
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in names}

@@ -23,6 +23,9 @@ class Ticket(ABC):
 class Transfers(ABC):
     """Moves experts from host memory into slots."""
 
+    can_hide = True
+    """Whether copies go on while something else computes."""
+
     @abstractmethod
     def copy(self, pairs: list[tuple[Tensor, Tensor]]) -> Ticket:
         """Ask for copies, in this order.
@@ -52,6 +55,8 @@ class _Done(Ticket):
 
 class ImmediateTransfers(Transfers):
     """Memory copies on the CPU; each is complete when `copy` returns."""
+
+    can_hide = False
 
     def copy(self, pairs: list[tuple[Tensor, Tensor]]) -> Ticket:
         """Copy now."""

@@ -18,6 +18,7 @@ from foreroute.runtime import layer as layer_module
 from foreroute.runtime.config import parse_slots
 from foreroute.runtime.offload import OffloadedModel, offload
 from foreroute.runtime.planning.planner import RESERVE_BYTES
+from foreroute.runtime.transfers import ImmediateTransfers
 
 PROMPT_SHAPES = [(1, 1), (1, 17), (3, 5), (2, 40)]
 EXACT = {
@@ -38,6 +39,12 @@ SPECULATIVE = {
     "true-weights": {"policy": "prefetch", "on_miss": "predicted"},
     "predicted-weights": {"policy": "prefetch", "on_miss": "predicted", "weights": "predicted"},
 }
+
+
+@pytest.fixture
+def hiding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if copies could hide behind compute, so that budgeted prefetch is tried."""
+    monkeypatch.setattr(ImmediateTransfers, "can_hide", True)
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +76,7 @@ def greedy(model: Any, tokens: Tensor, count: int = 12, **kwargs: Any) -> Tensor
     return output
 
 
+@pytest.mark.usefixtures("hiding")
 @pytest.mark.parametrize("mode", EXACT)
 @pytest.mark.parametrize("slots", ["2", "5", "100%"])
 def test_exact_modes_give_the_stock_logits_and_tokens_bit_for_bit(
@@ -369,6 +377,7 @@ def write_training_free_bundle(tiny: Any, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("hiding")
 def test_from_pretrained_runs_a_folder_with_its_bundle(
     tiny_moe: Any, stock: Any, tmp_path: Path
 ) -> None:
@@ -449,6 +458,7 @@ def test_a_prompt_leaves_its_most_used_experts_resident(offloaded: OffloadedMode
             assert least >= max(absent)
 
 
+@pytest.mark.usefixtures("hiding")
 def test_budgeted_prefetch_leaves_what_does_not_pay(offloaded: OffloadedModel) -> None:
     copied = {}
     for prefetch in ("every", "budgeted"):

@@ -12,6 +12,7 @@ from foreroute.estimators import EstimatorStack
 from foreroute.runtime import Engine, EngineConfig
 from foreroute.runtime.device.decode_graph import DecodeGraph
 from foreroute.runtime.device.graph_engine import GraphEngine
+from foreroute.runtime.host_ledger import TRIAL_STEPS
 from foreroute.runtime.host_store import allocate_host
 from foreroute.runtime.offload import OffloadedModel, offload
 from foreroute.runtime.transfers import StreamTransfers
@@ -92,6 +93,11 @@ def test_any_slot_count_gives_the_all_resident_logits_bit_for_bit(
         assert torch.equal(step_logits(engine, prompt(), steps=40), expected)
         engine.check_integrity()
         assert engine.stats().decode.misses > 0
+        stats = engine.stats()
+    if policy == "prefetch":
+        assert TRIAL_STEPS <= stats.steps_ahead <= stats.decode.forwards
+    else:
+        assert stats.steps_ahead == 0
 
 
 def test_exact_mode_matches_stock_transformers(offloaded: OffloadedModel, stock: Any) -> None:
@@ -157,6 +163,7 @@ def test_graph_gives_the_all_resident_logits_bit_for_bit_at_any_slot_count(
         stats = engine.stats()
     assert stats.decode.misses > 0
     assert (stats.decode.prefetches > 0) == (policy == "prefetch")
+    assert stats.share_ahead == (policy == "prefetch")
 
 
 def test_graph_matches_stock_transformers(offloaded: OffloadedModel, stock: Any) -> None:

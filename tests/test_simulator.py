@@ -156,6 +156,14 @@ def test_predicting_costs_each_layer_but_the_last_what_the_machine_says(prefetch
     assert row.tpot_ms == pytest.approx(2 * 1 + 0.25 + 0.5)
 
 
+def test_the_fixed_part_of_a_fetch_is_not_shared_out_to_a_tail() -> None:
+    times = np.array([0.0, 2.0, 3.5])
+    assert timeline.copy_ms(times, 0.0, 0.5) == 0
+    assert timeline.copy_ms(times, 0.4, 0.0) == pytest.approx(0.8)
+    assert timeline.copy_ms(times, 0.4, 0.5) == pytest.approx(0.5 + 0.4 * 1.5)
+    assert timeline.copy_ms(times, 1.4, 0.5) == pytest.approx(2.0 + 0.4 * 1.5)
+
+
 @pytest.mark.parametrize("policy", ["lru", "lfu", "lrfu", "default", "static"])
 def test_replays_evict_as_the_engines_state_does(policy: str) -> None:
     route, rule = random_route(11), find_policy(policy)

@@ -15,7 +15,6 @@ from foreroute.runtime.config import EngineConfig
 from foreroute.runtime.device.decode_graph import DecodeGraph, DecodeStep
 from foreroute.runtime.device.expert_form import find_expert_form
 from foreroute.runtime.device.fusions import fuse_norms
-from foreroute.runtime.device.give_up import LOOK_AHEAD, ON_DEMAND, GiveUp
 from foreroute.runtime.device.kernels.fetch import WORD, fetch
 from foreroute.runtime.device.kernels.quasi_hidden import add_expected_output
 from foreroute.runtime.device.kernels.tables import (
@@ -31,12 +30,14 @@ from foreroute.runtime.device.kernels.tables import (
     WHOLE,
 )
 from foreroute.runtime.device.layer import FETCH_BLOCKS, DeviceLayer, DeviceRun
+from foreroute.runtime.device.ledger import TRIAL_STEPS, DeviceLedger
 from foreroute.runtime.device.predictor import DevicePredictor
 from foreroute.runtime.device.prefill import StreamedPrefill
 from foreroute.runtime.device.sampling import decode_loop
 from foreroute.runtime.engine import Engine
 from foreroute.runtime.offload import OffloadedModel
-from foreroute.runtime.policies import find_policy
+from foreroute.runtime.policies import GiveUp, find_policy
+from foreroute.runtime.policies.give_up import LOOK_AHEAD, ON_DEMAND
 from foreroute.runtime.policies.prefetching import PRIOR_PREFETCHES
 from foreroute.runtime.stats import PhaseStats, RuntimeStats
 
@@ -115,6 +116,7 @@ class GraphEngine(Engine):
         self._device_run.set_head(FIRST_HEAD_SHARE, store.rows[0].shape[1])
         self._graph: DecodeStep | None = None
         self._choose_variant: Callable[[], int] = int
+        self._has_look_ahead = False
         num_layers = len(offloaded.moe.layers)
         self._counters = torch.zeros(num_layers, NUM_COUNTERS, dtype=torch.int32, device=device)
         self._counted_before = self._counters.clone()
@@ -129,6 +131,9 @@ class GraphEngine(Engine):
                 strict=True,
             )
         ]
+
+    def _make_give_up(self) -> None:
+        """Each captured step has its own, by the device's counters."""
 
     def _warm(self, rows: list[list[tuple[int, ...]]]) -> None:
         for layer, uses in zip(self.layers, rows, strict=True):
@@ -180,7 +185,9 @@ class GraphEngine(Engine):
     def _before_step(self) -> int:
         """Count a decode step, and choose its variant."""
         self._run.stats.decode.forwards += 1
-        return self._choose_variant()
+        variant = self._choose_variant()
+        self._run.stats.steps_ahead += self._has_look_ahead and variant == LOOK_AHEAD
+        return variant
 
     def graph_for(self, batch: int, length: int) -> DecodeStep:
         """The step for so many sequences of at most this length; captured when needed.
@@ -214,11 +221,15 @@ class GraphEngine(Engine):
         self._choose_variant = int  # the first
 
         def looking(ahead: bool) -> Callable[[], None]:
-            return lambda: setattr(run, "is_looking_ahead", ahead)
+            def set_up() -> None:
+                run.is_looking_ahead = self._run.is_looking_ahead = ahead
+
+            return set_up
 
         variants = [looking(False)]
         if run.predictor is not None and (batch == 1 or run.prefetch == "every"):
             variants = [looking(True), looking(False)]  # LOOK_AHEAD, ON_DEMAND
+        self._has_look_ahead = len(variants) > 1
         try:
             graph = DecodeGraph(self.model, batch, length, routers, variants)
         except RuntimeError as error:
@@ -260,8 +271,9 @@ class GraphEngine(Engine):
             used = change[PREFETCHES] - change[WASTED]
             return change[TAILS] * head_ms + used * min(expert_ms, window_ms)
 
-        cost_ms = step_ms[LOOK_AHEAD] - step_ms[ON_DEMAND]
-        self._choose_variant = GiveUp(self._counters, saved_ms, cost_ms).next_variant
+        spent_ms = step_ms[LOOK_AHEAD] - step_ms[ON_DEMAND]
+        ledger = DeviceLedger(self._counters, saved_ms, spent_ms)
+        self._choose_variant = GiveUp(ledger, TRIAL_STEPS).next_variant
 
     def _fetch_ms(self) -> float:
         """Time to fetch one expert that is resident already, over itself."""

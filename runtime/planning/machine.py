@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,10 @@ class MachineProfile:
     """Copies from pinned host memory to the device; on a CPU, memory to memory."""
     gather: Rates = ()
     """A kernel that reads host memory itself; empty where there is none."""
+    fetch_ms: float = 0.0
+    """The part of a fetch's time that does not grow with its size."""
+    overlap_ms: float = 0.0
+    """Of a layer's compute, what goes on while the layer's own demand is fetched."""
     layer_ms: float
     """Compute of one layer with all its experts there, of the reference model, decode, batch 1."""
     token_ms: float = 0.0
@@ -61,6 +65,8 @@ class MachineProfile:
     """One expert of the reference model."""
     layer_bytes: int
     """Weights that one layer of the reference model reads for one token."""
+    kernel_us: dict[str, float] = field(default_factory=dict)
+    """Times of single kernels, to look at."""
 
     def __post_init__(self) -> None:
         """Check every number.
@@ -72,7 +78,15 @@ class MachineProfile:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} of profile {self.name} must be positive.")
         for name in (
-            *("token_ms", "predict_ms", "begin_ms", "ahead_ms", "prefetch_gbps"),
+            *(
+                "fetch_ms",
+                "overlap_ms",
+                "token_ms",
+                "predict_ms",
+                "begin_ms",
+                "ahead_ms",
+                "prefetch_gbps",
+            ),
             *("launch_ms", "sync_ms", "pin_s_per_gib"),
         ):
             if not getattr(self, name) >= 0:

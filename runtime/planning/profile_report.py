@@ -47,6 +47,18 @@ def _table(profile: MachineProfile) -> Table:
         for size, rate in rates:
             table.add_row(f"{kind} of {format_binary_bytes(size)}", f"{rate:.1f} GB/s")
     table.add_row(f"compute, {profile.reference}", f"{profile.layer_ms:.3f} ms")
+    for what, ms in (
+        ("fixed part of a fetch", profile.fetch_ms),
+        ("from a demand to a prefetch's first byte", profile.begin_ms),
+        ("from routing to a prefetch's first byte", profile.predict_ms),
+        ("what looking ahead costs a layer", profile.ahead_ms),
+    ):
+        if ms:
+            table.add_row(what, f"{ms * 1e3:.1f} us")
+    if profile.prefetch_gbps:
+        table.add_row("prefetches beside compute", f"{profile.prefetch_gbps:.1f} GB/s")
+    for kernel, us in profile.kernel_us.items():
+        table.add_row(kernel, f"{us:.1f} us")
     table.add_row("launch", f"{profile.launch_ms * 1e3:.1f} us")
     table.add_row("wait for the device", f"{profile.sync_ms * 1e3:.1f} us")
     table.add_row("host memory", f"{profile.host_gbps:.1f} GB/s")

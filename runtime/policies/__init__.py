@@ -7,6 +7,7 @@ from foreroute.runtime.policies.eviction import (
     find_policy,
     known_policies,
 )
+from foreroute.runtime.policies.give_up import GiveUp
 from foreroute.runtime.policies.layer_state import LayerState
 from foreroute.runtime.policies.prefetching import PrefetchRule, find_prefetch_rule
 from foreroute.runtime.policies.slot_budget import (
@@ -19,6 +20,7 @@ from foreroute.runtime.policies.slot_budget import (
 __all__ = [
     "DEFAULT_POLICY",
     "EvictionPolicy",
+    "GiveUp",
     "LayerState",
     "PrefetchBudget",
     "PrefetchRule",

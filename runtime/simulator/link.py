@@ -32,6 +32,9 @@ class LinkTimes:
     """To copy one."""
     early_ms: tuple[float, ...] = ()
     """To copy n whole experts beside compute; as on demand if empty."""
+    fetch_ms: float = 0.0
+    """The part of `demand_ms` that even a part of an expert takes whole; negative where that is
+    less than what of the layer's own compute goes on beside it."""
     begin_ms: float = 0.0
     """From a demand's last byte to the first of a prefetch."""
     ahead_ms: float = 0.0
@@ -62,7 +65,11 @@ class LinkTimes:
         """
         size = expert_bytes or profile.expert_bytes
         pieces = max(1, math.ceil(size / profile.piece_bytes))
-        demand_ms = tuple(profile.copy_ms(count * size) for count in range(top_k + 1))
+        hidden_ms = min(profile.overlap_ms, profile.copy_ms(size))
+        demand_ms = tuple(
+            profile.copy_ms(count * size) - hidden_ms if count else 0.0
+            for count in range(top_k + 1)
+        )
         early_ms = tuple(profile.early_copy_ms(count * size) for count in range(top_k + 1))
         return cls(
             layer_ms=profile.layer_ms if layer_ms is None else layer_ms,
@@ -72,6 +79,7 @@ class LinkTimes:
             pieces=pieces,
             piece_ms=profile.early_copy_ms(FULL_GATHER * size) / FULL_GATHER / pieces,
             early_ms=early_ms,
+            fetch_ms=min(profile.fetch_ms - hidden_ms, demand_ms[1]),
             begin_ms=profile.begin_ms,
             ahead_ms=profile.ahead_ms,
         )
@@ -82,6 +90,7 @@ class LinkTimes:
             layer_ms=self.layer_ms,
             token_ms=self.token_ms,
             predict_ms=self.predict_ms,
+            fetch_ms=self.fetch_ms,
             begin_ms=self.begin_ms,
             ahead_ms=self.ahead_ms,
             head_share=self.head_share,

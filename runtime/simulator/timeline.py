@@ -60,6 +60,7 @@ class Machine(NamedTuple):
     layer_ms: float
     token_ms: float
     predict_ms: float
+    fetch_ms: float
     begin_ms: float
     ahead_ms: float
     head_share: float
@@ -252,8 +253,11 @@ def frequency(cache: Cache, layer: int, expert: int) -> float:
 
 
 @compiled
-def copy_ms(times: Floats, experts: float) -> float:
-    """To copy a number of experts, parts of one included, by the times of whole ones."""
+def copy_ms(times: Floats, experts: float, fixed_ms: float) -> float:
+    """To copy a number of experts, parts of one included, by the times of whole ones.
+
+    The fixed part of a copy's time is not shared out to parts of the first expert.
+    """
     most = len(times) - 1
     whole = int(experts)
     if whole >= most:
@@ -261,6 +265,8 @@ def copy_ms(times: Floats, experts: float) -> float:
     part = experts - whole
     if part == 0:
         return float(times[whole])
+    if whole == 0:
+        return max(0.0, float(fixed_ms + part * (times[1] - fixed_ms)))
     return float(times[whole] + part * (times[whole + 1] - times[whole]))
 
 
@@ -341,7 +347,7 @@ def run_all(
             asked = _prefetch_all(cache, target, guesses[target])
             if asked:
                 start = max(free, early_start(machine, known, clock))
-                free = start + copy_ms(machine.early_ms, asked)
+                free = start + copy_ms(machine.early_ms, asked, 0.0)
                 arrival[target] = free
             clock += machine.ahead_ms
         clock += machine.layer_ms
@@ -406,7 +412,7 @@ def run_head(
         known = clock
         lookups = (ids >= 0).sum()
         missing = demand(cache, layer, ids, next_use[layer])
-        clock += copy_ms(machine.demand_ms, missing + rest)
+        clock += copy_ms(machine.demand_ms, missing + rest, machine.fetch_ms)
         counts[STALL_MS] += clock - known
         counts[LOOKUPS] += lookups
         counts[HITS] += lookups - missing - (rest > 0)
@@ -517,7 +523,9 @@ def run_budgeted(
         counts[LOOKUPS] += lookups
         counts[HITS] += lookups - missing - late
         if missing or late:
-            clock = free = max(clock, free) + copy_ms(machine.demand_ms, missing + rest)
+            clock = free = max(clock, free) + copy_ms(
+                machine.demand_ms, missing + rest, machine.fetch_ms
+            )
             counts[STALL_MS] += clock - routed
             counts[FETCHED] += missing + rest
             counts[LATE] += late
