@@ -15,7 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,14 @@ from foreroute.runtime.device.kernels.products import expert_products
 from foreroute.runtime.device.kernels.rotary import rotate
 from foreroute.runtime.device.kernels.tables import ResidencyTables, lrfu
 from foreroute.runtime.device.kernels.top_k import softmax_top_k
+from foreroute.runtime.encodings import (
+    EncodedParameter,
+    EncodedWeights,
+    Encoding,
+    Int4,
+    Int8,
+    Mxfp4,
+)
 
 DEVICE = torch.device("cuda")
 CALLS, REPEATS = 48, 7
@@ -57,6 +65,8 @@ class Shape:
     head_dim: int
     form: ExpertForm
     has_bias: bool = False
+    encoding: type[Encoding] | None = None
+    """How experts are stored, if in fewer bits."""
 
 
 QWEN3 = Shape("qwen3-30b-a3b", 2048, 768, 128, 8, 32, 4, 128, ExpertForm(activation="silu"))
@@ -75,7 +85,10 @@ GPT_OSS = Shape(
     has_bias=True,
 )
 MIXTRAL = Shape("mixtral-8x7b", 4096, 14336, 8, 2, 32, 8, 128, ExpertForm(activation="silu"))
-SHAPES = (QWEN3, GPT_OSS, MIXTRAL)
+QWEN3_INT8 = replace(QWEN3, name="qwen3-30b-a3b-int8", encoding=Int8)
+QWEN3_INT4 = replace(QWEN3, name="qwen3-30b-a3b-int4", encoding=Int4)
+GPT_OSS_MXFP4 = replace(GPT_OSS, name="gpt-oss-20b-mxfp4", encoding=Mxfp4)
+SHAPES = (QWEN3, GPT_OSS, MIXTRAL, QWEN3_INT8, QWEN3_INT4, GPT_OSS_MXFP4)
 
 
 def microseconds(call: Callable[[int], object]) -> float:
@@ -109,15 +122,11 @@ class Experts:
         """Allocate the slots."""
         self.shape = shape
         gated = 2 * shape.width if shape.form.has_gate else shape.width
-        first, second = (gated, shape.hidden), (shape.hidden, shape.width)
-        if shape.form.is_transposed:
-            first, second = first[::-1], second[::-1]
-        bytes_each = 2 * (gated + shape.width) * shape.hidden
-        self.bytes_per_call = bytes_each * shape.top_k
         self.num_slots = max(shape.top_k * 3, shape.experts)
+        self.bytes_per_call = 0
         self.weights = {
-            "gate_up_proj": random(self.num_slots, *first),
-            "down_proj": random(self.num_slots, *second),
+            "gate_up_proj": self._matrices(gated, shape.hidden),
+            "down_proj": self._matrices(shape.hidden, shape.width),
         }
         if shape.has_bias:
             self.weights["gate_up_proj_bias"] = random(self.num_slots, gated)
@@ -128,6 +137,23 @@ class Experts:
         steps = torch.arange(CALLS * shape.top_k, device=DEVICE).view(CALLS, 1, shape.top_k)
         order = torch.arange(shape.top_k, device=DEVICE).expand(CALLS, 1, -1)
         self.places = torch.cat([steps % self.num_slots, order], dim=1).int()
+
+    def _matrices(self, rows: int, columns: int) -> Any:
+        """One parameter of all slots; adds what a call reads of it."""
+        shape, is_transposed = self.shape, self.shape.form.is_transposed
+        size = (columns, rows) if is_transposed else (rows, columns)
+        if shape.encoding is None:
+            self.bytes_per_call += 2 * rows * columns * shape.top_k
+            return random(self.num_slots, *size)
+        encoding = shape.encoding(rows, columns)
+        parts = {
+            suffix: torch.randint(1, 100, (self.num_slots, *part), device=DEVICE).to(dtype)
+            for suffix, (part, dtype) in encoding.parts().items()
+        }
+        self.bytes_per_call += sum(part[0].nbytes for part in parts.values()) * shape.top_k
+        return EncodedWeights(
+            EncodedParameter(encoding, size, torch.bfloat16, is_transposed), parts
+        )
 
     def run(self, i: int, demand: Demand | None = None) -> None:
         """One token's experts."""
@@ -220,8 +246,8 @@ def while_copying(shape: Shape) -> dict[str, float]:
 
     Beside them the same work one after the other: a launch that copies, then the products.
     """
-    experts, layout = Experts(shape), ["gate_up_proj", "down_proj"]
-    sizes = [experts.weights[name][0].nbytes for name in layout]
+    experts = Experts(shape)
+    sizes = [weight[0].nbytes for weight in experts.weights.values()]
     rows = torch.zeros(8, sum(sizes), dtype=torch.uint8, pin_memory=True)
     slots = torch.empty(experts.num_slots, sum(sizes), dtype=torch.uint8, device=DEVICE)
     first, second = slots.split(sizes, dim=1)
@@ -300,7 +326,7 @@ def fetch_bandwidth(expert_bytes: int) -> dict[str, float]:
 def tune(experts: Experts) -> dict[str, float]:
     """Time of the products with other tiles."""
     found = {}
-    if experts.shape.form.is_transposed:
+    if experts.shape.form.is_transposed and experts.shape.encoding is None:
         names = ("OUTPUTS", "DEPTH", "WARPS")
         module = transposed
         sizes = [(64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 8), (32, 128, 4), (32, 256, 8)]
@@ -308,6 +334,15 @@ def tune(experts: Experts) -> dict[str, float]:
         names = ("ROWS", "COLUMNS", "WARPS")
         module = products  # type: ignore[assignment]
         sizes = [(1, 1024, 2), (1, 2048, 2), (1, 2048, 4), (2, 1024, 4), (2, 2048, 4), (4, 1024, 4)]
+        if experts.shape.encoding is not None:
+            sizes += [
+                (1, 1024, 1),
+                (4, 2048, 4),
+                (4, 512, 2),
+                (8, 512, 4),
+                (8, 1024, 8),
+                (8, 256, 2),
+            ]
     for half, size in itertools.product(("UP", "DOWN"), sizes):
         with tiles(module, **{f"{half}_{n}": v for n, v in zip(names, size, strict=True)}):
             found[f"products with {half.lower()} tile {size}"] = microseconds(experts.run)
@@ -343,11 +378,12 @@ def main() -> None:
         if shape.name not in args.shapes:
             continue
         experts = Experts(shape)
-        found = around_the_experts(shape)
+        found = {} if shape.encoding else around_the_experts(shape)
         found["expert products"] = us = microseconds(experts.run)
         found["expert products: GB/s of weights"] = experts.bytes_per_call / us / 1e3
         if args.tune:
             found |= tune(experts)
+        if args.tune and not shape.encoding:
             found |= tune_predictions(shape)
         del experts
         torch.cuda.empty_cache()

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from foreroute.data.adapters import discover
 from foreroute.data.adapters.seam import is_experts_module
+from foreroute.runtime.encodings import Encoder, encoder_named, native_encoder
 from foreroute.runtime.host_store import HostExpertStore, RowLayout, allocate_host
 from foreroute.runtime.offload import OffloadedModel
 
@@ -68,6 +69,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 """Qwen3's top-k is the recording's 6 (the model's own is 8)."""
 
+SHAPES |= {
+    "gpt-oss-20b-mxfp4": SHAPES["gpt-oss-20b"] | {"expert_dtype": "mxfp4"},
+    "qwen3-30b-a3b-int8": SHAPES["qwen3-30b-a3b"] | {"expert_dtype": "int8"},
+}
+"""Experts in fewer bits: as GPT-OSS is released, and as `--expert-dtype int8` stores them."""
+MXFP4_EXPONENT = 127 - 9
+INT8_SCALE = SPREAD / 64
+
 FEWER_LAYERS = {"mixtral-8x7b": 16}
 """So that all experts fit an 80 GB GPU; rows say it in the shape's name, nothing is scaled up."""
 
@@ -95,17 +104,26 @@ class HostPool:
             device: The GPU that will read it (which also draws the numbers), or the CPU.
         """
         self._is_pinned = device.type == "cuda"
-        self._flat = allocate_host(1, num_bytes, is_pinned=self._is_pinned)[0]
+        self._flat, self._device = allocate_host(1, num_bytes, is_pinned=self._is_pinned)[0], device
+        self._fill()
+
+    def _fill(self) -> None:
         for part in self._flat.split(CHUNK_BYTES):
-            noise = torch.randn(len(part) // 2, device=device, dtype=torch.bfloat16) * SPREAD
+            noise = torch.randn(len(part) // 2, device=self._device, dtype=torch.bfloat16) * SPREAD
             part.copy_(noise.view(torch.uint8))
 
-    def rows(self, num_layers: int, num_experts: int, row_bytes: int) -> list[Tensor]:
+    def rows(self, num_layers: int, num_experts: int, layout: RowLayout) -> list[Tensor]:
         """Rows for every layer, [E, row_bytes] each; layers share them round robin.
+
+        Args:
+            num_layers: L.
+            num_experts: E.
+            layout: Of a row; scales are set so that numbers are about as large as unscaled ones.
 
         Raises:
             ValueError: If not even one layer fits.
         """
+        row_bytes = layout.row_bytes
         layer_bytes = num_experts * row_bytes
         num_distinct = min(num_layers, len(self._flat) // layer_bytes)
         if num_distinct < 1:
@@ -113,9 +131,16 @@ class HostPool:
                 f"One layer's experts take {layer_bytes:,} bytes; the pool has "
                 f"{len(self._flat):,}. Give a larger pool."
             )
+        self._fill()  # another model's scales may lie where this one's numbers do
         distinct = self._flat[: num_distinct * layer_bytes].view(
             num_distinct, num_experts, row_bytes
         )
+        scales = [name for name in layout.parameters if name.endswith("_scales")]
+        for rows in distinct if scales else ():
+            views = layout.views(rows)
+            for name in scales:
+                is_exponent = views[name].dtype == torch.uint8
+                views[name].fill_(MXFP4_EXPONENT if is_exponent else INT8_SCALE)
         return [distinct[i % num_distinct] for i in range(num_layers)]
 
     def filled(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -167,13 +192,13 @@ def build(settings: dict[str, Any], name: str, pool: HostPool, device: str) -> O
         pool: Where its experts' weights are.
         device: cuda or cpu.
     """
-    kind = settings.pop("model_type")
+    kind, expert_dtype = settings.pop("model_type"), settings.pop("expert_dtype", None)
     config = AutoConfig.for_model(kind, **settings)
     torch.manual_seed(0)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     experts = [module for module in model.modules() if is_experts_module(module)]
-    layouts = [RowLayout.of(module) for module in experts]
+    layouts = [RowLayout.of(module, _encoder(expert_dtype)) for module in experts]
     num_experts = next(iter(experts[0].parameters())).shape[0]
     for module in experts:
         module._parameters.clear()
@@ -187,8 +212,14 @@ def build(settings: dict[str, Any], name: str, pool: HostPool, device: str) -> O
             setattr(model.get_submodule(parent), attribute, fresh)
     store = HostExpertStore([], is_pinned=device == "cuda")
     store.layouts += layouts
-    store.rows += pool.rows(len(layouts), num_experts, layouts[0].row_bytes)
+    store.rows += pool.rows(len(layouts), num_experts, layouts[0])
     return OffloadedModel(discover(model.eval(), name), store, torch.device(device))
+
+
+def _encoder(expert_dtype: str | None) -> Encoder | None:
+    if expert_dtype == "mxfp4":
+        return native_encoder({"quant_method": "mxfp4"})
+    return None if expert_dtype is None else encoder_named(expert_dtype)
 
 
 def put_experts_back(offloaded: OffloadedModel, pool: HostPool, num_distinct: int = 2) -> None:

@@ -364,3 +364,24 @@ def test_pre_attention_estimators_are_run_by_the_host(offloaded: OffloadedModel)
     with Engine.open(offloaded, config, stack) as engine:
         assert type(engine) is Engine
         assert torch.equal(engine.generate(prompt(), **settings), expected)
+
+
+@pytest.mark.parametrize("expert_dtype", ["fp8", "int8", "int4"])
+def test_graph_decodes_experts_in_fewer_bits(make_tiny_moe: Any, expert_dtype: str) -> None:
+    tiny = make_tiny_moe(
+        hidden_size=128, moe_intermediate_size=64, num_experts=16, num_experts_per_tok=4
+    )
+    model = copy.deepcopy(tiny.model).to(torch.bfloat16)
+    offloaded = offload(model, device=CUDA, model_name="tiny", expert_dtype=expert_dtype)
+    with Engine.open(offloaded, EngineConfig(expert_slots="100%")) as engine:
+        assert isinstance(engine, GraphEngine)
+        engine.fill_slots()
+        expected = graph_logits(engine, prompt(), steps=30)
+    with GraphEngine(offloaded, EngineConfig(expert_slots="6", policy="prefetch")) as engine:
+        assert torch.equal(graph_logits(engine, prompt(), steps=30), expected)
+        engine.check_integrity()
+        assert engine.stats().decode.misses > 0
+    with Engine(offloaded, EngineConfig(expert_slots="6", decide_on="host")) as engine:
+        by_host = step_logits(engine, prompt(), steps=30)[1:]
+    difference = (by_host - expected).float().abs().max()
+    assert difference <= STOCK_TOLERANCE * expected.float().abs().max()

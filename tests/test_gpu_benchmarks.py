@@ -17,6 +17,8 @@ import replayed_routing
 import torch
 import ttft_gpu
 
+from foreroute.runtime.host_store import RowLayout
+
 
 @pytest.fixture
 def run_script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
@@ -57,11 +59,11 @@ def test_replayed_predictions_have_the_recall_asked_for(recall: float) -> None:
 
 def test_layers_share_the_pool_and_rows_lie_in_it() -> None:
     pool = random_shapes.HostPool(4096, torch.device("cpu"))
-    rows = pool.rows(num_layers=5, num_experts=4, row_bytes=512)
+    rows = pool.rows(num_layers=5, num_experts=4, layout=RowLayout({}, 512))
     assert [r.data_ptr() == rows[0].data_ptr() for r in rows] == [True, False, True, False, True]
     assert rows[0].shape == (4, 512)
     with pytest.raises(ValueError, match="8,192 bytes; the pool has 4,096"):
-        pool.rows(num_layers=1, num_experts=16, row_bytes=512)
+        pool.rows(num_layers=1, num_experts=16, layout=RowLayout({}, 512))
 
 
 def test_a_shape_with_fewer_layers_says_so() -> None:
@@ -132,6 +134,20 @@ def test_the_decode_benchmark_runs_to_its_end(
     }
     assert max(written["difference_from_stock_experts"].values()) == 0  # the same code on a CPU
     assert len(list((tmp_path / "t").glob("*.json.gz"))) == 4
+
+
+@pytest.mark.parametrize("shape", ["gpt-oss-20b-mxfp4", "qwen3-30b-a3b-int8"])
+def test_the_decode_benchmark_runs_experts_in_fewer_bits(
+    run_script: Callable[..., None], tmp_path: Path, shape: str
+) -> None:
+    path = tmp_path / "decode.json"
+    arms = ["resident", "on-demand", "eager-lru", "accelerate"]
+    flags = ["--shapes", shape, "--slots", "100", "25", "--batches", "1", "--arms", *arms]
+    run_script(decode_gpu, *flags, "--json", str(path))
+    written = json.loads(path.read_text())
+    assert [row["arm"] for row in written["rows"]] == ["resident", "on-demand", "eager-lru"]
+    assert "accelerate" in written["skipped"][0]
+    assert all(row["shape"] == f"tiny {shape}" for row in written["rows"])
 
 
 def test_the_ttft_benchmark_runs_to_its_end(

@@ -50,6 +50,9 @@ TUNING_REPLAYS = 8
 LEAST_HEAD_SHARE = 0.1
 """Heads of a lesser share of an expert have nothing to win (docs/policies.md)."""
 PREFILL_GROUP = 16
+"""Experts of a prompt's layer that are copied, and multiplied, together; fewer if they are large."""
+PREFILL_BYTES = 256 << 20
+"""Of a group, unless one expert is larger."""
 UNSUPPORTED_ARGUMENTS = (
     "return_dict_in_generate",
     "past_key_values",
@@ -99,7 +102,7 @@ class GraphEngine(Engine):
         self._device_run = DeviceRun(
             rule=self._run.policy.device_rule(),
             form=form,
-            prefill=StreamedPrefill(store.layouts[0], PREFILL_GROUP, device),
+            prefill=StreamedPrefill(store.layouts[0], self._prefill_group(), device),
             predictor=(
                 DevicePredictor(prefetcher.stack, prefetcher.budget, dtype, prefetcher.readouts)
                 if prefetcher
@@ -131,6 +134,11 @@ class GraphEngine(Engine):
                 strict=True,
             )
         ]
+
+    def _prefill_group(self) -> int:
+        """Experts that a buffer for prompts holds."""
+        that_fit = PREFILL_BYTES // self.offloaded.expert_bytes
+        return max(1, min(PREFILL_GROUP, self.geometry.num_experts, that_fit))
 
     def _make_give_up(self) -> None:
         """Each captured step has its own, by the device's counters."""
