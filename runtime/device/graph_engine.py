@@ -50,7 +50,7 @@ TUNING_REPLAYS = 8
 LEAST_HEAD_SHARE = 0.1
 """Heads of a lesser share of an expert have nothing to win (docs/policies.md)."""
 PREFILL_GROUP = 16
-"""Experts of a prompt's layer that are copied, and multiplied, together; fewer if they are large."""
+"""Experts of a prompt's layer that are copied and multiplied together; fewer if they are large."""
 PREFILL_BYTES = 256 << 20
 """Of a group, unless one expert is larger."""
 UNSUPPORTED_ARGUMENTS = (
