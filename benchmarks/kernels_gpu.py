@@ -334,16 +334,12 @@ def tune(experts: Experts) -> dict[str, float]:
         names = ("ROWS", "COLUMNS", "WARPS")
         module = products  # type: ignore[assignment]
         sizes = [(1, 1024, 2), (1, 2048, 2), (1, 2048, 4), (2, 1024, 4), (2, 2048, 4), (4, 1024, 4)]
-        if experts.shape.encoding is not None:
-            sizes += [
-                (1, 1024, 1),
-                (4, 2048, 4),
-                (4, 512, 2),
-                (8, 512, 4),
-                (8, 1024, 8),
-                (8, 256, 2),
-            ]
-    for half, size in itertools.product(("UP", "DOWN"), sizes):
+    halves = ("UP", "DOWN")
+    if experts.shape.encoding is not None:
+        halves = ("FEW",)  # type: ignore[assignment]
+        sizes = [(1, 1024, 2), (2, 512, 2), (4, 256, 2), (4, 512, 4), (8, 256, 4), (8, 512, 4)]
+        sizes += [(8, 128, 2), (16, 128, 4)]
+    for half, size in itertools.product(halves, sizes):
         with tiles(module, **{f"{half}_{n}": v for n, v in zip(names, size, strict=True)}):
             found[f"products with {half.lower()} tile {size}"] = microseconds(experts.run)
     return found

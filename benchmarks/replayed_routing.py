@@ -155,6 +155,7 @@ class _Replayed(Prefetcher):
 
     def __init__(self, inner: Any, now: ReplayedPredictions, position: dict[int, int]) -> None:
         self._inner, self._now, self._position = inner, now, position
+        self.readouts = inner.readouts
 
     def target_of(self, source_layer: int) -> int | None:
         target: int | None = self._inner.target_of(source_layer)

@@ -281,7 +281,8 @@ def test_products_decode_experts_stored_in_fewer_bits(
     kind: str, name: str, dtype: torch.dtype
 ) -> None:
     form, generator = FORMS[name], torch.Generator().manual_seed(3)
-    num_slots, depth, width, top_k = 3, 64, 32, 2
+    num_slots, top_k = 3, 2
+    depth, width = (120, 40) if kind == "int4" else (64, 32)  # groups of 60 and 20 bytes
     inner = (2 if form.has_gate else 1) * width
     weights: dict[str, Any] = {}
     for key, rows, columns in ((form.first, inner, depth), ("down_proj", depth, width)):

@@ -1,11 +1,12 @@
 """Weights as slots hold them, in 16 bits or fewer, read by kernels one output (a row) at a time.
 
-Numbers are decoded to the very ones that `encodings.py` gives, rounded to the model's dtype.
+Scales are applied to sums of a group, so that nothing is rounded between decoding and summing.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,27 +23,27 @@ from foreroute.runtime.encodings import (
     Mxfp4,
 )
 
-PLAIN, INT8, FP8, INT4, MXFP4 = range(5)
+PLAIN, INT8, FP8, FP8_BLOCKS, INT4, MXFP4 = range(6)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SlotMatrix:
     """One parameter of every slot."""
 
-    data: Tensor
-    """[S, rows, ..]: 16-bit or wider numbers, or bytes."""
     kind: int
     """How a number is stored: `PLAIN` or one of the others."""
     rows: int
     """Outputs."""
     columns: int
     """Inputs."""
+    data: Tensor
+    """[S, rows, elements]: numbers, or bytes of one or two of them."""
     scales: Tensor
-    """[S, ..]; `data` again where there are none."""
+    """[S, rows or blocks of rows, groups]; `data` again where there are none."""
     offsets: Tensor
     """Of `INT4`, as `scales`."""
-    group: int
-    """Columns that share a scale."""
+    group: int = 1
+    """Elements of a row that share a scale, if not all do."""
     block: int = 1
     """Rows that share a scale, in stacks of `height` rows."""
     height: int = 1
@@ -55,74 +56,110 @@ class SlotMatrix:
             weight: [S, rows, columns]; stored in fewer bits or not.
         """
         if isinstance(weight, Tensor):
-            _, rows, columns = weight.shape
-            return cls(weight, PLAIN, rows, columns, weight, weight, columns)
+            return cls._plain(weight)
         encoding, parts = weight.parameter.encoding, weight.parts
-        rows, columns = encoding.rows, encoding.columns
-        data = parts.get("", parts.get("_blocks"))
-        assert data is not None  # every encoding has one of the two
-        if isinstance(encoding, Int4):
-            steps, offsets = parts["_steps"], parts["_offsets"]
-            return cls(data, INT4, rows, columns, steps, offsets, encoding.group)
+        sized = partial(cls, rows=encoding.rows, columns=encoding.columns)
         if isinstance(encoding, Mxfp4):
-            scales = parts["_scales"]
-            return cls(data.flatten(2), MXFP4, rows, columns, scales, scales, MXFP4_GROUP)
+            data, scales, group = parts["_blocks"].flatten(2), parts["_scales"], MXFP4_GROUP // 2
+            return sized(kind=MXFP4, data=data, scales=scales, offsets=scales, group=group)
+        data = parts[""]
+        if isinstance(encoding, Int4):
+            steps, offsets, group = parts["_steps"], parts["_offsets"], encoding.group // 2
+            return sized(kind=INT4, data=data, scales=steps, offsets=offsets, group=group)
         if isinstance(encoding, Fp8Blocks):
-            scales, height = parts["_scale_inv"], rows // encoding.stacked
-            bits = data.view(torch.uint8)
-            size = encoding.block
-            return cls(bits, FP8, rows, columns, scales, scales, size, size, height)
+            scales, size = parts["_scale_inv"], encoding.block
+            return sized(
+                kind=FP8_BLOCKS,
+                data=data.view(torch.uint8),
+                scales=scales,
+                offsets=scales,
+                group=size,
+                block=size,
+                height=encoding.rows // encoding.stacked,
+            )
         if isinstance(encoding, ChannelScaled):
-            kind = FP8 if data.dtype.is_floating_point else INT8
-            bits = data.view(torch.uint8) if kind == FP8 else data
-            return cls(bits, kind, rows, columns, parts["_scales"], parts["_scales"], columns)
-        return cls(data, PLAIN, rows, columns, data, data, columns)
+            scales, is_float = parts["_scales"], data.dtype.is_floating_point
+            bits, kind = (data.view(torch.uint8), FP8) if is_float else (data, INT8)
+            return sized(kind=kind, data=bits, scales=scales, offsets=scales)
+        return cls._plain(data)
 
-    @property
-    def numbers_per_element(self) -> int:
-        """2 where two numbers share a byte."""
-        return 2 if self.kind in (INT4, MXFP4) else 1
+    @classmethod
+    def _plain(cls, data: Tensor) -> SlotMatrix:
+        _, rows, columns = data.shape
+        return cls(kind=PLAIN, rows=rows, columns=columns, data=data, scales=data, offsets=data)
 
-    def tile_width(self, most: int) -> int:
-        """Elements of a row that a program reads at once: a power of two, at most so many."""
-        elements = -(-self.columns // self.numbers_per_element)
-        return min(most, int(triton.next_power_of_2(elements)))
+    def arguments(self, tile: int) -> dict[str, Any]:
+        """Those of a kernel that calls `row_sums`.
 
-    def arguments(self) -> dict[str, Any]:
-        """Those of a kernel that calls `row_sums`."""
-        has_scales = self.kind != PLAIN
+        Args:
+            tile: Elements of a row that a program reads at once, at most; a power of two.
+        """
+        is_grouped = self.kind >= FP8_BLOCKS
+        elements = self.data.shape[2]
+        padded = triton.next_power_of_2(self.group) if is_grouped else 1
+        steps = elements // self.group if is_grouped else elements
+        if self.kind == FP8_BLOCKS:
+            steps = triton.cdiv(elements, self.group)
+        at_once = max(1, min(tile // padded, triton.next_power_of_2(steps)))
         return {
             "weight": self.data,
             "scales": self.scales,
             "offsets": self.offsets,
+            "num_rows": self.rows,
+            "num_elements": elements,
+            "num_steps": steps,
             "slot_stride": self.data.stride(0),
             "row_stride": self.data.stride(1),
-            "scale_slot_stride": self.scales.stride(0) if has_scales else 0,
-            "scale_row_stride": self.scales.stride(1) if has_scales else 0,
+            "scale_slot_stride": self.scales.stride(0),
+            "scale_row_stride": self.scales.stride(1),
             "height": self.height,
             "KIND": self.kind,
             "GROUP": self.group,
+            "PADDED": padded,
+            "AT_ONCE": at_once,
             "SHARED_ROWS": self.block,
         }
 
 
 @triton.jit
-def load_inputs(state, column, width, KIND: tl.constexpr):  # noqa: ANN201
-    """The inputs that a tile's elements are multiplied with: of the low numbers, of the high ones.
+def load_inputs(  # noqa: ANN201
+    state,
+    start,
+    num_elements,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    PADDED: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """Where a tile's elements are in a row, which are there, and what they are multiplied with.
 
     Args:
         state: Pointer to a token's inputs.
-        column: Elements of a row, [C].
-        width: Numbers of a row.
-        KIND: See `SlotMatrix`.
+        start: First element, or first group of them where groups share scales.
+        num_elements: Of a row.
+        KIND: See `SlotMatrix`, also what follows.
+        GROUP: ..
+        PADDED: ..
+        AT_ONCE: ..
+
+    Returns:
+        Elements and whether they are there, inputs of their low numbers, inputs of their high ones
+        (the same where an element is one number): [C], or [groups, elements] by group.
     """
-    if KIND >= 3:
-        low = tl.load(state + 2 * column, mask=2 * column < width, other=0.0)
-        high = tl.load(state + 2 * column + 1, mask=2 * column + 1 < width, other=0.0)
-        return low.to(tl.float32)[None, :], high.to(tl.float32)[None, :]
-    else:  # noqa: RET505 (one return per branch is what Triton can compile)
-        low = tl.load(state + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
-        return low, low
+    at = start + tl.arange(0, AT_ONCE)
+    if KIND < 3:
+        element, is_there = at, at < num_elements
+    else:
+        within = tl.arange(0, PADDED)
+        element = at[:, None] * GROUP + within[None, :]
+        is_there = (element < num_elements) & (within < GROUP)[None, :]
+    if KIND < 4:
+        low = tl.load(state + element, mask=is_there, other=0.0).to(tl.float32)
+        high = low
+    else:
+        low = tl.load(state + 2 * element, mask=is_there, other=0.0).to(tl.float32)
+        high = tl.load(state + 2 * element + 1, mask=is_there, other=0.0).to(tl.float32)
+    return element, is_there, low, high
 
 
 @triton.jit
@@ -132,92 +169,99 @@ def row_sums(  # noqa: ANN201
     offsets,
     slot,
     row,
-    column,
+    start,
+    element,
+    is_there,
     low,
     high,
-    rows,
-    width,
+    num_rows,
     slot_stride,
     row_stride,
     scale_slot_stride,
     scale_row_stride,
     height,
-    NUMBER: tl.constexpr,
     KIND: tl.constexpr,
-    GROUP: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     SHARED_ROWS: tl.constexpr,
 ):
-    """Sum over a tile's columns of weight times input, [R] float32.
+    """Sum over a tile's elements of weight times input, [R] float32.
 
     Args:
-        weight: Pointers and strides of a `SlotMatrix`.
-        scales: See there.
-        offsets: See there.
+        weight: Pointer, see `SlotMatrix`; also what is not explained here.
+        scales: ..
+        offsets: ..
         slot: Which slot.
         row: Outputs, [R].
-        column: Elements of a row, [C].
-        low: From `load_inputs`.
-        high: From `load_inputs`.
-        rows: Number of outputs.
-        width: Number of inputs.
-        slot_stride: See `SlotMatrix`, also what follows.
+        start: What `load_inputs` was given.
+        element: From `load_inputs`, also what follows.
+        is_there: ..
+        low: ..
+        high: ..
+        num_rows: ..
+        slot_stride: ..
         row_stride: ..
         scale_slot_stride: ..
         scale_row_stride: ..
         height: ..
-        NUMBER: The model's dtype.
         KIND: ..
-        GROUP: ..
+        AT_ONCE: ..
         SHARED_ROWS: ..
     """
-    first = 2 * column if KIND >= 3 else column
-    mask = (row < rows)[:, None] & (first < width)[None, :]
-    where = weight + slot * slot_stride + row[:, None] * row_stride + column[None, :]
-    raw = tl.load(where, mask=mask, other=0)
-    if KIND == 0:
-        return tl.sum(raw.to(tl.float32) * low, 1)
-    else:  # noqa: RET505
-        stack = row // height
-        shared = stack * tl.cdiv(height, SHARED_ROWS) + (row - stack * height) // SHARED_ROWS
-        at_row = slot * scale_slot_stride + (shared if SHARED_ROWS > 1 else row) * scale_row_stride
-        at = at_row[:, None] + (first // GROUP)[None, :]
-        scale = tl.load(scales + at, mask=mask, other=0)
-        if KIND == 1:
-            value = _rounded(raw.to(tl.float32) * scale, NUMBER)
-            total = value * low
-        elif KIND == 2:
-            value = _rounded(_float8(raw) * scale, NUMBER)
-            total = value * low
-        elif KIND == 3:
-            step = scale.to(tl.float32)
-            offset = tl.load(offsets + at, mask=mask, other=0.0).to(tl.float32)
-            total = _rounded((raw & 15).to(tl.float32) * step + offset, NUMBER) * low
-            total += _rounded((raw >> 4).to(tl.float32) * step + offset, NUMBER) * high
+    is_row = row < num_rows
+    base = weight + slot * slot_stride
+    if KIND < 3:
+        where = base + row[:, None] * row_stride + element[None, :]
+        raw = tl.load(where, mask=is_row[:, None] & is_there[None, :], other=0)
+        number = _float8(raw) if KIND == 2 else raw.to(tl.float32)
+        total = tl.sum(number * low[None, :], 1)
+        if KIND > 0:
+            at = slot * scale_slot_stride + row * scale_row_stride
+            total *= tl.load(scales + at, mask=is_row, other=0.0)
+        return total
+    else:  # noqa: RET505 (what is not compiled for a kind must not follow a return)
+        where = base + row[:, None, None] * row_stride + element[None, :, :]
+        mask = is_row[:, None, None] & is_there[None, :, :]
+        raw = tl.load(where, mask=mask, other=0)
+        shared = row
+        if SHARED_ROWS > 1:
+            stack = row // height
+            shared = stack * tl.cdiv(height, SHARED_ROWS) + (row - stack * height) // SHARED_ROWS
+        group = start + tl.arange(0, AT_ONCE)
+        at = slot * scale_slot_stride + shared[:, None] * scale_row_stride + group[None, :]
+        has_scale = is_row[:, None] & (tl.max(is_there.to(tl.int32), 1) > 0)[None, :]
+        scale = tl.load(scales + at, mask=has_scale, other=0)
+        if KIND == 3:
+            total = tl.sum(_float8(raw) * low[None, :, :], 2) * scale
+        elif KIND == 4:
+            sums = _float_of(raw & 15) * low[None, :, :] + _float_of(raw >> 4) * high[None, :, :]
+            offset = tl.load(offsets + at, mask=has_scale, other=0.0).to(tl.float32)
+            total = tl.sum(sums, 2) * scale.to(tl.float32)
+            total += offset * tl.sum(low + high, 1)[None, :]
         else:
+            sums = _float4(raw & 15) * low[None, :, :] + _float4(raw >> 4) * high[None, :, :]
             exponent = scale.to(tl.int32)
             bits = tl.where(exponent == 0, 1 << 22, exponent << 23)
-            power = bits.to(tl.float32, bitcast=True)  # 2 ** (exponent - 127)
-            total = _rounded(_float4(raw & 15) * power, NUMBER) * low
-            total += _rounded(_float4(raw >> 4) * power, NUMBER) * high
+            total = tl.sum(sums, 2) * bits.to(tl.float32, bitcast=True)  # 2 ** (exponent - 127)
         return tl.sum(total, 1)
 
 
 @triton.jit
-def _rounded(value, NUMBER: tl.constexpr):
-    return value.to(NUMBER).to(tl.float32)
+def _float_of(code):
+    """A small integer, by the bits of 2**23 + code; faster than a conversion."""
+    return (code.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
 
 
 @triton.jit
 def _float8(bits):
     """The number that e4m3 bits stand for: those of float32 with a smaller exponent."""
     wide = bits.to(tl.int32)
-    magnitude = ((wide & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2**120
-    return tl.where(wide >= 0x80, -magnitude, magnitude)
+    moved = ((wide & 0x7F) << 20) | ((wide & 0x80) << 24)
+    return moved.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2 ** 120
 
 
 @triton.jit
 def _float4(bits):
     """The number that e2m1 bits stand for: 0, .5, 1, 1.5, 2, 3, 4, 6, and their negatives."""
     wide = bits.to(tl.int32)
-    magnitude = ((wide & 7) << 22).to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2**126
-    return tl.where(wide >= 8, -magnitude, magnitude)
+    moved = ((wide & 7) << 22) | ((wide & 8) << 28)
+    return moved.to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2 ** 126

@@ -24,12 +24,14 @@ from foreroute.runtime.device.kernels.demand import (
     serve_demand,
     slot_named,
 )
-from foreroute.runtime.device.kernels.matrices import SlotMatrix, load_inputs, row_sums
+from foreroute.runtime.device.kernels.matrices import PLAIN, SlotMatrix, load_inputs, row_sums
 from foreroute.runtime.device.kernels.transposed import transposed_products
 
 # Fastest of those tried on an H100 at Qwen3-30B-A3B's shape: few rows, each read all at once.
 UP_ROWS, UP_COLUMNS, UP_WARPS = 1, 2048, 2
 DOWN_ROWS, DOWN_COLUMNS, DOWN_WARPS = 2, 1024, 4
+# The same where experts are stored in fewer bits.
+FEW_ROWS, FEW_COLUMNS, FEW_WARPS = 4, 512, 4
 
 
 @triton.jit
@@ -59,6 +61,9 @@ def _up_kernel(
     bias_slot_stride,
     alpha,
     limit,
+    num_rows,
+    num_elements,
+    num_steps,
     slot_stride,
     row_stride,
     scale_slot_stride,
@@ -68,9 +73,10 @@ def _up_kernel(
     HAS_GATE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
+    PADDED: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     SHARED_ROWS: tl.constexpr,
     COPIERS: tl.constexpr,
     COPIES: tl.constexpr,
@@ -100,13 +106,12 @@ def _up_kernel(
         is_at = at < width
         row = at * step  # the gate's, or the only one
         state = hidden + (pair // top_k) * depth
-        NUMBER: tl.constexpr = hidden.dtype.element_ty
         gate = tl.zeros([ROWS], dtype=tl.float32)
         up = tl.zeros([ROWS], dtype=tl.float32)
-        num_rows = (width - 1) * step + apart + 1
-        for start in range(0, depth if KIND < 3 else depth // 2, COLUMNS):
-            column = start + tl.arange(0, COLUMNS)
-            low, high = load_inputs(state, column, depth, KIND)
+        for start in range(0, num_steps, AT_ONCE):
+            element, is_there, low, high = load_inputs(
+                state, start, num_elements, KIND, GROUP, PADDED, AT_ONCE
+            )
             if HAS_GATE:
                 gate += row_sums(
                     weight,
@@ -114,19 +119,19 @@ def _up_kernel(
                     offsets,
                     slot,
                     row,
-                    column,
+                    start,
+                    element,
+                    is_there,
                     low,
                     high,
                     num_rows,
-                    depth,
                     slot_stride,
                     row_stride,
                     scale_slot_stride,
                     scale_row_stride,
                     height,
-                    NUMBER,
                     KIND,
-                    GROUP,
+                    AT_ONCE,
                     SHARED_ROWS,
                 )
             up += row_sums(
@@ -135,19 +140,19 @@ def _up_kernel(
                 offsets,
                 slot,
                 row + apart,
-                column,
+                start,
+                element,
+                is_there,
                 low,
                 high,
                 num_rows,
-                depth,
                 slot_stride,
                 row_stride,
                 scale_slot_stride,
                 scale_row_stride,
                 height,
-                NUMBER,
                 KIND,
-                GROUP,
+                AT_ONCE,
                 SHARED_ROWS,
             )
         if HAS_BIAS:
@@ -172,6 +177,9 @@ def _down_kernel(
     width,
     depth,
     bias_slot_stride,
+    num_rows,
+    num_elements,
+    num_steps,
     slot_stride,
     row_stride,
     scale_slot_stride,
@@ -180,49 +188,50 @@ def _down_kernel(
     TOP_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
+    PADDED: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     SHARED_ROWS: tl.constexpr,
 ):
     token = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = row < depth
-    NUMBER: tl.constexpr = output.dtype.element_ty
     total = tl.zeros([ROWS], dtype=tl.float32)
     for k in tl.static_range(TOP_K):
         pair = token * TOP_K + k
         slot = slot_named(tl.load(places + pair))
         value = tl.zeros([ROWS], dtype=tl.float32)
-        for start in range(0, width if KIND < 3 else width // 2, COLUMNS):
-            column = start + tl.arange(0, COLUMNS)
-            low, high = load_inputs(inner + pair * width, column, width, KIND)
+        for start in range(0, num_steps, AT_ONCE):
+            element, is_there, low, high = load_inputs(
+                inner + pair * width, start, num_elements, KIND, GROUP, PADDED, AT_ONCE
+            )
             value += row_sums(
                 weight,
                 scales,
                 offsets,
                 slot,
                 row,
-                column,
+                start,
+                element,
+                is_there,
                 low,
                 high,
-                depth,
-                width,
+                num_rows,
                 slot_stride,
                 row_stride,
                 scale_slot_stride,
                 scale_row_stride,
                 height,
-                NUMBER,
                 KIND,
-                GROUP,
+                AT_ONCE,
                 SHARED_ROWS,
             )
         if HAS_BIAS:
             where_bias = bias + slot * bias_slot_stride + row
             value += tl.load(where_bias, mask=is_row, other=0.0).to(tl.float32)
         total += tl.load(gate_weights + pair).to(tl.float32) * value
-    tl.store(output + token * depth + row, total.to(NUMBER), mask=is_row)
+    tl.store(output + token * depth + row, total.to(output.dtype.element_ty), mask=is_row)
 
 
 def expert_products(
@@ -257,7 +266,9 @@ def expert_products(
     top_k = num_pairs // num_tokens
     inner = hidden.new_empty((num_pairs, width), dtype=torch.float32)
     is_alternating = form.has_gate and form.is_interleaved
-    _up_kernel[(copying["COPIERS"] + triton.cdiv(width, UP_ROWS) * num_pairs,)](
+    few = (FEW_ROWS, FEW_COLUMNS, FEW_WARPS)
+    rows, tile, num_warps = few if up.kind != PLAIN else (UP_ROWS, UP_COLUMNS, UP_WARPS)
+    _up_kernel[(copying["COPIERS"] + triton.cdiv(width, rows) * num_pairs,)](
         hidden=hidden,
         bias=places if first_bias is None else first_bias,
         places=places,
@@ -274,13 +285,13 @@ def expert_products(
         ACTIVATION=ACTIVATIONS.index(form.activation),
         HAS_GATE=form.has_gate,
         HAS_BIAS=first_bias is not None,
-        ROWS=UP_ROWS,
-        COLUMNS=up.tile_width(UP_COLUMNS),
-        num_warps=UP_WARPS,
-        **up.arguments(),
+        ROWS=rows,
+        num_warps=num_warps,
+        **up.arguments(tile),
         **copying,
     )
-    _down_kernel[(triton.cdiv(depth, DOWN_ROWS), num_tokens)](
+    rows, tile, num_warps = few if down.kind != PLAIN else (DOWN_ROWS, DOWN_COLUMNS, DOWN_WARPS)
+    _down_kernel[(triton.cdiv(depth, rows), num_tokens)](
         inner=inner,
         gate_weights=gate_weights,
         bias=places if second_bias is None else second_bias,
@@ -291,10 +302,9 @@ def expert_products(
         bias_slot_stride=0 if second_bias is None else second_bias.stride(0),
         TOP_K=top_k,
         HAS_BIAS=second_bias is not None,
-        ROWS=DOWN_ROWS,
-        COLUMNS=down.tile_width(DOWN_COLUMNS),
-        num_warps=DOWN_WARPS,
-        **down.arguments(),
+        ROWS=rows,
+        num_warps=num_warps,
+        **down.arguments(tile),
     )
 
 
