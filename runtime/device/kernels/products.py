@@ -31,7 +31,7 @@ from foreroute.runtime.device.kernels.transposed import transposed_products
 UP_ROWS, UP_COLUMNS, UP_WARPS = 1, 2048, 2
 DOWN_ROWS, DOWN_COLUMNS, DOWN_WARPS = 2, 1024, 4
 # The same where experts are stored in fewer bits.
-FEW_ROWS, FEW_COLUMNS, FEW_WARPS = 4, 512, 4
+FEW_ROWS, FEW_COLUMNS, FEW_WARPS = 8, 512, 4
 
 
 @triton.jit
