@@ -23,16 +23,17 @@ def settle_pairs(
     choosing: Shards[PreparedBatch],
     kept_gain: float,
 ) -> list[float]:
-    """Give each pair its start back where training did not pay, else shrink its correction.
+    """Give each pair its start back where training did not pay, and shrink the others' corrections.
 
     A correction is worth most at full size on text like the training text only: on other text its
-    best size is smaller. The curve is flat near the top, so that most of the gain stays.
+    best size is smaller. The curve is flat near the top, so that most of the gain stays. All pairs
+    get one share: what is set aside is too little to choose each its own.
 
     Args:
         stack: As trained; changed in place. Pairs that share parameters are left alone.
         start: The form's parameters before training, by name.
         choosing: Tokens to choose by.
-        kept_gain: As in `least_shares`.
+        kept_gain: As in `least_share`.
 
     Returns:
         Share of each pair's correction that is left; 1 where the start was given back.
@@ -47,30 +48,32 @@ def settle_pairs(
     stack.form.load_state_dict(start)
     before = recall_by_share(stack, choosing, shares[-1:])[0]  # [P]
     has_paid = after[-1] > before
+    kept = torch.ones(num_pairs)
+    if has_paid.any():
+        floor = float(before[has_paid].mean())
+        kept[has_paid] = shares[least_share(after[:, has_paid].mean(dim=1), floor, kept_gain)]
     mask = has_paid.to(stack.input.device)
     for name, parameter in stack.form.named_parameters():
         parameter[mask] = trained[name][mask]
-    kept = shares[least_shares(after, before, kept_gain)]
-    kept[~has_paid] = 1.0
     stack.form.scale_correction(kept.to(stack.input.device))
     return [round(share, 4) for share in kept.tolist()]
 
 
-def least_shares(recalls: Tensor, floor: Tensor, kept_gain: float) -> Tensor:
-    """The smallest share of each pair's correction that is good enough.
+def least_share(recalls: Tensor, floor: float, kept_gain: float) -> int:
+    """The smallest share of a correction that is good enough.
 
     Args:
-        recalls: Recall of each share, in rising order from none to all, [S, P].
-        floor: Recall that must be reached, [P].
+        recalls: Recall of each share, in rising order from none to all, [S].
+        floor: Recall that must be reached.
         kept_gain: Share of the whole correction's gain in recall that must be reached too.
 
     Returns:
-        Indices of shares, [P], int64; of the whole correction where no other is good enough.
+        Index of the share; of the whole correction where no other is good enough.
     """
-    none, whole = recalls[0], recalls[-1]
-    is_enough = recalls >= torch.maximum(none + kept_gain * (whole - none), floor)
+    none, whole = recalls[[0, -1]].tolist()
+    is_enough = recalls >= max(none + kept_gain * (whole - none), floor)
     is_enough[-1] = True
-    return is_enough.int().argmax(dim=0)
+    return int(is_enough.int().argmax())
 
 
 def recall_by_share(stack: EstimatorStack, tokens: Shards[PreparedBatch], shares: Tensor) -> Tensor:
