@@ -199,7 +199,7 @@ def train_stack(
     *,
     show_progress: bool = True,
 ) -> list[float]:
-    """Train by gradient steps, and keep of it, layer by layer, what pays (`settle_pairs`).
+    """Train by gradient steps, and keep of it what pays (`settle_pairs`).
 
     Args:
         stack: Trained in place, on the device it lives on.

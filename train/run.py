@@ -46,8 +46,8 @@ class FitConfig:
     init: InitName = "ridge"
     """Where `low-rank` starts: from the ridge solution, or from the next router alone."""
     kept_gain: float = 0.9
-    """Share of a correction's gain in recall, above 0 and at most 1, for which it is shrunk as far
-    as training sequences set aside allow: smaller corrections hold better on text of other kinds.
+    """Share of the corrections' gain in recall, above 0 and at most 1, that is kept when they are
+    shrunk, as far as training sequences set aside allow: small ones hold better on other text.
     """
     seed: int = 0
     """Of the initial parameters and of the order of tokens."""
