@@ -129,6 +129,7 @@ class Study:
             epochs=options.epochs,
             batch_size=options.batch_size,
             learning_rate=options.learning_rate,
+            kept_gain=options.kept_gain,
         )
         self.split = split_sequences(self.traces.num_sequences)
         self.fitting, self.choosing = split_off_validation(self.split.train)
@@ -411,6 +412,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--kept-gain", type=float, default=FitConfig.kept_gain)
     parser.add_argument("--horizons", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--forms", nargs="*", default=list(FORMS), choices=list(FORMS))
     parser.add_argument("--inputs", nargs="*", default=[], help="all that are recorded if none")

@@ -30,6 +30,7 @@ def train(
     learning_rate: float = FitConfig.learning_rate,
     loss: LossName = FitConfig.loss,
     init: InitName = FitConfig.init,
+    kept_gain: float = FitConfig.kept_gain,
     device: DeviceChoice = "auto",
     seed: int = FitConfig.seed,
     overwrite: bool = False,
@@ -57,6 +58,8 @@ def train(
         loss: What training makes small: kl to the routers' distribution; boundary, kl and how far
             soft membership in the top K is off; gate-mass, kl to the gate weights of the top K.
         init: Where low-rank starts: ridge (closed form), or zero (the next router alone).
+        kept_gain: Share of the gain over the next router to keep when corrections are shrunk, which
+            makes them hold on text of other kinds; 1 gives up nothing on text of this kind.
         device: Where to compute; auto takes a GPU if there is one.
         seed: Of the initial parameters and of the order of tokens.
         overwrite: Replace the folder if it is there already.
@@ -107,6 +110,7 @@ def train(
         learning_rate=learning_rate,
         loss=loss,
         init=init,
+        kept_gain=kept_gain,
         seed=seed,
     )
     metrics = train_estimator(

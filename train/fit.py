@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning import Trainer
@@ -19,14 +18,14 @@ from foreroute.estimators import (
     SOURCE_FIELDS,
     EstimatorSpec,
     EstimatorStack,
-    RecallMeter,
     RecallMetrics,
     default_budgets,
 )
 from foreroute.estimators.artifacts import read_json, sha256_of
 from foreroute.train.baselines import baseline_fields, build_baselines, build_stack
-from foreroute.train.datamodule import BatchStream, RoutingDataModule, Shards
-from foreroute.train.measure import MEASURE_BATCH, measure, predictor_of
+from foreroute.train.choose import settle_pairs
+from foreroute.train.datamodule import RoutingDataModule, Shards
+from foreroute.train.measure import measure, predictor_of
 from foreroute.train.module import LOG_STEPS, EstimatorModule
 from foreroute.train.prepared import PreparedBatch, PreparedShards
 from foreroute.train.ridge import has_ridge_start, set_to_ridge
@@ -56,8 +55,9 @@ def train_estimator(
 ) -> dict[str, Any]:
     """Fit an estimator of all the spec's layers, measure it, and write the run's folder.
 
-    A layer's parameters are those after the last epoch, or those before the first where training
-    did not pay on training sequences set aside for that: held-out tokens choose nothing.
+    A layer's parameters are those after the last epoch, less the part of the correction that costs
+    the rest of `kept_gain`, or those before the first epoch where training did not pay. Training
+    sequences set aside for that decide it: held-out tokens choose nothing.
 
     Args:
         source: Folder that `collect-traces` wrote, or traces that are open.
@@ -88,11 +88,12 @@ def train_estimator(
     open_run(out, plan, overwrite=overwrite, resume=resume)
     if (out / METRICS_NAME).is_file():
         return read_json(out / METRICS_NAME)
-    num_train_tokens = fit_stack(stack, traces, plan, out, memory_bytes)
+    fitted = fit_stack(stack, traces, plan, out, memory_bytes)
     metrics = measure_run(stack, traces, plan, vectors, chosen)
     metrics |= {
         "form": spec.form,
-        "num_train_tokens": num_train_tokens,
+        "num_train_tokens": fitted.num_tokens,
+        "kept_shares": fitted.kept_shares,
         "seconds": round(time.monotonic() - start, 1),
     }
     finish_run(out, stack, metrics)
@@ -141,13 +142,22 @@ def train_default_vectors(traces: Traces, plan: RunPlan) -> Tensor:
     return traces.default_vectors(whole or None)[0]
 
 
+class Fitted(NamedTuple):
+    """What a fit did, besides changing a stack."""
+
+    num_tokens: int
+    """Training tokens; 0 if the form has nothing to train."""
+    kept_shares: list[float]
+    """Share of each layer's correction that is left; none where nothing was trained by steps."""
+
+
 def fit_stack(
     stack: EstimatorStack,
     traces: Traces,
     plan: RunPlan,
     out: Path,
     memory_bytes: int | None = None,
-) -> int:
+) -> Fitted:
     """Train a stack in place, going on from the folder's checkpoint if there is one.
 
     Args:
@@ -157,19 +167,16 @@ def fit_stack(
         out: The run's folder.
         memory_bytes: Most bytes of prepared tokens to keep; by the free memory if None.
 
-    Returns:
-        Number of training tokens; 0 if the form has nothing to train.
-
     Raises:
         KeyboardInterrupt: If the user interrupts; the last epoch's checkpoint remains.
     """
     if not list(stack.parameters()):
-        return 0
+        return Fitted(0, [])
     if stack.form.is_closed_form:
         train = PairedShards(traces, plan.spec, plan.split.train, cache_bytes=0)
         set_to_ridge(stack, PreparedShards.streamed(stack, train))
         stack.eval().requires_grad_(False)
-        return train.num_tokens
+        return Fitted(train.num_tokens, [])
     fitting, choosing = (
         PreparedShards(
             stack,
@@ -179,8 +186,8 @@ def fit_stack(
         )
         for sequences in split_off_validation(plan.split.train)
     )
-    train_stack(stack, fitting, choosing, plan.config, out)
-    return fitting.num_tokens
+    kept_shares = train_stack(stack, fitting, choosing, plan.config, out)
+    return Fitted(fitting.num_tokens, kept_shares)
 
 
 def train_stack(
@@ -191,8 +198,8 @@ def train_stack(
     out: Path,
     *,
     show_progress: bool = True,
-) -> None:
-    """Train by gradient steps, and keep the start of each layer where that did not pay.
+) -> list[float]:
+    """Train by gradient steps, and keep of it what pays (`settle_pairs`).
 
     Args:
         stack: Trained in place, on the device it lives on.
@@ -201,6 +208,9 @@ def train_stack(
         config: How to train.
         out: Folder of the log and of the checkpoint that an interrupted fit goes on from.
         show_progress: Draw a progress bar.
+
+    Returns:
+        Share of each pair's correction that is left.
 
     Raises:
         KeyboardInterrupt: If the user interrupts; the last epoch's checkpoint remains.
@@ -218,8 +228,9 @@ def train_stack(
     device = stack.input.device
     _run_trainer(module, data, config.epochs, out, show_progress)
     stack.to(device).eval().requires_grad_(False)  # Lightning leaves it on the CPU
-    if choosing.rows:
-        keep_better_pairs(stack, start, choosing)
+    if not choosing.rows:
+        return [1.0] * len(stack.target_layers)
+    return settle_pairs(stack, start, choosing, config.kept_gain)
 
 
 def _run_trainer(
@@ -246,44 +257,6 @@ def _run_trainer(
         trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
     except SystemExit as ended:  # Lightning's answer to Ctrl+C
         raise KeyboardInterrupt("the same command with --resume goes on.") from ended
-
-
-@torch.no_grad()
-def keep_better_pairs(
-    stack: EstimatorStack, start: Mapping[str, Tensor], choosing: Shards[PreparedBatch]
-) -> list[bool]:
-    """Give back to each pair the parameters it started with, if they have the better recall.
-
-    Args:
-        stack: As trained; changed in place. Pairs that share parameters are left alone.
-        start: The form's parameters before training, by name.
-        choosing: Tokens to choose by.
-
-    Returns:
-        Per pair, whether training paid.
-    """
-    trained = {name: value.clone() for name, value in stack.form.state_dict().items()}
-    num_pairs = len(stack.target_layers)
-    if any(len(value) != num_pairs for value in trained.values()):
-        return [True] * num_pairs
-    after = recall_of(stack, choosing)
-    stack.form.load_state_dict(start)
-    before = recall_of(stack, choosing)
-    paid = [new > old for new, old in zip(after, before, strict=True)]
-    mask = torch.tensor(paid, device=stack.input.device)
-    for name, parameter in stack.form.named_parameters():
-        parameter[mask] = trained[name][mask]
-    return paid
-
-
-def recall_of(stack: EstimatorStack, shards: Shards[PreparedBatch]) -> list[float]:
-    """Recall at budget K of a stack on prepared tokens, per pair."""
-    meter = RecallMeter(len(stack.target_layers), stack.geometry.top_k)
-    for batch in BatchStream(shards, MEASURE_BATCH):
-        here = batch.to(stack.input.device)
-        logits = stack.form(here.features.float(), here.anchor_logits)
-        meter.update(stack.ranking(logits), here.target_ids, here.target_gate_weights)
-    return meter.compute().recall_at_k
 
 
 def measure_run(

@@ -45,6 +45,10 @@ class FitConfig:
     """What training makes small."""
     init: InitName = "ridge"
     """Where `low-rank` starts: from the ridge solution, or from the next router alone."""
+    kept_gain: float = 0.9
+    """Share of the corrections' gain in recall, above 0 and at most 1, that is kept when they are
+    shrunk, as far as training sequences set aside allow: small ones hold better on other text.
+    """
     seed: int = 0
     """Of the initial parameters and of the order of tokens."""
 
@@ -53,6 +57,8 @@ class FitConfig:
         for name in ("epochs", "batch_size", "learning_rate"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}.")
+        if not 0 < self.kept_gain <= 1:
+            raise ValueError(f"kept_gain must be above 0 and at most 1, not {self.kept_gain}.")
 
 
 @dataclass(frozen=True, kw_only=True)

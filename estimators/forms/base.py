@@ -29,6 +29,9 @@ class EstimatorForm(nn.Module, ABC):
     """Whether `forward` reads the anchor logits; a form that does not works for any router."""
     is_closed_form: ClassVar[bool] = False
     """Whether the ridge solution is all of its training."""
+    correction_parameters: ClassVar[tuple[str, ...]] = ()
+    """Parameters that what is added to the anchor logits is proportional to, taken together, so
+    that training can shrink it; none if the form cannot be shrunk that way."""
 
     def __init__(
         self, spec: EstimatorSpec, *, num_pairs: int, hidden_size: int, num_experts: int
@@ -48,3 +51,12 @@ class EstimatorForm(nn.Module, ABC):
         Returns:
             [P, T, E], float32.
         """
+
+    def scale_correction(self, shares: Tensor) -> None:
+        """Multiply what is added to the anchor logits, in place; others stay as they are.
+
+        Args:
+            shares: One factor per pair, [P].
+        """
+        for name in self.correction_parameters:
+            self.get_parameter(name).mul_(shares.view(-1, 1, 1))

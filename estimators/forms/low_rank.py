@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,8 @@ class LowRank(EstimatorForm):
 
     The rank is at most that of a map from D features to E experts.
     """
+
+    correction_parameters: ClassVar[tuple[str, ...]] = ("up", "bias")
 
     def __init__(
         self, spec: EstimatorSpec, *, num_pairs: int, hidden_size: int, num_experts: int

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -13,6 +15,8 @@ from foreroute.estimators.types import EstimatorSpec
 
 class MLP(EstimatorForm):
     """Anchor logits + GELU(features W1 + b1) W2 + b2, with W2 and b2 zero at the start."""
+
+    correction_parameters: ClassVar[tuple[str, ...]] = ("up", "up_bias")
 
     def __init__(
         self, spec: EstimatorSpec, *, num_pairs: int, hidden_size: int, num_experts: int

@@ -15,6 +15,7 @@ class MLPFree(MLP):
     """GELU(features W1 + b1) W2 + b2, with W2 and b2 zero at the start."""
 
     is_anchored: ClassVar[bool] = False
+    correction_parameters: ClassVar[tuple[str, ...]] = ()
 
     def forward(self, features: Tensor, anchor_logits: Tensor, pairs: slice = ALL_PAIRS) -> Tensor:
         """See `EstimatorForm.forward`."""

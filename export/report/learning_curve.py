@@ -58,7 +58,7 @@ def fit_curve(plan: RunPlan, traces: Traces, device: torch.device) -> list[Curve
             torch.manual_seed(plan.config.seed)
             stack = build_stack(traces, spec, vectors, device)
             with quiet_lightning(), tempfile.TemporaryDirectory() as folder:
-                num_tokens = fit_stack(stack, traces, part, Path(folder))
+                num_tokens = fit_stack(stack, traces, part, Path(folder)).num_tokens
             stack.to(device)
             found = measure(
                 {form: predictor_of(stack)}, held_out, geometry, (geometry.top_k,), device
