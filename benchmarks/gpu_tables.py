@@ -1,4 +1,4 @@
-"""Prints the tables of docs/gpu.md from the results of decode_gpu.py and end_to_end_gpu.py.
+"""Prints the tables of docs/gpu.md from the results of the GPU benchmarks.
 
 python benchmarks/gpu_tables.py
 """
@@ -62,6 +62,14 @@ def main() -> None:
         lines.append([*common_cells(row, rows), f"{row['ttft_ms']:.0f}", *megabytes, hit_rate])
     print(f"### {rows[0]['shape']}\n")
     print_table([*COMMON, "TTFT", "MB/token", "wasted MB", "hit rate"], lines)
+    rows = read_json(RESULTS / "ttft_gpu.json")["rows"]
+    lines = []
+    for row in rows:
+        times = [f"{row['ttft_ms']:.0f}", f"{row['x_resident']:.1f}"]
+        moved = f"{row['bytes_per_prompt'] / 1e6:.0f}"
+        lines.append([str(row["prompt_tokens"]), row["arm"], *times, moved])
+    print(f"### Prompts, {rows[0]['shape']}\n")
+    print_table(["prompt", "arm", "TTFT", "x resident", "MB"], lines)
 
 
 if __name__ == "__main__":

@@ -4,16 +4,16 @@
     python benchmarks/simulator_agreement.py --routes qwen3-30b-a3b.route.csv --profile here.json
 
 Reads what `decode_gpu.py` measured, single sequences. Compute per layer is each shape's figure with
-all experts resident over its layers; an expert's size follows from the bytes of a cell on demand;
-everything else comes from the profile. Slots begin empty, and steps are replayed as the GPU ran
-them: the first one, the warm-up, then the measured ones.
+all experts resident over its layers, what predicting costs likewise; an expert's size follows from
+the bytes of a cell on demand; everything else comes from the profile. Slots begin empty, and steps
+are replayed as the GPU ran them: the first one, the warm-up, then the measured ones.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -66,6 +66,8 @@ class Shape:
     expert_bytes: int
     resident_ms: float
     """A token's compute, all experts resident, measured."""
+    predicting_ms: float
+    """What predicting at every layer adds to that, measured."""
 
 
 def main(
@@ -119,11 +121,13 @@ def shape_of(label: str, cells: list[dict[str, Any]], recorded: Tensor) -> Shape
     geometry = SimpleNamespace(num_layers=layers, num_experts=experts, top_k=top_k)
     ids = fit_routes(recorded, SimpleNamespace(geometry=geometry), batch=1)[:, :, 0]  # type: ignore[arg-type]
     demand = next(row for row in cells if row["arm"] == "on-demand")
+    mean_of = {row["arm"]: row["tpot_ms_mean"] for row in cells if row["slots"] == 100}
     misses = (1 - demand["hit_rate"]) * layers * top_k
     return Shape(
         route=_decode_route(label, ids.numpy().astype(np.int16), experts),
         expert_bytes=round(demand["bytes_per_token"] / misses),
-        resident_ms=next(row["tpot_ms_mean"] for row in cells if row["arm"] == "resident"),
+        resident_ms=mean_of["resident"],
+        predicting_ms=max(0.0, mean_of["resident-predicting"] - mean_of["resident"]),
     )
 
 
@@ -145,14 +149,15 @@ def compare(row: dict[str, Any], shape: Shape, machine: MachineProfile, repeats:
     said = SimulatedPredictor(recall=recall).predict(route, 1)
     measured = row["warm_up_tokens"] + row["tokens"]
     ran = np.concatenate([np.zeros(repeats, int), np.arange(measured) % len(route.expert_ids)])
+    times = LinkTimes.of(
+        machine,
+        top_k=route.top_k,
+        expert_bytes=shape.expert_bytes,
+        layer_ms=shape.resident_ms / route.num_layers,
+    )
     replay = Replay(
         _decode_route(route.name, route.expert_ids[ran], route.num_experts),
-        LinkTimes.of(
-            machine,
-            top_k=route.top_k,
-            expert_bytes=shape.expert_bytes,
-            layer_ms=shape.resident_ms / route.num_layers,
-        ),
+        replace(times, ahead_ms=shape.predicting_ms / route.num_layers),
         find_policy("lrfu"),
         [_slots(row, route)] * route.num_layers,
         find_prefetch_rule(kind),

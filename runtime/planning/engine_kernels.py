@@ -125,7 +125,8 @@ class EngineKernels:
 
         def run() -> None:
             for ids in asked:
-                self._serve(self._state, ids, self._gates, words)
+                demand, places = self._plan(ids, words)
+                self._multiply(self._state, places, self._gates, demand)
 
         return Round(run, len(asked))
 
@@ -206,25 +207,23 @@ class EngineKernels:
         if looks_ahead:
             with self._beside():
                 guess = self._predict(state, ids, gates)
-        state + self._serve(hidden, ids, gates, words)
+        demand, places = self._plan(ids, words)
         if looks_ahead:
-            with self._beside():
+            self._beside()  # waits for the plan, not for the products
+        state + self._multiply(hidden, places, gates, demand)
+        if looks_ahead:
+            with self._stream_beside():
                 self._fetch_head(self._plan_head(*guess, words), words)
             self._join()
 
-    def _serve(self, hidden: Tensor, ids: Tensor, gates: Tensor, words: Tensor) -> Tensor:
+    def _plan(self, ids: Tensor, words: Tensor) -> tuple[Demand, Tensor]:
         tables, (rows, columns) = self.tables, self.shape.expert[0]
         copies, places = self._copies(ids.numel()), self._copies(ids.numel())[:2]
         plan(ids, tables, self._rule, copies, places=places)
-        demand = Demand(
-            self._rows,
-            self._slots,
-            copies,
-            words,
-            tables.arrived,
-            tables.progress,
-            first_bytes=rows * columns * BYTES,
-        )
+        moved = (self._rows, self._slots, copies, words, tables.arrived, tables.progress)
+        return Demand(*moved, first_bytes=rows * columns * BYTES), places
+
+    def _multiply(self, hidden: Tensor, places: Tensor, gates: Tensor, demand: Demand) -> Tensor:
         output = torch.empty_like(hidden)
         expert_products(hidden, places, gates, self._weights, FORM, output, demand)
         return output
@@ -268,10 +267,13 @@ class EngineKernels:
 
     def _beside(self) -> AbstractContextManager[object]:
         """The stream for what is done ahead, behind everything so far."""
-        if self._ahead is None:
-            return contextlib.nullcontext()
-        self._ahead.wait_stream(torch.cuda.current_stream())
-        return torch.cuda.stream(self._ahead)
+        if self._ahead is not None:
+            self._ahead.wait_stream(torch.cuda.current_stream())
+        return self._stream_beside()
+
+    def _stream_beside(self) -> AbstractContextManager[object]:
+        """The stream for what is done ahead."""
+        return contextlib.nullcontext() if self._ahead is None else torch.cuda.stream(self._ahead)
 
     def _join(self) -> None:
         if self._ahead is not None:

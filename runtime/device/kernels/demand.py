@@ -73,6 +73,12 @@ def no_demand(anything: Tensor) -> dict[str, Any]:
 
 
 @triton.jit
+def _is_any_wanted(copies, num_copies, COPIES: tl.constexpr):
+    at = tl.arange(0, COPIES)
+    return tl.max(tl.load(copies + at, mask=at < num_copies, other=-1), 0) >= 0
+
+
+@triton.jit
 def serve_demand(  # noqa: ANN201
     rows,
     slots,
@@ -88,10 +94,9 @@ def serve_demand(  # noqa: ANN201
     BLOCK: tl.constexpr,
 ):
     """One copying program's share of all copies; reports each expert's first part, and the end."""
-    at = tl.arange(0, COPIES)
-    wanted = tl.load(copies + at, mask=at < num_copies, other=-1)
-    if tl.max(wanted, 0) >= 0:
+    if COPIERS > 0 and _is_any_wanted(copies, num_copies, COPIES):
         middle = tl.load(head_words) // BLOCK
+        num_shared = 0  # blocks so far: all programs take turns, so that none has more than others
         for half in tl.static_range(2):
             for k in range(num_copies):
                 expert = tl.load(copies + k).to(tl.int64)
@@ -103,6 +108,7 @@ def serve_demand(  # noqa: ANN201
                         first, last = begin, first_blocks
                     else:
                         first, last = tl.maximum(begin, first_blocks), tl.cdiv(num_words, BLOCK)
+                    turn = (tl.program_id(0) + COPIERS - num_shared % COPIERS) % COPIERS
                     copy_blocks(
                         rows,
                         slots,
@@ -112,10 +118,11 @@ def serve_demand(  # noqa: ANN201
                         last,
                         num_words,
                         num_words,
-                        tl.program_id(0),
+                        turn,
                         COPIERS,
                         BLOCK,
                     )
+                    num_shared += tl.maximum(last - first, 0)
                     if half == 0:
                         tl.debug_barrier()  # every thread has written
                         tl.atomic_add(arrived + slot, 1, sem="release")
