@@ -2,9 +2,9 @@
 
     python benchmarks/ttft_gpu.py --json ttft_gpu.json
 
-RANDOM weights, random prompts, and the random model's own routing, which asks for fewer experts than
-a trained model's would: the bytes moved stand beside every time, and accelerate always moves all.
-All arms run in one process on one model.
+RANDOM weights, random prompts, and the random model's own routing, which asks for fewer experts
+than a trained model's would: the bytes moved stand beside every time, and accelerate always moves
+all. All arms run in one process on one model.
 `--tiny` runs the whole script on a CPU, with small sizes.
 """
 
