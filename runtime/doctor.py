@@ -97,7 +97,6 @@ def diagnose(
         dtype=str(method),
         expert_bytes=rows[0],
         all_experts_bytes=sum(rows) * found.num_experts,
-        graph="no: experts stored in fewer bits are decoded by the host-driven runtime only",
     )
 
 
