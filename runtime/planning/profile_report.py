@@ -41,14 +41,16 @@ def _table(profile: MachineProfile) -> Table:
     from rich.table import Table
 
     table = Table(title=profile.device, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1))
-    table.add_column("what", no_wrap=True)
+    table.caption, table.caption_justify = f"{profile.source}; {profile.reference}", "left"
+    table.add_column("what", overflow="fold")
     table.add_column("", justify="right", no_wrap=True)
     for kind, rates in (("copy", profile.link), ("gather", profile.gather)):
         for size, rate in rates:
             table.add_row(f"{kind} of {format_binary_bytes(size)}", f"{rate:.1f} GB/s")
-    table.add_row(f"compute, {profile.reference}", f"{profile.layer_ms:.3f} ms")
+    table.add_row("compute of one layer", f"{profile.layer_ms:.3f} ms")
     for what, ms in (
         ("fixed part of a fetch", profile.fetch_ms),
+        ("of a layer's compute, beside its own demand", profile.overlap_ms),
         ("from a demand to a prefetch's first byte", profile.begin_ms),
         ("from routing to a prefetch's first byte", profile.predict_ms),
         ("what looking ahead costs a layer", profile.ahead_ms),
@@ -63,5 +65,4 @@ def _table(profile: MachineProfile) -> Table:
     table.add_row("wait for the device", f"{profile.sync_ms * 1e3:.1f} us")
     table.add_row("host memory", f"{profile.host_gbps:.1f} GB/s")
     table.add_row("device memory", f"{profile.device_gbps:.1f} GB/s")
-    table.add_row("source", profile.source)
     return table
