@@ -9,7 +9,12 @@ from transformers import Qwen3MoeConfig
 from foreroute.runtime.planning.machine import find_profile
 from foreroute.runtime.planning.model_size import ModelSize, measure_model
 from foreroute.runtime.planning.plan_report import run_plan
-from foreroute.runtime.planning.planner import auto_slots, hit_rate_at, plan_choices
+from foreroute.runtime.planning.planner import (
+    auto_slots,
+    hit_rate_at,
+    plan_choices,
+    prefill_group,
+)
 
 GIB = 2**30
 
@@ -49,6 +54,15 @@ def test_auto_slots_fills_what_is_free() -> None:
     # 32 MiB of buffers and 10 MiB a slot: 300 MiB hold 26
     assert auto_slots(300 * 2**20, **shape, reserve_bytes=0) == 26
     assert auto_slots(10 * GIB, **shape, reserve_bytes=0) == 64
+
+
+def test_groups_of_a_prompt_hold_what_memory_allows() -> None:
+    assert prefill_group(2**20, 64) == 16
+    assert prefill_group(2**20, 8) == 8
+    assert prefill_group(50 * 2**20, 32) == 5  # 256 MiB
+    assert prefill_group(352 * 2**20, 8) == 1
+    # 25M weights in MXFP4: 13 MB each, but 400 MB while they are decoded
+    assert prefill_group(13 * 10**6, 32, decoded_weights=25 * 10**6) == 2
 
 
 def test_auto_slots_says_what_is_missing() -> None:

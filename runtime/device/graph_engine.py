@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -36,6 +37,7 @@ from foreroute.runtime.device.prefill import StreamedPrefill
 from foreroute.runtime.device.sampling import decode_loop
 from foreroute.runtime.engine import Engine
 from foreroute.runtime.offload import OffloadedModel
+from foreroute.runtime.planning.planner import prefill_group
 from foreroute.runtime.policies import GiveUp, find_policy
 from foreroute.runtime.policies.give_up import LOOK_AHEAD, ON_DEMAND
 from foreroute.runtime.policies.prefetching import PRIOR_PREFETCHES
@@ -49,10 +51,6 @@ READOUT_SHARE = 0.4  # of a layer's time, that an early attention takes before t
 TUNING_REPLAYS = 8
 LEAST_HEAD_SHARE = 0.1
 """Heads of a lesser share of an expert have nothing to win (docs/policies.md)."""
-PREFILL_GROUP = 16
-"""Experts of a prompt's layer that are copied and multiplied together; fewer if they are large."""
-PREFILL_BYTES = 256 << 20
-"""Of a group, unless one expert is larger."""
 UNSUPPORTED_ARGUMENTS = (
     "return_dict_in_generate",
     "past_key_values",
@@ -137,8 +135,10 @@ class GraphEngine(Engine):
 
     def _prefill_group(self) -> int:
         """Experts that a buffer for prompts holds."""
-        that_fit = PREFILL_BYTES // self.offloaded.expert_bytes
-        return max(1, min(PREFILL_GROUP, self.geometry.num_experts, that_fit))
+        offloaded = self.offloaded
+        encoded = offloaded.store.layouts[0].encoded.values()
+        decoded = sum(math.prod(parameter.shape) for parameter in encoded)
+        return prefill_group(offloaded.expert_bytes, self.geometry.num_experts, decoded)
 
     def _make_give_up(self) -> None:
         """Each captured step has its own, by the device's counters."""

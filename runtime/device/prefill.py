@@ -99,8 +99,11 @@ class StreamedPrefill:
                 rows,
             )
 
-        if resident:
-            compute(resident, [slot_of[e] for e in resident], layer.weights)
+        are_tensors = all(isinstance(weight, Tensor) for weight in layer.weights.values())
+        at_once = len(resident) if are_tensors else self.group_size  # others are decoded first
+        for start in range(0, len(resident), max(1, at_once)):
+            some = resident[start : start + at_once]
+            compute(some, [slot_of[e] for e in some], layer.weights)
         num_free = len(layer.slots) - sum(slot != EMPTY for slot in slot_of)
         wanted = sorted(absent, key=lambda e: -counts_list[e])[:num_free]
         for experts, buffer in self._stream(layer, absent):

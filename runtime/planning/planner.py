@@ -12,8 +12,14 @@ RESERVE_BYTES = int(1.5 * 2**30)
 """Device memory left for CUDA itself, activations and fragmentation."""
 HOST_RESERVE_BYTES = 4 * 2**30
 """Host memory left for the system and the Python process."""
-PREFILL_EXPERTS = 32
-"""Experts that prefill's two buffers hold."""
+PREFILL_GROUP = 16
+"""Experts of a prompt's layer that are copied and multiplied together; fewer if they are large."""
+PREFILL_BYTES = 256 << 20
+"""Of a group as it is copied, unless one expert is larger; two are held."""
+DECODING_BYTES = 1 << 30
+"""Device memory for decoding a group that is stored in fewer bits; within what is reserved."""
+DECODING_BYTES_PER_WEIGHT = 16
+"""Codes, indices and float32 numbers at once."""
 HIT_RATES = (
     (0.05, 0.379),
     (0.10, 0.598),
@@ -58,6 +64,20 @@ class PlanChoice:
         return self.fits_host and self.slots > 0
 
 
+def prefill_group(expert_bytes: int, num_experts: int, decoded_weights: int = 0) -> int:
+    """Experts of a prompt's layer that are copied, and multiplied, together.
+
+    Args:
+        expert_bytes: Of one expert, as it is copied.
+        num_experts: E.
+        decoded_weights: Weights of an expert that are decoded first; 0 if they are used as stored.
+    """
+    that_fit = PREFILL_BYTES // expert_bytes
+    if decoded_weights:
+        that_fit = min(that_fit, DECODING_BYTES // (DECODING_BYTES_PER_WEIGHT * decoded_weights))
+    return max(1, min(PREFILL_GROUP, num_experts, that_fit))
+
+
 def auto_slots(
     free_bytes: int,
     *,
@@ -80,7 +100,7 @@ def auto_slots(
     Raises:
         ValueError: If not even `top_k` slots fit; says how much is missing.
     """
-    buffers = min(PREFILL_EXPERTS, num_experts) * expert_bytes
+    buffers = 2 * prefill_group(expert_bytes, num_experts) * expert_bytes
     room = free_bytes - reserve_bytes - buffers
     slots = min(num_experts, room // (num_layers * expert_bytes)) if room > 0 else 0
     if slots < top_k:
@@ -180,8 +200,9 @@ def assumptions(model: ModelSize, profile: MachineProfile, context: int) -> list
         f"{profile.device_gbps:g} GB/s: attention over a long context is not counted.",
         f"Batch 1, {context} tokens of context, every layer keeping all keys and values in "
         f"{model.dtype_bytes} bytes each.",
-        f"Reserved: {RESERVE_BYTES / 2**30:g} GiB on the device and buffers for {PREFILL_EXPERTS} "
-        f"experts, {HOST_RESERVE_BYTES / 2**30:g} GiB on the host.",
+        f"Reserved: {RESERVE_BYTES / 2**30:g} GiB on the device and two buffers of at most "
+        f"{PREFILL_GROUP} experts or {PREFILL_BYTES / 2**20:g} MiB for prompts, "
+        f"{HOST_RESERVE_BYTES / 2**30:g} GiB on the host.",
         f"Prefetch takes {PREFETCH_OF_STALL:.0%} off the stall, but at most "
         f"{PREFETCH_OF_COMPUTE:.0%} of compute, as measured on an H100 with predictions of recall "
         ".89 (simulated; random weights, replayed routing): experts too large for that gain less.",
