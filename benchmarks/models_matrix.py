@@ -84,7 +84,8 @@ LEGEND = """\
   it says `skip only`, that mode runs and `predicted` is refused in one line.
 * **graph**: a static cache gives the same 16 tokens and the experts' activation has a kernel, so
   nothing known stands in the way of one CUDA graph per token. `tests/test_decode_step.py` holds the
-  step with its kernels, interpreted, to the plain logits. **Not run on a GPU here.**
+  step with its kernels, interpreted, to the plain logits. `tests/test_gpu.py` runs qwen3_moe,
+  gpt_oss, mixtral, olmoe and deepseek_v3 on a GPU; **the others were not run on one**.
 """
 
 
