@@ -434,7 +434,7 @@ def test_automatic_slots_are_what_the_memory_holds(
     offloaded: OffloadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = EngineConfig(expert_slots="auto", context=0)
-    room = 8 * offloaded.expert_bytes + RESERVE_BYTES
+    room = 2 * 8 * offloaded.expert_bytes + RESERVE_BYTES  # two buffers of all 8 experts
     with Engine(offloaded, config) as engine:
         assert engine.slots_per_layer == [8] * 4
     slots_of_five = 4 * 5 * offloaded.expert_bytes
