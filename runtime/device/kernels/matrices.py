@@ -164,22 +164,11 @@ def load_inputs(  # noqa: ANN201
 
 @triton.jit
 def row_sums(  # noqa: ANN201
-    weight,
-    scales,
-    offsets,
+    matrix,
     slot,
     row,
     start,
-    element,
-    is_there,
-    low,
-    high,
-    num_rows,
-    slot_stride,
-    row_stride,
-    scale_slot_stride,
-    scale_row_stride,
-    height,
+    tile,
     KIND: tl.constexpr,
     AT_ONCE: tl.constexpr,
     SHARED_ROWS: tl.constexpr,
@@ -187,26 +176,20 @@ def row_sums(  # noqa: ANN201
     """Sum over a tile's elements of weight times input, [R] float32.
 
     Args:
-        weight: Pointer, see `SlotMatrix`; also what is not explained here.
-        scales: ..
-        offsets: ..
+        matrix: Of `SlotMatrix.arguments`, in this order: weight, scales, offsets, num_rows,
+            slot_stride, row_stride, scale_slot_stride, scale_row_stride, height.
         slot: Which slot.
         row: Outputs, [R].
         start: What `load_inputs` was given.
-        element: From `load_inputs`, also what follows.
-        is_there: ..
-        low: ..
-        high: ..
-        num_rows: ..
-        slot_stride: ..
-        row_stride: ..
-        scale_slot_stride: ..
-        scale_row_stride: ..
-        height: ..
-        KIND: ..
-        AT_ONCE: ..
-        SHARED_ROWS: ..
+        tile: What it gave.
+        KIND: See `SlotMatrix`.
+        AT_ONCE: See `load_inputs`.
+        SHARED_ROWS: See `SlotMatrix.block`.
     """
+    weight, scales, offsets, num_rows = matrix[0], matrix[1], matrix[2], matrix[3]
+    slot_stride, row_stride = matrix[4], matrix[5]
+    scale_slot_stride, scale_row_stride, height = matrix[6], matrix[7], matrix[8]
+    element, is_there, low, high = tile
     is_row = row < num_rows
     base = weight + slot * slot_stride
     if KIND < 3:

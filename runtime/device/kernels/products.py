@@ -82,8 +82,8 @@ def _up_kernel(
     COPIES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    tile = tl.program_id(0) - COPIERS
-    if tile < 0:
+    program = tl.program_id(0) - COPIERS
+    if program < 0:
         serve_demand(
             rows,
             slots,
@@ -100,61 +100,30 @@ def _up_kernel(
         )
     else:
         tiles_each = tl.cdiv(width, ROWS)
-        pair = tl.load(places + num_pairs + tile // tiles_each)
+        pair = tl.load(places + num_pairs + program // tiles_each)
         slot = arrived_slot(tl.load(places + pair), arrived, COPIERS)
-        at = (tile % tiles_each) * ROWS + tl.arange(0, ROWS)
+        at = (program % tiles_each) * ROWS + tl.arange(0, ROWS)
         is_at = at < width
         row = at * step  # the gate's, or the only one
         state = hidden + (pair // top_k) * depth
+        matrix = (
+            weight,
+            scales,
+            offsets,
+            num_rows,
+            slot_stride,
+            row_stride,
+            scale_slot_stride,
+            scale_row_stride,
+            height,
+        )
         gate = tl.zeros([ROWS], dtype=tl.float32)
         up = tl.zeros([ROWS], dtype=tl.float32)
         for start in range(0, num_steps, AT_ONCE):
-            element, is_there, low, high = load_inputs(
-                state, start, num_elements, KIND, GROUP, PADDED, AT_ONCE
-            )
+            tile = load_inputs(state, start, num_elements, KIND, GROUP, PADDED, AT_ONCE)
             if HAS_GATE:
-                gate += row_sums(
-                    weight,
-                    scales,
-                    offsets,
-                    slot,
-                    row,
-                    start,
-                    element,
-                    is_there,
-                    low,
-                    high,
-                    num_rows,
-                    slot_stride,
-                    row_stride,
-                    scale_slot_stride,
-                    scale_row_stride,
-                    height,
-                    KIND,
-                    AT_ONCE,
-                    SHARED_ROWS,
-                )
-            up += row_sums(
-                weight,
-                scales,
-                offsets,
-                slot,
-                row + apart,
-                start,
-                element,
-                is_there,
-                low,
-                high,
-                num_rows,
-                slot_stride,
-                row_stride,
-                scale_slot_stride,
-                scale_row_stride,
-                height,
-                KIND,
-                AT_ONCE,
-                SHARED_ROWS,
-            )
+                gate += row_sums(matrix, slot, row, start, tile, KIND, AT_ONCE, SHARED_ROWS)
+            up += row_sums(matrix, slot, row + apart, start, tile, KIND, AT_ONCE, SHARED_ROWS)
         if HAS_BIAS:
             where_bias = bias + slot * bias_slot_stride + row
             if HAS_GATE:
@@ -197,36 +166,26 @@ def _down_kernel(
     token = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = row < depth
+    matrix = (
+        weight,
+        scales,
+        offsets,
+        num_rows,
+        slot_stride,
+        row_stride,
+        scale_slot_stride,
+        scale_row_stride,
+        height,
+    )
     total = tl.zeros([ROWS], dtype=tl.float32)
     for k in tl.static_range(TOP_K):
         pair = token * TOP_K + k
         slot = slot_named(tl.load(places + pair))
         value = tl.zeros([ROWS], dtype=tl.float32)
         for start in range(0, num_steps, AT_ONCE):
-            element, is_there, low, high = load_inputs(
-                inner + pair * width, start, num_elements, KIND, GROUP, PADDED, AT_ONCE
-            )
-            value += row_sums(
-                weight,
-                scales,
-                offsets,
-                slot,
-                row,
-                start,
-                element,
-                is_there,
-                low,
-                high,
-                num_rows,
-                slot_stride,
-                row_stride,
-                scale_slot_stride,
-                scale_row_stride,
-                height,
-                KIND,
-                AT_ONCE,
-                SHARED_ROWS,
-            )
+            state = inner + pair * width
+            tile = load_inputs(state, start, num_elements, KIND, GROUP, PADDED, AT_ONCE)
+            value += row_sums(matrix, slot, row, start, tile, KIND, AT_ONCE, SHARED_ROWS)
         if HAS_BIAS:
             where_bias = bias + slot * bias_slot_stride + row
             value += tl.load(where_bias, mask=is_row, other=0.0).to(tl.float32)
