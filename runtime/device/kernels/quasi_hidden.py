@@ -38,7 +38,7 @@ def _quasi_hidden_kernel(
 def add_expected_output(
     residual: Tensor, expert_ids: Tensor, gate_weights: Tensor, default_vectors: Tensor
 ) -> Tensor:
-    """The quasi-hidden residual; see `expected_output` in `estimators/inputs.py`.
+    """What `add_expected_output` of `runtime/early_readout.py` gives, in one launch.
 
     Args:
         residual: [T, D], contiguous, any float dtype.
@@ -63,12 +63,3 @@ def add_expected_output(
         num_warps=4,
     )
     return output
-
-
-def add_expected_output_reference(
-    residual: Tensor, expert_ids: Tensor, gate_weights: Tensor, default_vectors: Tensor
-) -> Tensor:
-    """What `add_expected_output` computes, in plain PyTorch."""
-    vectors = default_vectors[expert_ids.long()].float()  # [T, K, D]
-    added = (gate_weights.float().unsqueeze(-1) * vectors).sum(1)
-    return (residual + added).to(residual.dtype)
