@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from toys import Listed
 
 from foreroute.estimators import (
     FORMS,
@@ -20,17 +21,6 @@ from foreroute.train.shards import RoutingBatch
 
 HIDDEN, EXPERTS, TOP_K = 32, 16, 4
 SHRINKABLE = [name for name in FORMS if FORMS[name].correction_parameters]
-
-
-class Listed:
-    """Prepared tokens in memory, as training reads them."""
-
-    def __init__(self, *batches: PreparedBatch) -> None:
-        self.batches = batches
-        self.rows = {i: slice(0, batch.num_tokens) for i, batch in enumerate(batches)}
-
-    def read(self, shard_idx: int) -> PreparedBatch:
-        return self.batches[shard_idx]
 
 
 @pytest.fixture(autouse=True)

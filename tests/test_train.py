@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning import Trainer
 from torch.nn import functional
+from toys import Listed
 
 from foreroute.data.traces import Traces
 from foreroute.estimators import (
@@ -470,17 +471,6 @@ def test_prepared_tokens_give_what_the_stack_gives(tiny_traces) -> None:
         logits = stack.form(tokens.features, tokens.anchor_logits)
         assert torch.allclose(logits, stack(shards.read(0).source), atol=1e-4)
         assert (prepared.read(0) is tokens) == (host_bytes > 0)
-
-
-class Listed:
-    """Prepared tokens in memory, as training reads them."""
-
-    def __init__(self, *batches: PreparedBatch) -> None:
-        self.batches = batches
-        self.rows = {i: slice(0, batch.num_tokens) for i, batch in enumerate(batches)}
-
-    def read(self, shard_idx: int) -> PreparedBatch:
-        return self.batches[shard_idx]
 
 
 def related_batch(stack: EstimatorStack, num_tokens: int) -> RoutingBatch:

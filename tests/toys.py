@@ -1,10 +1,15 @@
 """A toy model's routing, for tests of estimators that need no model."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from foreroute.estimators import LayerAnchors, MoEGeometry
+
+if TYPE_CHECKING:
+    from foreroute.train.prepared import PreparedBatch
 
 NUM_EXPERTS, TOP_K, HIDDEN_SIZE = 8, 2, 16
 
@@ -31,3 +36,15 @@ def random_anchors(num_layers: int, **changes: Any) -> LayerAnchors:
         "norm_eps": 1e-6,
     }
     return LayerAnchors(**(settings | changes))
+
+
+class Listed:
+    """Prepared tokens in memory, as training reads them."""
+
+    def __init__(self, *batches: PreparedBatch) -> None:
+        self.batches = batches
+        self.rows = {i: slice(0, batch.num_tokens) for i, batch in enumerate(batches)}
+
+    def read(self, shard_idx: int) -> PreparedBatch:
+        """The tokens of one shard."""
+        return self.batches[shard_idx]

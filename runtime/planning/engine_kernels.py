@@ -109,7 +109,7 @@ class EngineKernels:
 
         def run() -> None:
             for ids in asked:
-                copies = torch.empty(3, ids.numel(), dtype=torch.int32, device=self.device)
+                copies = self._copies(ids.numel())
                 plan(ids, self.tables, self._rule, copies)
                 fetch(rows, slots, copies, num_blocks=BLOCKS_ALONE, head_words=words)
 
