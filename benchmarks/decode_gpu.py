@@ -53,8 +53,8 @@ from torch import Tensor
 from foreroute.data.adapters import ExpertsView, stock_experts_function
 from foreroute.runtime import Engine, EngineConfig
 from foreroute.runtime.config import parse_slots
-from foreroute.runtime.device.graph_engine import GraphEngine, why_not_on_device
-from foreroute.runtime.offload import OffloadedModel
+from foreroute.runtime.device.driver import GraphEngine, why_not_on_device
+from foreroute.runtime.store.offload import OffloadedModel
 
 NO_CACHE_WARM_UP_TOKENS = 4
 EAGER_TOKENS = 16
@@ -111,15 +111,15 @@ def arms_at(slots: int, batch: int, recalls: list[float]) -> Iterator[Arm]:
     if slots == 100:
         yield Arm("resident", EngineConfig(expert_slots=share))
         if batch == 1:
-            yield Arm(PREDICTING, EngineConfig(expert_slots=share, policy="prefetch"), recall=1.0)
+            yield Arm(PREDICTING, EngineConfig(expert_slots=share, prefetch="auto"), recall=1.0)
         return
     yield Arm("on-demand", EngineConfig(expert_slots=share))
     for recall in recalls:
         name = "prefetch-perfect" if recall == 1 else f"prefetch-{recall:g}"
-        config = EngineConfig(expert_slots=share, policy="prefetch")
+        config = EngineConfig(expert_slots=share, prefetch="auto")
         yield Arm(name, config, recall)
         if slots == EAGER_SLOTS and batch == 1:
-            yield Arm(f"{name}-every", replace(config, prefetch="every"), recall)
+            yield Arm(f"{name}-all", replace(config, prefetch="all"), recall)
     if slots == EAGER_SLOTS or batch == 1:
         host_lru = EngineConfig(expert_slots=share, decide_on="host", eviction="lru")
         yield Arm("eager-lru", host_lru)
@@ -213,7 +213,7 @@ class ShapeBenchmark:
         share = EAGER_SLOTS
         for arm in [*arms_at(100, 1, []), *arms_at(share, 1, self.args.recalls)]:
             name = f"{self.label} {arm.config.expert_slots} {arm.name}"
-            left_out = ("eager-*", "*-every", PREDICTING)
+            left_out = ("eager-*", "*-all", PREDICTING)
             is_left_out = any(fnmatch(arm.name, pattern) for pattern in left_out)
             if is_left_out or not self._is_wanted(arm.name):
                 continue

@@ -12,7 +12,7 @@ from replayed_routing import Replay
 from torch import Tensor
 from transformers import StaticCache
 
-from foreroute.runtime.device.graph_engine import GraphEngine
+from foreroute.runtime.device.driver import GraphEngine
 from foreroute.runtime.policies.give_up import LOOK_AHEAD
 
 RESTART_STEPS = 8

@@ -42,9 +42,9 @@ from foreroute.estimators.types import InputKind
 from foreroute.export.bundle import load_bundle
 from foreroute.export.export import export_estimator
 from foreroute.runtime import Engine, EngineConfig
-from foreroute.runtime.offload import OffloadedModel, load_offloaded
 from foreroute.runtime.stats import RuntimeStats
-from foreroute.runtime.timing import TimingStreamer
+from foreroute.runtime.store.offload import OffloadedModel, load_offloaded
+from foreroute.runtime.streamer import TimingStreamer
 from foreroute.train.fit import train_estimator
 from foreroute.train.run import FitConfig
 
@@ -216,13 +216,12 @@ def arms_at(slots: str, bundles: Collection[str]) -> list[Arm]:
     def arm(name: str, bundle: str | None = None, **settings: Any) -> Arm:
         return Arm(name, EngineConfig(**({"expert_slots": slots} | settings)), bundle)
 
-    found = [arm("on-demand"), arm("prefetch-next-router", policy="prefetch")]
+    found = [arm("on-demand"), arm("prefetch-next-router", prefetch="auto")]
     for bundle in bundles:
         if bundle == "trained" or slots == HOST_SLOTS:
-            found.append(arm(f"prefetch-{bundle}", bundle, policy="prefetch"))
+            found.append(arm(f"prefetch-{bundle}", bundle, prefetch="auto"))
         if slots == HOST_SLOTS:
-            every = {"policy": "prefetch", "prefetch": "every"}
-            found.append(arm(f"prefetch-{bundle}-every", bundle, **every))
+            found.append(arm(f"prefetch-{bundle}-all", bundle, prefetch="all"))
     if slots == HOST_SLOTS:
         found += [
             arm("eager-lru", decide_on="host", eviction="lru"),

@@ -37,7 +37,7 @@ from foreroute.runtime.device.kernels.products import expert_products
 from foreroute.runtime.device.kernels.rotary import rotate
 from foreroute.runtime.device.kernels.tables import ResidencyTables, lrfu
 from foreroute.runtime.device.kernels.top_k import softmax_top_k
-from foreroute.runtime.encodings import (
+from foreroute.runtime.store.encodings import (
     EncodedParameter,
     EncodedWeights,
     Encoding,

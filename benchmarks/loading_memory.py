@@ -42,8 +42,8 @@ def watch():
 folder, how = sys.argv[1:]
 import torch
 from transformers import AutoModelForCausalLM
-from foreroute.runtime.offload import load_offloaded
-import foreroute.runtime.loading as loading
+from foreroute.runtime.store.offload import load_offloaded
+import foreroute.runtime.store.loading as loading
 before = rss()
 watcher = threading.Thread(target=watch)
 watcher.start()

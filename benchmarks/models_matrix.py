@@ -26,7 +26,7 @@ from foreroute.data.recorder import RoutingRecorder
 from foreroute.runtime import Engine, EngineConfig
 from foreroute.runtime.device.expert_form import find_expert_form
 from foreroute.runtime.doctor import diagnose, report
-from foreroute.runtime.offload import OffloadedModel, offload
+from foreroute.runtime.store.offload import OffloadedModel, offload
 
 ROOT = Path(__file__).parents[1]
 UNSUPPORTED = ["aria_text", "dbrx", "doge", "jetmoe", "llama4", "llama4_text", "longcat_flash"]
@@ -205,21 +205,20 @@ def check_recording(moe: MoEModel) -> None:
 def check_exact(stock: Any, offloaded: OffloadedModel) -> None:
     """Logits and tokens through 4 slots are the stock model's, bit for bit."""
     reference = {shape: greedy(stock, prompt(*shape)) for shape in GENERATED_SHAPES}
-    policies = ["on-demand"] + ["prefetch"] * (offloaded.moe.found_anchors is not None)
-    for policy in policies:
+    modes = ["none"] + ["all"] * (offloaded.moe.found_anchors is not None)
+    for prefetch in modes:
         config = EngineConfig(
             expert_slots=str(NUM_SLOTS),
-            policy=policy,  # type: ignore[arg-type]
-            prefetch="every",
+            prefetch=prefetch,  # type: ignore[arg-type]
         )
         with Engine(offloaded, config) as engine, torch.no_grad():
-            for shape in PROMPT_SHAPES if policy == "on-demand" else []:
+            for shape in PROMPT_SHAPES if prefetch == "none" else []:
                 tokens = prompt(*shape)
                 expected = stock(tokens, use_cache=False).logits
                 assert torch.equal(engine(tokens, use_cache=False).logits, expected), shape
             for shape in GENERATED_SHAPES:
                 assert torch.equal(greedy(engine, prompt(*shape)), reference[shape]), shape
-            for name in EXTRAS if policy == "on-demand" else []:
+            for name in EXTRAS if prefetch == "none" else []:
                 assert torch.equal(with_extra(engine, name), with_extra(stock, name)), name
             engine.check_integrity()
 
@@ -228,10 +227,10 @@ def why_not_predicted(offloaded: OffloadedModel) -> str:
     """Why predicted experts cannot run in place of the true ones; empty if they do."""
     reason = ""
     for mode in ("skip", "predicted"):
-        policy = "prefetch" if mode == "predicted" else "on-demand"
+        prefetch = "auto" if mode == "predicted" else "none"
         config = EngineConfig(
             expert_slots=str(NUM_SLOTS),
-            policy=policy,  # type: ignore[arg-type]
+            prefetch=prefetch,  # type: ignore[arg-type]
             on_miss=mode,
             agreement_floor=0.0,
         )

@@ -17,14 +17,13 @@ from typing import Any
 from replayed_routing import read_routes
 from simulator_agreement import shape_of
 
+from foreroute.data.routes import ReadOptions, Route
 from foreroute.estimators.artifacts import write_json
 from foreroute.estimators.console import run_command
 from foreroute.runtime.planning.machine import MachineProfile, find_profile
 from foreroute.runtime.policies import find_policy, find_prefetch_rule
 from foreroute.runtime.simulator import (
     LinkTimes,
-    ReadOptions,
-    Route,
     Scenario,
     SimulatedPredictor,
     SimulationRow,
@@ -131,7 +130,7 @@ def _on_engine(scenario: Scenario) -> Scenario:
 def _evict(scenario: Scenario, policies: tuple[str, ...], with_bounds: bool = True) -> Rows:
     rows = []
     for slots in SLOTS:
-        rows += [simulate(scenario, policy=policy, slots=slots) for policy in policies]
+        rows += [simulate(scenario, eviction=policy, slots=slots) for policy in policies]
         rows += bounds(scenario, slots) if with_bounds else []
     return rows
 
@@ -141,10 +140,10 @@ def _prefetch(scenario: Scenario) -> Rows:
         ("none", 1),
         *(("all", ahead) for ahead in HORIZONS),
         ("head", 1),
-        *(("budgeted", ahead) for ahead in HORIZONS),
+        *(("pieces", ahead) for ahead in HORIZONS),
     ]
     return [
-        simulate(scenario, policy="default", prefetch=way, horizon=ahead, slots=slots)
+        simulate(scenario, eviction="default", prefetch=way, horizon=ahead, slots=slots)
         for slots in SLOTS
         for way, ahead in ways
     ]
@@ -160,13 +159,13 @@ def _other_predictors(scenario: Scenario) -> list[dict[str, Any]]:
         "recall .6": {"recall": 0.6},
         "recall .3, uniform errors": {"recall": 0.3, "errors": "uniform"},
     }
-    base = {slots: simulate(scenario, policy="default", slots=slots).tpot_ms for slots in SLOTS}
+    base = {slots: simulate(scenario, eviction="default", slots=slots).tpot_ms for slots in SLOTS}
     rows = []
     for name, settings in kinds.items():
         said = SimulatedPredictor(**settings).predict(scenario.route, 4)  # type: ignore[arg-type]
         used = dataclasses.replace(scenario, predictions=said)
         for slots in SLOTS:
-            row = simulate(used, policy="default", prefetch="budgeted", horizon=4, slots=slots)
+            row = simulate(used, eviction="default", prefetch="pieces", horizon=4, slots=slots)
             ratio = row.tpot_ms / base[slots]
             rows.append({"predictor": name, "slots": slots, "x_on_demand": ratio})
     return rows
@@ -193,8 +192,8 @@ def _shapes(routes: Path) -> list[dict[str, Any]]:
                 route=route, times=times, expert_bytes=shape.expert_bytes, predictions=said
             )
             for slots in ("25%", "40%", "60%", "75%"):
-                demand = simulate(scenario, policy="lrfu", slots=slots)
-                head = simulate(scenario, policy="lrfu", prefetch="head", slots=slots)
+                demand = simulate(scenario, eviction="lrfu", slots=slots)
+                head = simulate(scenario, eviction="lrfu", prefetch="head", slots=slots)
                 rows.append(
                     {
                         "shape": label,
@@ -217,11 +216,13 @@ def _bundled(traces: Path, bundle: Path, machine: MachineProfile) -> dict[str, R
     evict, ahead = [], []
     for share in slots:
         for policy in (*POLICIES, "predicted"):
-            evict.append(simulate(scenario, policy=policy, slots=share))
+            evict.append(simulate(scenario, eviction=policy, slots=share))
         evict += bounds(scenario, share)
-        ways = (("none", 1), ("all", 1), ("head", 1), ("budgeted", 1), ("budgeted", 2))
+        ways = (("none", 1), ("all", 1), ("head", 1), ("pieces", 1), ("pieces", 2))
         for way, horizon in ways:
-            row = simulate(scenario, policy="predicted", prefetch=way, horizon=horizon, slots=share)
+            row = simulate(
+                scenario, eviction="predicted", prefetch=way, horizon=horizon, slots=share
+            )
             ahead.append(row)
     return {"bundled-evict": evict, "bundled-prefetch": ahead}
 
@@ -239,7 +240,7 @@ def _agreement(scenario: Scenario) -> list[dict[str, Any]]:
             way = "all"
             said = predictors[errors].predict(scenario.route, 1)
             used = dataclasses.replace(scenario, predictions=said)
-        row = simulate(used, policy=policy, prefetch=way, slots=slots)
+        row = simulate(used, eviction=policy, prefetch=way, slots=slots)
         rows.append(
             {"errors": errors, "slots": slots, "measured_ms": measured, "tpot_ms": row.tpot_ms}
         )
@@ -253,7 +254,7 @@ def _speeds(scenario: Scenario) -> dict[str, int]:
     found = {}
     for share, slots in (("10%", 13), ("25%", 32), ("60%", 77)):
         common = (route, scenario.times, find_policy("default"), [slots] * route.num_layers)
-        for kind, ahead in (("none", 1), ("all", 1), ("head", 1), ("budgeted", 4)):
+        for kind, ahead in (("none", 1), ("all", 1), ("head", 1), ("pieces", 4)):
             name = f"{kind}{f' {ahead}' if ahead > 1 else ''}, {share}"
             best = 0.0
             for _ in range(4):  # the first one may compile
@@ -278,7 +279,7 @@ def _grid(rows: Rows, value: str, form: str, shares: list[str], name: Any) -> li
 
 
 def _policy(row: SimulationRow) -> str:
-    return f"*{row.policy}* (bound)" if row.is_bound else row.policy
+    return f"*{row.eviction}* (bound)" if row.is_bound else row.eviction
 
 
 def _way(row: SimulationRow) -> str:
@@ -347,7 +348,7 @@ def _predictors_section(rows: list[dict[str, Any]]) -> str:
 
 
 def _gain(rows: Rows, share: str) -> float:
-    rate = {r.policy: r.hit_rate for r in rows if f"{round(r.slots_share * 100)}%" == share}
+    rate = {r.eviction: r.hit_rate for r in rows if f"{round(r.slots_share * 100)}%" == share}
     return (rate["default"] - rate["lru"]) * 100
 
 
@@ -370,7 +371,7 @@ def _prefetch_section(parts: dict[str, Rows]) -> str:
         dataclasses.replace(r, wasted_bytes_per_token=r.wasted_bytes_per_token / 1e6) for r in rows
     ]
     lines += _grid(wasted, "wasted_bytes_per_token", ".1f", shares, _way)
-    ours = [r for r in ratios if r.prefetch == "budgeted"]
+    ours = [r for r in ratios if r.prefetch == "pieces"]
     quarter = min(r.tpot_ms for r in ours if round(r.slots_share * 100) == 25)
     worst = max(r.tpot_ms for r in ours)
     lines += [
@@ -383,7 +384,7 @@ def _prefetch_section(parts: dict[str, Rows]) -> str:
 
 
 def _bundled_section(parts: dict[str, Rows]) -> str:
-    shares = [f"{r.slots_share:.0%}" for r in parts["bundled-evict"] if r.policy == "lru"]
+    shares = [f"{r.slots_share:.0%}" for r in parts["bundled-evict"] if r.eviction == "lru"]
     lines = [
         "## The bundled model, its bundle's own predictions",
         "",
@@ -414,7 +415,7 @@ def _agreement_section(rows: list[dict[str, Any]]) -> str:
         "LRFU from cold slots: mean TPOT of the same tokens, and the medians of both in the JSON.",
         "Nothing is fitted: compute, and what predicting adds to it, are the measured TPOT with",
         "all experts resident; everything else is what `foreroute profile` measured on the same",
-        "machine (profile `h100-engine`). `-every` prefetches every guess whole, other prefetch",
+        "machine (profile `h100-engine`). `-all` prefetches every guess whole, other prefetch",
         "cells one head; in Mixtral's the engine leaves heads out, and the simulator does not.",
         "",
         "| shape | arm | slots | hits, measured | simulated | ms, measured | simulated | ratio |",
@@ -501,7 +502,7 @@ def _speed_section(speeds: dict[str, int]) -> str:
 
 
 def _rule_section() -> str:
-    return """## The rule of budgeted prefetch
+    return """## The rule of prefetch in pieces
 
 * Predictions from 1 to H layers before a layer are ranked by probability; a later look at the same
   expert replaces an earlier one.
@@ -518,14 +519,14 @@ def _rule_section() -> str:
 
 ## In the engine
 
-`EngineConfig` (and `foreroute generate`) take `eviction`, `prefetch` (`budgeted` or `every`),
-`warm_start` (the prompt's routing, or a recording) and `slot_budget` (`equal`, or `by-misses` in
+`EngineConfig` (and `foreroute generate`) take `eviction`, `prefetch` (`pieces` or `every`),
+`warm_start` (the prompt's routing, or a recording) and `layer_slots` (`equal`, or `by-misses` in
 that recording); `expert_slots="auto"` asks the planner. Every choice gives the same bits. Where the
-host decides, budgeted prefetch fetches whole experts by the rule above, with `profile`'s times;
+host decides, `auto` fetches whole experts by the rule above, with `profile`'s times;
 where the GPU decides it is `head`. Either gives up by itself: every 512 decode steps the first 16
 (on a GPU that decides, 64) look ahead, and the others only if the stall saved in those exceeds what
 predicting and prefetching took, both measured. On a CPU copies hide behind nothing, and no step
-looks ahead. `RuntimeStats.steps_ahead` counts the steps that did. `every`, and speculative
+looks ahead. `RuntimeStats.steps_ahead` counts the steps that did. `all`, and speculative
 execution, never give up. `predicted` and `static` are decided on the host alone.
 
 ## Limits

@@ -16,8 +16,8 @@ from rich.progress import track
 from foreroute.data.adapters import load_tokenizer
 from foreroute.data.corpus import documents
 from foreroute.runtime import Engine, EngineConfig
-from foreroute.runtime.encodings import EXPERT_DTYPES
-from foreroute.runtime.offload import load_offloaded
+from foreroute.runtime.store.encodings import EXPERT_DTYPES
+from foreroute.runtime.store.offload import load_offloaded
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "quantised_store.json"

@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from foreroute.data.adapters import discover
 from foreroute.data.adapters.seam import is_experts_module
-from foreroute.runtime.encodings import Encoder, encoder_named, native_encoder
-from foreroute.runtime.host_store import HostExpertStore, RowLayout, allocate_host
-from foreroute.runtime.offload import OffloadedModel
+from foreroute.runtime.store.encodings import Encoder, encoder_named, native_encoder
+from foreroute.runtime.store.host_store import HostExpertStore, RowLayout, allocate_host
+from foreroute.runtime.store.offload import OffloadedModel
 
 POOL_BYTES = 6 << 30
 TINY_POOL_BYTES = 2 << 20

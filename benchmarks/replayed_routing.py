@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from foreroute.data.adapters import MoEModel
 from foreroute.data.adapters.seam import HANDLER_ATTRIBUTE
+from foreroute.data.routes import Route
 from foreroute.runtime import Engine
-from foreroute.runtime.prefetch import Prefetcher
-from foreroute.runtime.simulator import Route, SimulatedPredictor
+from foreroute.runtime.host.predictor import HostPredictor
+from foreroute.runtime.simulator import SimulatedPredictor
 
 STEPS_BETWEEN_SEQUENCES = 17
 LEAST_PROBABILITY = 1e-3
@@ -130,7 +131,7 @@ class Replay:
         for run in (engine._run, getattr(engine, "_device_run", None)):
             for name, value in list(vars(run).items()) if run is not None else ():
                 if callable(getattr(value, "predict", None)):
-                    kind = _Replayed if isinstance(value, Prefetcher) else _ReplayedOnDevice
+                    kind = _Replayed if isinstance(value, HostPredictor) else _ReplayedOnDevice
                     setattr(run, name, kind(value, now, position))
                     num_replaced += 1
         if not num_replaced:
@@ -150,7 +151,7 @@ class Replay:
             now.copy_(recorded[step % len(recorded)])
 
 
-class _Replayed(Prefetcher):
+class _Replayed(HostPredictor):
     """Computes the real prediction, then hands out the replayed one."""
 
     def __init__(self, inner: Any, now: ReplayedPredictions, position: dict[int, int]) -> None:

@@ -23,11 +23,12 @@ from random_shapes import settings_of
 from replayed_routing import fit_routes, read_routes
 from torch import Tensor
 
+from foreroute.data.routes import Route
 from foreroute.estimators.console import run_command
 from foreroute.runtime.config import parse_slots
 from foreroute.runtime.planning.machine import MachineProfile, find_profile
 from foreroute.runtime.policies import find_policy, find_prefetch_rule
-from foreroute.runtime.simulator import LinkTimes, Predictions, Route, SimulatedPredictor
+from foreroute.runtime.simulator import LinkTimes, Predictions, SimulatedPredictor
 from foreroute.runtime.simulator.replay import Replay
 
 RESULTS = Path(__file__).parent / "results"
@@ -142,9 +143,9 @@ def compare(row: dict[str, Any], shape: Shape, machine: MachineProfile, repeats:
     """
     kind, recall = "none", 1.0
     if row["arm"].startswith("prefetch-"):
-        word = row["arm"].removeprefix("prefetch-").removesuffix("-every")
+        word = row["arm"].removeprefix("prefetch-").removesuffix("-all")
         recall = 1.0 if word == "perfect" else float(word)
-        kind = "all" if row["arm"].endswith("-every") else "head"
+        kind = "all" if row["arm"].endswith("-all") else "head"
     route = shape.route
     said = SimulatedPredictor(recall=recall).predict(route, 1)
     measured = row["warm_up_tokens"] + row["tokens"]

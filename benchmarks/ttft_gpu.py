@@ -35,7 +35,7 @@ from random_shapes import (
 )
 
 from foreroute.runtime import Engine, EngineConfig
-from foreroute.runtime.offload import OffloadedModel
+from foreroute.runtime.store.offload import OffloadedModel
 
 ACCELERATE_REPEATS = 1
 

@@ -22,7 +22,7 @@ from foreroute.data.adapters import (
 from foreroute.data.collection import Collection
 from foreroute.data.corpus import Split
 from foreroute.data.layout import OPTIONAL_FIELDS
-from foreroute.data.manifest import MANIFEST_FILE, Source, Speculation, TraceManifest
+from foreroute.data.manifest import MANIFEST_FILE, Speculation, TextOrigin, TraceManifest
 from foreroute.data.traces import Traces
 from foreroute.estimators.artifacts import package_versions, require_free
 from foreroute.estimators.byte_sizes import parse_bytes
@@ -86,7 +86,7 @@ class CollectRequest:
             )
         for name, value, known in (
             ("split", self.split, get_args(Split)),
-            ("source", self.source, get_args(Source)),
+            ("source", self.source, get_args(TextOrigin)),
         ):
             if value not in known:
                 raise ValueError(f"Unknown {name} {value!r}; known: {', '.join(known)}.")

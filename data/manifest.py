@@ -16,7 +16,7 @@ ANCHORS_FILE = "anchors.safetensors"
 READOUT_FILE = "readout_vectors.safetensors"
 REMEDY = "Remove the folder and collect the traces again."
 
-Source = Literal["dataset", "generated"]
+TextOrigin = Literal["dataset", "generated"]
 """Whose text is recorded: the dataset's, or what the model makes of prompts from it."""
 StopReason = Literal["", "tokens-reached", "dataset-exhausted", "max-bytes"]
 """Why recording ended; empty while it goes on."""
@@ -77,7 +77,7 @@ class TraceManifest:
     """Tokens per sequence as the model runs it, prompt and continuation together."""
     generated_share: float
     """Share of each sequence that the model made itself, 0..1; 0 for another source."""
-    source: Source = "dataset"
+    source: TextOrigin = "dataset"
     """Whose text is recorded."""
     generate: int = 0
     """Tokens at the end of each sequence that the model made and that are stored, without the

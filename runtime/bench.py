@@ -16,9 +16,9 @@ from torch import Tensor
 from foreroute.estimators.stack import EstimatorStack
 from foreroute.runtime.config import EngineConfig
 from foreroute.runtime.engine import Engine
-from foreroute.runtime.offload import OffloadedModel
 from foreroute.runtime.stats import RuntimeStats
-from foreroute.runtime.timing import TimingStreamer
+from foreroute.runtime.store.offload import OffloadedModel
+from foreroute.runtime.streamer import TimingStreamer
 
 STOCK = "stock"
 BASELINE = "on-demand"
@@ -100,7 +100,7 @@ def modes_for(
         can_speculate: Whether gate weights of predicted experts can be had on this model.
     """
     demand = EngineConfig(expert_slots=expert_slots)
-    prefetch = EngineConfig(expert_slots=expert_slots, policy="prefetch", budget=budget)
+    prefetch = EngineConfig(expert_slots=expert_slots, prefetch="auto", budget=budget)
     modes = [
         Mode(name="all-resident", config=EngineConfig(expert_slots="100%"), is_filled=True),
         Mode(name="on-demand-no-cache", config=replace(demand, cache="none")),
@@ -112,8 +112,8 @@ def modes_for(
         return modes
     if has_bundle:
         modes.append(Mode(name="prefetch", config=prefetch, uses_bundle=True))
-    every = replace(prefetch, prefetch="every")
-    modes.append(Mode(name="prefetch-every", config=every, uses_bundle=has_bundle))
+    whole = replace(prefetch, prefetch="all")
+    modes.append(Mode(name="prefetch-all", config=whole, uses_bundle=has_bundle))
     if can_speculate:
         speculative = replace(prefetch, on_miss="predicted")
         modes += [
@@ -195,7 +195,7 @@ def measure_modes(
         merged = RuntimeStats.merged(stats[mode.name])
         is_exact = mode.config.is_exact
         result = _result(mode.name, merged, tokens[mode.name], is_exact, merged.hit_rate)
-        if mode.config.policy == "prefetch":
+        if mode.config.looks_ahead:
             result = replace(result, share_ahead=merged.share_ahead)
         if needs_perplexity(mode):
             with _opened(mode, offloaded, stack) as engine:

@@ -20,7 +20,7 @@ SPECULATIVE_NOTE = (
     "with predicted weights too (as the paper's engine does), skip leaves missing experts out: "
     "these three change the output."
 )
-EVERY_NOTE = "prefetch-every fetches each prediction, whether or not that pays."
+ALL_NOTE = "prefetch-all fetches each prediction, whether or not that pays."
 CPU_NOTE = (
     "On this CPU a fetch is a copy from memory to memory, done at once: nothing overlaps, and no "
     "figure here stands for PCIe or a GPU."
@@ -33,14 +33,13 @@ def generate(
     bundle: Path | None = None,
     max_new_tokens: int = 128,
     expert_slots: str = "25%",
-    policy: str | None = None,
     on_miss: str = "fetch",
     weights: str = "true",
     budget: int | None = None,
-    prefetch: str = "budgeted",
+    prefetch: str | None = None,
     eviction: str = "default",
     warm_start: str = "prompt",
-    slot_budget: str = "equal",
+    layer_slots: str = "equal",
     temperature: float = 0.0,
     seed: int = 0,
     chat: bool = False,
@@ -58,14 +57,14 @@ def generate(
         bundle: Folder that export-estimator wrote; without it, prefetch uses the next router.
         max_new_tokens: Stop after so many tokens.
         expert_slots: Slots per MoE layer on the device: a number, a share such as 25%, or auto.
-        policy: on-demand or prefetch; prefetch where there is a bundle, unless said.
         on_miss: fetch (exact), or speculative execution: skip, predicted.
         weights: Gate weights of predicted experts: true or predicted.
         budget: Experts prefetched per token and layer; the model's top-k unless said.
-        prefetch: What is fetched early: budgeted, what pays; every, each prediction.
+        prefetch: What is fetched early: none, auto (what pays) or all (each prediction); auto
+            where there is a bundle, unless said.
         eviction: Which expert goes: default, lru, lfu, lrfu, predicted or static.
         warm_start: What fills the slots before the first token: prompt, none, or recorded routing.
-        slot_budget: equal, or by-misses: layers that miss more in that recording get more slots.
+        layer_slots: equal, or by-misses: layers that miss more in that recording get more slots.
         temperature: 0 is greedy; above, tokens are sampled.
         seed: Of the sampling.
         chat: Put the prompt through the model's chat template.
@@ -86,14 +85,13 @@ def generate(
         model,
         bundle=bundle,
         expert_slots=expert_slots,
-        policy=policy,
         on_miss=on_miss,
         weights=weights,
         budget=budget,
         prefetch=prefetch,
         eviction=eviction,
         warm_start=warm_start,
-        slot_budget=slot_budget,
+        layer_slots=layer_slots,
         device=device,
         dtype=dtype,
         revision=revision,
@@ -159,9 +157,9 @@ def bench(
     from foreroute.export.bundle import load_bundle
     from foreroute.runtime import bench as measure
     from foreroute.runtime.config import EngineConfig, parse_slots
-    from foreroute.runtime.loading import Source, require_room_for_whole
-    from foreroute.runtime.offload import offload
     from foreroute.runtime.slot_plan import plan_slots
+    from foreroute.runtime.store.loading import Source, require_room_for_whole
+    from foreroute.runtime.store.offload import offload
 
     if min(num_prompts, prompt_tokens, repeats) < 1 or new_tokens < 8:
         raise ValueError("bench needs at least 1 prompt of 1 token, 1 repeat and 8 new tokens.")
@@ -209,7 +207,7 @@ def bench(
     title = f"{model} on {target}, {slots} slots for the {geometry.num_experts} experts of a layer"
     console.print(_time_table(results, title))
     console.print(_traffic_table(results))
-    for note in (_gave_up_note(results), EVERY_NOTE, SPECULATIVE_NOTE):
+    for note in (_gave_up_note(results), ALL_NOTE, SPECULATIVE_NOTE):
         if note:
             console.print(note)
     if target.type == "cpu":
@@ -332,10 +330,10 @@ def _cost_line(engine: Engine) -> str:
     kind = "exact" if engine.config.is_exact else f"SPECULATIVE, agreement {stats.agreement:.3f}"
     if engine.offloaded.expert_dtype != "auto":
         kind += f" with experts in {engine.offloaded.expert_dtype}"
-    if engine.config.policy == "prefetch" and stats.share_ahead < 1:
+    if engine.config.looks_ahead and stats.share_ahead < 1:
         kind += f", given up (looked ahead in {stats.steps_ahead} of {stats.decode.forwards} steps)"
     return (
-        f"[{engine.geometry.describe()}; {engine.config.policy}, {kind}; "
+        f"[{engine.geometry.describe()}; prefetch {engine.config.prefetch}, {kind}; "
         f"{engine.num_slots} slots a layer; TTFT {stats.ttft_ms[-1]:.0f} ms, "
         f"TPOT {stats.tpot_ms:.2f} ms, hit rate {stats.hit_rate:.3f}, "
         f"{stats.bytes_per_token / 1e6:.2f} MB/token, "
@@ -347,14 +345,14 @@ def simulate(
     routes: Path,
     profile: str = "h100-pcie5",
     slots: str = "10%,25%,40%",
-    policy: str = "lru,default",
+    eviction: str = "lru,default",
     prefetch: str = "none",
     horizon: int = 1,
     bundle: Path | None = None,
     recall: float = 0.89,
     errors: str = "near-miss",
     concentration: float = 2.0,
-    warm: str = "prompt",
+    warm_start: str = "prompt",
     layer_slots: str = "equal",
     expert_bytes: str | None = None,
     layer_ms: float | None = None,
@@ -369,14 +367,14 @@ def simulate(
         routes: Traces, or another recording: route CSV, llama.cpp CSV, routed_experts, Megatron.
         profile: A machine: a built-in name such as h100-pcie5, or a file of foreroute profile.
         slots: Slots per MoE layer, each a number or a share; a comma list.
-        policy: lru, lfu, lrfu, default, predicted, static, belady; a comma list.
-        prefetch: none, all, head, budgeted; a comma list.
+        eviction: lru, lfu, lrfu, default, predicted, static, belady; a comma list.
+        prefetch: none, all, head, pieces; a comma list.
         horizon: Layers ahead to predict; 1, 2, 4, ... up to it are tried.
         bundle: Real predictions of this bundle on traces, in place of a simulated predictor.
         recall: Of the simulated predictor, one layer ahead.
         errors: Its wrong guesses: near-miss or uniform.
         concentration: How little it knows which guesses are wrong; calibrated for any value.
-        warm: What fills the slots before: prompt, none, or another recording.
+        warm_start: What fills the slots before: prompt, none, or another recording.
         layer_slots: equal, or by-misses: layers that missed more before get more.
         expert_bytes: Size of an expert as copied (9.44MB, 3MiB); the profile's model unless said.
         layer_ms: Compute of a layer; the profile's model unless said.

@@ -7,22 +7,20 @@ from typing import Literal, get_args
 
 from foreroute.runtime.policies import find_policy
 
-Policy = Literal["on-demand", "prefetch"]
 OnMiss = Literal["fetch", "skip", "predicted"]
 SpeculativeWeights = Literal["true", "predicted"]
-CacheKind = Literal["lru", "none"]
+CacheKind = Literal["keep", "none"]
 DecideOn = Literal["auto", "host"]
-PrefetchRule = Literal["budgeted", "every"]
-SlotBudget = Literal["equal", "by-misses"]
+PrefetchMode = Literal["none", "auto", "all"]
+LayerSlots = Literal["equal", "by-misses"]
 
 _CHOICES = {
-    "policy": get_args(Policy),
     "on_miss": get_args(OnMiss),
     "weights": get_args(SpeculativeWeights),
     "cache": get_args(CacheKind),
     "decide_on": get_args(DecideOn),
-    "prefetch": get_args(PrefetchRule),
-    "slot_budget": get_args(SlotBudget),
+    "prefetch": get_args(PrefetchMode),
+    "layer_slots": get_args(LayerSlots),
 }
 
 
@@ -35,7 +33,7 @@ class EngineConfig:
     many as the device has memory for."""
     context: int = 4096
     """Tokens of prompt and answer that `expert_slots=auto` leaves memory for."""
-    slot_budget: SlotBudget = "equal"
+    layer_slots: LayerSlots = "equal"
     """`by-misses` gives layers that miss more in the recording of `warm_start` more of them."""
     eviction: str = "default"
     """Which expert goes when room is needed: `default`, `lru`, `lfu`, `lrfu`, `predicted` or
@@ -43,15 +41,13 @@ class EngineConfig:
     warm_start: str = "prompt"
     """What fills the slots before the first token: the `prompt`'s routing, `none`, or the path of
     recorded routing (traces, or what else `foreroute simulate` reads)."""
-    policy: Policy = "on-demand"
-    """`on-demand` loads an expert when the router asks; `prefetch` also loads what is predicted."""
-    prefetch: PrefetchRule = "budgeted"
-    """What `policy="prefetch"` loads early: `budgeted` what is expected to save more time than it
-    costs, and nothing while looking ahead does not pay; `every` each prediction. Speculative
-    execution always loads every one."""
+    prefetch: PrefetchMode = "none"
+    """Which predicted experts are loaded before the router asks: `none` (on demand); `auto` those
+    that are expected to save more time than they cost, and none while looking ahead does not pay;
+    `all` each prediction. Speculative execution loads every prediction under `auto` too."""
     profile: str = "h100-pcie5"
-    """The machine that `budgeted` decides by where the host decides: a built-in profile, or a file
-    that `foreroute profile` wrote."""
+    """The machine that `prefetch="auto"` decides by where the host decides: a built-in profile, or
+    a file that `foreroute profile` wrote."""
     on_miss: OnMiss = "fetch"
     """`fetch` waits for the expert (exact). `skip` leaves it out; `predicted` runs the predicted
     experts in place of the true ones: both are speculative execution and change the output."""
@@ -63,8 +59,8 @@ class EngineConfig:
     agreement_floor: float = 0.5
     """Speculative execution switches itself off when fewer of its experts than this share, over
     the last tokens, are ones the true router chose. 0..1."""
-    cache: CacheKind = "lru"
-    """`lru` keeps experts in their slots, under `eviction`; `none` forgets all slots before each
+    cache: CacheKind = "keep"
+    """`keep` keeps experts in their slots, under `eviction`; `none` forgets all slots before each
     layer: the baseline without an expert cache."""
     decide_on: DecideOn = "auto"
     """`auto` lets a GPU decide what to fetch and evict, inside one graph per decode step, wherever
@@ -81,15 +77,15 @@ class EngineConfig:
                 raise ValueError(
                     f"Unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}."
                 )
-        if self.on_miss == "predicted" and self.policy != "prefetch":
-            raise ValueError("on_miss=predicted runs predicted experts: it needs policy=prefetch.")
-        if self.cache == "none" and self.policy == "prefetch":
-            raise ValueError("policy=prefetch needs slots that are kept: use cache=lru.")
+        if self.on_miss == "predicted" and not self.looks_ahead:
+            raise ValueError("on_miss=predicted runs predicted experts: give prefetch=auto or all.")
+        if self.cache == "none" and self.looks_ahead:
+            raise ValueError(f"prefetch={self.prefetch} needs slots that are kept: use cache=keep.")
         if find_policy(self.eviction).needs_future:
             raise ValueError(f"eviction={self.eviction} is a bound that only a simulator reaches.")
-        if self.slot_budget == "by-misses" and self.warm_start in ("none", "prompt"):
+        if self.layer_slots == "by-misses" and self.warm_start in ("none", "prompt"):
             raise ValueError(
-                "slot_budget=by-misses counts misses in recorded routing: give its path as "
+                "layer_slots=by-misses counts misses in recorded routing: give its path as "
                 f"warm_start, not {self.warm_start!r}."
             )
         if self.context < 0:
@@ -98,6 +94,11 @@ class EngineConfig:
             raise ValueError(f"budget must be at least 1 expert, not {self.budget}.")
         if not 0 <= self.agreement_floor <= 1:
             raise ValueError(f"agreement_floor must lie in 0..1, not {self.agreement_floor}.")
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether later layers' experts are predicted."""
+        return self.prefetch != "none"
 
     @property
     def is_exact(self) -> bool:

@@ -16,8 +16,8 @@ from foreroute.data.adapters.discovery import discover_outline
 from foreroute.data.adapters.exceptions import is_hash_routed
 from foreroute.data.adapters.weightless import experts_by_path, outline
 from foreroute.runtime.device.expert_form import find_expert_form
-from foreroute.runtime.host_store import RowLayout
-from foreroute.runtime.loading import store_encoder
+from foreroute.runtime.store.host_store import RowLayout
+from foreroute.runtime.store.loading import store_encoder
 
 YES = "yes"
 FREE_FORMS = "only estimators without an anchor (linear, mlp-free) can be trained"

@@ -17,20 +17,20 @@ from foreroute.estimators.stack import EstimatorStack
 from foreroute.export.bundle import load_bundle
 from foreroute.runtime.config import EngineConfig
 from foreroute.runtime.early_readout import EarlyReadouts
-from foreroute.runtime.host_ledger import TRIAL_STEPS, HostLedger, time_copy
-from foreroute.runtime.layer import OffloadedLayer
-from foreroute.runtime.offload import OffloadedModel, load_offloaded
+from foreroute.runtime.host.layer import OffloadedLayer
+from foreroute.runtime.host.ledger import TRIAL_STEPS, HostLedger, time_copy
+from foreroute.runtime.host.predictor import HostPredictor
+from foreroute.runtime.host.residency import Residency
+from foreroute.runtime.host.run_state import RunState
+from foreroute.runtime.host.slot_cache import SlotCache
+from foreroute.runtime.host.speculation import AgreementGuard, gate_weights_of
+from foreroute.runtime.host.transfers import Transfers
 from foreroute.runtime.planning.machine import find_profile
-from foreroute.runtime.policies import GiveUp, PrefetchBudget, find_policy, find_prefetch_rule
-from foreroute.runtime.prefetch import Prefetcher
-from foreroute.runtime.residency import Residency
-from foreroute.runtime.run_state import RunState
-from foreroute.runtime.slot_cache import SlotCache
+from foreroute.runtime.policies import GiveUp, PrefetchChooser, find_policy, find_prefetch_rule
 from foreroute.runtime.slot_plan import plan_slots, read_recording
-from foreroute.runtime.speculation import AgreementGuard, gate_weights_of
 from foreroute.runtime.stats import RuntimeStats
-from foreroute.runtime.timing import TimingStreamer
-from foreroute.runtime.transfers import Transfers
+from foreroute.runtime.store.offload import OffloadedModel, load_offloaded
+from foreroute.runtime.streamer import TimingStreamer
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Engine:
         Args:
             offloaded: The model and its experts' store.
             config: How to run it.
-            stack: Estimators for `policy="prefetch"`; if None, the training-free next router.
+            stack: Estimators that predict; if None, the training-free next router.
 
         Raises:
             ValueError: If the configuration does not fit the model.
@@ -76,10 +76,10 @@ class Engine:
             gate_family=geometry.gate_family,
             gate_scale=geometry.gate_scale,
             transfers=Transfers.for_device(self.device),
-            prefetcher=self._make_prefetcher(stack),
+            predictor=self._make_predictor(stack),
             guard=AgreementGuard(config.agreement_floor),
             policy=find_policy(config.eviction),
-            budget=self._make_budget(),
+            chooser=self._make_chooser(),
         )
         self.layers = self._make_layers()
         self._link_targets()
@@ -96,7 +96,7 @@ class Engine:
         *,
         bundle: str | Path | None = None,
         expert_slots: str | int = "25%",
-        policy: str | None = None,
+        prefetch: str | None = None,
         on_miss: str = "fetch",
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
@@ -111,7 +111,7 @@ class Engine:
             model: `bundled`, a local folder or a Hub id.
             bundle: Folder that `export-estimator` wrote.
             expert_slots: Slots per MoE layer, `8` or `25%`.
-            policy: `on-demand` or `prefetch`; prefetch if there is a bundle, unless said.
+            prefetch: `none`, `auto` or `all`; unless said, auto if there is a bundle.
             on_miss: `fetch` (exact), `skip` or `predicted`.
             device: `auto`, `cpu` or `cuda`.
             dtype: `auto`, `float32`, `bfloat16`, `float16`, or one of torch's; `torch_dtype` is
@@ -129,7 +129,7 @@ class Engine:
         dtype = settings.pop("torch_dtype", dtype)
         config = EngineConfig(
             expert_slots=str(expert_slots),
-            policy=policy or ("prefetch" if bundle else "on-demand"),  # type: ignore[arg-type]
+            prefetch=prefetch or ("auto" if bundle else "none"),  # type: ignore[arg-type]
             on_miss=on_miss,  # type: ignore[arg-type]
             **settings,
         )
@@ -155,10 +155,10 @@ class Engine:
         Args:
             offloaded: The model and its experts' store.
             config: How to run it.
-            stack: Estimators for `policy="prefetch"`.
+            stack: Estimators that predict.
         """
         if offloaded.device.type == "cuda" and config.decide_on != "host":
-            from foreroute.runtime.device.graph_engine import GraphEngine, why_not_on_device
+            from foreroute.runtime.device.driver import GraphEngine, why_not_on_device
 
             reason = why_not_on_device(offloaded, config, stack)
             if reason is None:
@@ -166,8 +166,8 @@ class Engine:
             logger.info("Decoding is driven by the host: %s.", reason)
         return Engine(offloaded, config, stack)
 
-    def _make_prefetcher(self, stack: EstimatorStack | None) -> Prefetcher | None:
-        if self.config.policy != "prefetch":
+    def _make_predictor(self, stack: EstimatorStack | None) -> HostPredictor | None:
+        if not self.config.looks_ahead:
             return None
         geometry = self.geometry
         budget = self.config.budget or geometry.top_k
@@ -185,16 +185,16 @@ class Engine:
         stack, readouts = stack.to(self.device), None
         if "readout" in stack.input_fields:
             readouts = EarlyReadouts(self.offloaded.moe, stack)
-        return Prefetcher(stack, budget, readouts)
+        return HostPredictor(stack, budget, readouts)
 
-    def _make_budget(self) -> PrefetchBudget | None:
+    def _make_chooser(self) -> PrefetchChooser | None:
         """What decides on prefetches; speculative execution needs every prediction."""
         config, geometry = self.config, self.geometry
-        if config.policy != "prefetch" or config.prefetch == "every" or not config.is_exact:
+        if config.prefetch != "auto" or not config.is_exact:
             return None
         machine, expert_bytes = find_profile(config.profile), self.offloaded.expert_bytes
-        return PrefetchBudget(
-            rule=find_prefetch_rule("budgeted"),
+        return PrefetchChooser(
+            rule=find_prefetch_rule("whole"),
             layer_ms=machine.layer_ms_for(geometry.top_k * expert_bytes),
             copy_ms=machine.copy_ms(expert_bytes),
         )
@@ -202,7 +202,7 @@ class Engine:
     def _make_give_up(self) -> GiveUp | None:
         """What ends prefetching that does not pay; speculative execution always looks ahead."""
         run = self._run
-        if run.budget is None:
+        if run.chooser is None:
             return None
         if not run.transfers.can_hide:
             logger.info("Nothing is prefetched: copies to this device hide behind nothing.")
@@ -236,10 +236,10 @@ class Engine:
 
     def _link_targets(self) -> None:
         """Tell each layer which one its state predicts."""
-        prefetcher = self._run.prefetcher
+        predictor = self._run.predictor
         by_idx: dict[int, Any] = {layer.layer_idx: layer for layer in self.layers}
         for layer in self.layers:
-            target_idx = prefetcher.target_of(layer.layer_idx) if prefetcher else None
+            target_idx = predictor.target_of(layer.layer_idx) if predictor else None
             layer.target = by_idx[target_idx] if target_idx is not None else None
             if layer.target is not None:
                 distance = self.layers.index(layer.target) - self.layers.index(layer)
@@ -253,15 +253,15 @@ class Engine:
         self._attachments.enter_context(routed_through(self.model, handlers))
         needs_logits = self.config.on_miss == "predicted" and self.config.weights == "true"
         needs_logits = needs_logits or self._run.policy.likely_bonus > 0
-        prefetcher = self._run.prefetcher
-        if prefetcher is not None and prefetcher.readouts is not None:
-            prefetcher.readouts.attach(self._attachments, lambda: not self._run.is_prefill)
+        predictor = self._run.predictor
+        if predictor is not None and predictor.readouts is not None:
+            predictor.readouts.attach(self._attachments, lambda: not self._run.is_prefill)
         for moe_layer, own in zip(moe_layers, self.layers, strict=True):
-            if prefetcher is not None:
+            if predictor is not None:
                 self._hook_residual(moe_layer, own)
                 if moe_layer.is_input_apart:
                     self._hook_router_input(moe_layer, own)
-                if "layer_input" in prefetcher.stack.input_fields:
+                if "layer_input" in predictor.stack.input_fields:
                     self._hook_layer_input(moe_layer, own)
             if needs_logits:
                 self._hook_router(moe_layer, own)

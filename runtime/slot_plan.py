@@ -9,12 +9,12 @@ import torch
 
 from foreroute.estimators.host_memory import available_host_bytes
 from foreroute.runtime.config import EngineConfig, parse_slots
-from foreroute.runtime.offload import OffloadedModel
 from foreroute.runtime.planning.planner import auto_slots
 from foreroute.runtime.policies import equal_slots, find_policy, slots_by_misses
+from foreroute.runtime.store.offload import OffloadedModel
 
 if TYPE_CHECKING:
-    from foreroute.runtime.simulator.route import Route
+    from foreroute.data.routes import Route
 
 MOST_TOKENS = 1024
 """Of a recording that slots are shared by; its first ones."""
@@ -28,7 +28,7 @@ def plan_slots(
     Args:
         offloaded: The model; everything but its slots is on the device already.
         config: How many, and how shared.
-        recording: What `slot_budget=by-misses` counts misses in.
+        recording: What `layer_slots=by-misses` counts misses in.
 
     Raises:
         ValueError: If they do not fit the model or the device.
@@ -40,7 +40,7 @@ def plan_slots(
         each = parse_slots(
             config.expert_slots, num_experts=geometry.num_experts, top_k=geometry.top_k
         )
-    if config.slot_budget == "equal" or recording is None:
+    if config.layer_slots == "equal" or recording is None:
         slots = equal_slots(len(layers), each)
     else:
         slots = slots_by_misses(
@@ -101,8 +101,8 @@ def read_recording(offloaded: OffloadedModel, config: EngineConfig) -> Route | N
     """
     if config.warm_start in ("none", "prompt"):
         return None
+    from foreroute.data.routes import ReadOptions
     from foreroute.runtime.simulator.cli import read_any
-    from foreroute.runtime.simulator.readers import ReadOptions
 
     geometry = offloaded.moe.geometry
     route = read_any(Path(config.warm_start), ReadOptions(num_experts=geometry.num_experts))

@@ -25,7 +25,7 @@ from foreroute.runtime.device.kernels.quasi_hidden import add_expected_output
 from foreroute.runtime.device.kernels.rotary import rotate
 from foreroute.runtime.device.kernels.tables import LRU, ResidencyTables, lrfu
 from foreroute.runtime.device.kernels.top_k import softmax_top_k
-from foreroute.runtime.encodings import (
+from foreroute.runtime.store.encodings import (
     EncodedParameter,
     EncodedWeights,
     Fp8,

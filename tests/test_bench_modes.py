@@ -8,7 +8,7 @@ from tiny_models import tiny_model
 from foreroute.estimators import host_memory
 from foreroute.runtime.bench import modes_for
 from foreroute.runtime.cli import _gave_up_note
-from foreroute.runtime.loading import Source, require_room_for_whole
+from foreroute.runtime.store.loading import Source, require_room_for_whole
 
 
 def names(**settings):
@@ -23,12 +23,12 @@ def test_without_predictions_only_modes_on_demand_are_measured():
 
 def test_a_bundle_predicts_where_the_routers_copies_cannot():
     modes = names(has_bundle=True, has_anchors=False)
-    assert {"prefetch", "prefetch-every", "speculative", "skip"} <= modes
+    assert {"prefetch", "prefetch-all", "speculative", "skip"} <= modes
     assert "prefetch-next-router" not in modes
 
 
 def test_modes_that_stopped_looking_ahead_are_named_below_the_table():
-    shares = {"on-demand": None, "prefetch": 0.25, "prefetch-every": 1.0, "other": 0.0}
+    shares = {"on-demand": None, "prefetch": 0.25, "prefetch-all": 1.0, "other": 0.0}
     results = [SimpleNamespace(name=name, share_ahead=share) for name, share in shares.items()]
     assert _gave_up_note(results).endswith("did all the same): prefetch (25%), other (0%).")
     assert _gave_up_note(results[:1]) == _gave_up_note(results[2:3]) == ""

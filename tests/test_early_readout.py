@@ -19,7 +19,7 @@ from foreroute.estimators import EstimatorSpec, EstimatorStack, predictable_laye
 from foreroute.estimators.hybrid import HybridStack
 from foreroute.export.export import export_estimator
 from foreroute.runtime import Engine, EngineConfig
-from foreroute.runtime.offload import offload
+from foreroute.runtime.store.offload import offload
 from foreroute.train.fit import train_estimator
 from foreroute.train.run import FitConfig
 
@@ -64,7 +64,7 @@ def greedy(model: Any, tokens: Tensor, **changes: Any) -> Tensor:
 @contextmanager
 def engine_of(model: Any, stack: Any, moe: MoEModel | None = None, **changes: Any) -> Iterator[Any]:
     offloaded = offload(copy.deepcopy(model), device=CPU, model_name="tiny")
-    config = EngineConfig(**({"expert_slots": "3", "policy": "prefetch"} | changes))
+    config = EngineConfig(**({"expert_slots": "3", "prefetch": "auto"} | changes))
     with Engine(offloaded, config, stack(offloaded.moe)) as engine:
         engine._run.give_up = None  # on a CPU nothing would be predicted otherwise
         yield engine
@@ -87,7 +87,7 @@ def assert_reads_what_is_recorded(engine: Any, tokens: Tensor, mask: Tensor | No
     moe = engine.offloaded.moe
     vectors = default_vectors(moe)
     readout = EarlyReadout(sites=find_early_attention(moe), vectors=vectors)
-    seen = spy(engine._run.prefetcher.readouts, "read")
+    seen = spy(engine._run.predictor.readouts, "read")
     with RoutingRecorder(moe, readout=readout) as recorder:
         cache = None
         for step in range(-STEPS - 1, 0):
@@ -140,11 +140,11 @@ def test_generated_tokens_are_the_plain_models(model_type: str, cache: str) -> N
     for shape in ((1, 1), (1, 9), (3, 5)):
         tokens = prompt(*shape)
         expected = greedy(model, tokens, **settings, disable_compile=True)
-        for prefetch in ("every", "budgeted"):
+        for prefetch in ("all", "auto"):
             with engine_of(model, stack_of, prefetch=prefetch) as engine:
                 assert torch.equal(greedy(engine, tokens, **settings), expected)
                 engine.check_integrity()
-                assert engine.stats().decode.prefetches > 0 or prefetch == "budgeted"
+                assert engine.stats().decode.prefetches > 0 or prefetch == "auto"
 
 
 def test_beams_and_logits_stay_bit_equal(tiny_moe: Any) -> None:
@@ -173,7 +173,7 @@ def test_an_early_attention_leaves_the_cache_as_it_is(model_type: str, cache: st
     model = tiny_model(model_type, **MODELS[model_type]).eval()
     settings = {} if cache == "dynamic" else {"cache_implementation": "static"}
     with engine_of(model, stack_of) as engine:
-        readouts, compared = engine._run.prefetcher.readouts, []
+        readouts, compared = engine._run.predictor.readouts, []
         read = readouts.read
 
         def watched(*arguments: Any, **states: Any) -> Any:
@@ -195,7 +195,7 @@ def test_an_early_attention_leaves_the_cache_as_it_is(model_type: str, cache: st
 def test_no_hook_is_left_and_nothing_of_a_pass_is_kept(tiny_moe: Any) -> None:
     with engine_of(tiny_moe.model, stack_of) as engine:
         greedy(engine, prompt(1, 5))
-        assert engine._run.prefetcher.readouts._settings == {}
+        assert engine._run.predictor.readouts._settings == {}
         modules = list(engine.model.modules())
         assert any(module._forward_pre_hooks for module in modules)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
@@ -239,13 +239,13 @@ def test_in_a_hybrid_only_pairs_that_read_a_readout_run_an_attention(tiny_moe: A
         return HybridStack(parts, (1, 0, 1))
 
     with engine_of(tiny_moe.model, mixed) as engine:
-        seen = spy(engine._run.prefetcher.readouts, "read")
+        seen = spy(engine._run.predictor.readouts, "read")
         greedy(engine, prompt(1, 5))
     assert {source for (source,), state in seen if state is not None} == {1}
     assert {source for (source,), state in seen} == {0, 1, 2}
 
 
-@pytest.mark.parametrize("prefetch", ["every", "budgeted"])
+@pytest.mark.parametrize("prefetch", ["all", "auto"])
 def test_layers_are_predicted_from_their_own_input_the_first_one_too(
     tiny_moe: Any, prefetch: str
 ) -> None:
@@ -257,7 +257,7 @@ def test_layers_are_predicted_from_their_own_input_the_first_one_too(
 
     with engine_of(model, own, prefetch=prefetch) as engine:
         assert all(layer.target is layer for layer in engine.layers)
-        seen = spy(engine._run.prefetcher, "predict")
+        seen = spy(engine._run.predictor, "predict")
         for shape in ((1, 1), (1, 9), (3, 5)):
             tokens = prompt(*shape)
             assert torch.equal(greedy(engine, tokens), greedy(model, tokens))
@@ -292,9 +292,9 @@ def test_predicted_experts_can_be_run_speculatively(tiny_moe: Any, input_kind: s
 
 def measured_recall(engine: Engine, tokens: Tensor, prompt_length: int) -> float:
     """Share of the true experts among as many predicted ones, over forced decode steps."""
-    prefetcher = engine._run.prefetcher
-    assert prefetcher is not None
-    seen, hits, total = spy(prefetcher, "predict"), 0, 0
+    predictor = engine._run.predictor
+    assert predictor is not None
+    seen, hits, total = spy(predictor, "predict"), 0, 0
     with RoutingRecorder(engine.offloaded.moe) as recorder:
         cache = engine(input_ids=tokens[:, :prompt_length], use_cache=True).past_key_values
         recorder.take()
@@ -303,7 +303,7 @@ def measured_recall(engine: Engine, tokens: Tensor, prompt_length: int) -> float
             engine(input_ids=tokens[:, at : at + 1], past_key_values=cache, use_cache=True)
             records = recorder.take()
             for (source,), (_, ranked) in seen:
-                true_ids = records[prefetcher.target_of(source)].expert_ids
+                true_ids = records[predictor.target_of(source)].expert_ids
                 hits += int((ranked.unsqueeze(-1) == true_ids.unsqueeze(-2)).sum())
                 total += true_ids.numel()
     return hits / total
@@ -326,7 +326,7 @@ def test_from_traces_to_tokens_a_readout_predicts_better_than_the_quasi_hidden_s
     stock = load_model("bundled")
     stock.set_experts_implementation("batched_mm")
     expected, recall = greedy(stock, ids[:, :20]), {}
-    settings = {"expert_slots": "25%", "prefetch": "every"}
+    settings = {"expert_slots": "25%", "prefetch": "all"}
     for input_kind in ("quasi-hidden", "attention-readout", "pre-attention"):
         horizon = int(input_kind != "pre-attention")
         layers = predictable_layers(traces.geometry, horizon)

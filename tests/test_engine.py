@@ -14,36 +14,36 @@ from transformers import TextIteratorStreamer
 from foreroute.estimators import EstimatorStack
 from foreroute.export.bundle import PairEntry, save_bundle
 from foreroute.runtime import Engine, EngineConfig, slot_plan
-from foreroute.runtime import layer as layer_module
+from foreroute.runtime.host import layer as layer_module
 from foreroute.runtime.config import parse_slots
-from foreroute.runtime.offload import OffloadedModel, offload
+from foreroute.runtime.host.transfers import ImmediateTransfers
 from foreroute.runtime.planning.planner import RESERVE_BYTES
-from foreroute.runtime.transfers import ImmediateTransfers
+from foreroute.runtime.store.offload import OffloadedModel, offload
 
 PROMPT_SHAPES = [(1, 1), (1, 17), (3, 5), (2, 40)]
 EXACT = {
     "on-demand": {},
     "no-cache": {"cache": "none"},
-    "prefetch": {"policy": "prefetch"},
-    "every-prefetch": {"policy": "prefetch", "prefetch": "every"},
-    "wide-prefetch": {"policy": "prefetch", "budget": 5},
+    "prefetch": {"prefetch": "auto"},
+    "prefetch-all": {"prefetch": "all"},
+    "wide-prefetch": {"prefetch": "auto", "budget": 5},
     "lru": {"eviction": "lru", "warm_start": "none"},
-    "lfu": {"eviction": "lfu", "policy": "prefetch"},
-    "lrfu": {"eviction": "lrfu:5", "policy": "prefetch", "prefetch": "every"},
-    "predicted": {"eviction": "predicted", "policy": "prefetch"},
+    "lfu": {"eviction": "lfu", "prefetch": "auto"},
+    "lrfu": {"eviction": "lrfu:5", "prefetch": "all"},
+    "predicted": {"eviction": "predicted", "prefetch": "auto"},
     "static": {"eviction": "static"},
 }
 SPECULATIVE = {
     "skip": {"on_miss": "skip"},
-    "skip-with-prefetch": {"policy": "prefetch", "on_miss": "skip"},
-    "true-weights": {"policy": "prefetch", "on_miss": "predicted"},
-    "predicted-weights": {"policy": "prefetch", "on_miss": "predicted", "weights": "predicted"},
+    "skip-with-prefetch": {"prefetch": "auto", "on_miss": "skip"},
+    "true-weights": {"prefetch": "auto", "on_miss": "predicted"},
+    "predicted-weights": {"prefetch": "auto", "on_miss": "predicted", "weights": "predicted"},
 }
 
 
 @pytest.fixture
 def hiding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if copies could hide behind compute, so that budgeted prefetch is tried."""
+    """As if copies could hide behind compute, so that prefetch=auto is tried."""
     monkeypatch.setattr(ImmediateTransfers, "can_hide", True)
 
 
@@ -189,7 +189,7 @@ def test_a_perfect_predictor_leaves_no_miss_after_the_first_layer(
     tiny_moe: Any, stock: Any, offloaded: OffloadedModel
 ) -> None:
     tokens = prompt(1, 8)
-    config = EngineConfig(expert_slots="2", policy="prefetch", prefetch="every")
+    config = EngineConfig(expert_slots="2", prefetch="all")
     with Engine(offloaded, config, make_oracle(tiny_moe, tokens)) as engine:
         assert torch.equal(greedy(engine, tokens), greedy(stock, tokens))
         decode = engine.stats().decode
@@ -202,7 +202,7 @@ def test_speculation_with_a_perfect_predictor_changes_no_token(
     tiny_moe: Any, stock: Any, offloaded: OffloadedModel
 ) -> None:
     tokens = prompt(1, 8)
-    config = EngineConfig(expert_slots="2", policy="prefetch", on_miss="predicted")
+    config = EngineConfig(expert_slots="2", prefetch="auto", on_miss="predicted")
     with Engine(offloaded, config, make_oracle(tiny_moe, tokens)) as engine:
         assert torch.equal(greedy(engine, tokens), greedy(stock, tokens))
         assert engine.stats().agreement == 1.0
@@ -216,7 +216,7 @@ def test_a_useless_predictor_still_gives_the_right_tokens(
             return torch.rand(len(router_input), 8)
 
     useless = Useless.training_free(tiny_moe.moe.geometry, tiny_moe.moe.anchors)
-    config = EngineConfig(expert_slots="3", policy="prefetch", prefetch="every")
+    config = EngineConfig(expert_slots="3", prefetch="all")
     with Engine(offloaded, config, useless) as engine:
         assert torch.equal(greedy(engine, prompt(2, 8)), greedy(stock, prompt(2, 8)))
         assert engine.stats().decode.wasted_bytes > 0
@@ -243,7 +243,7 @@ def test_speculation_switches_itself_off_under_its_floor(
     offloaded: OffloadedModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = EngineConfig(
-        expert_slots="4", policy="prefetch", on_miss="predicted", agreement_floor=1.0
+        expert_slots="4", prefetch="auto", on_miss="predicted", agreement_floor=1.0
     )
     with Engine(offloaded, config) as engine:
         greedy(engine, prompt(1, 8), count=100)
@@ -284,7 +284,7 @@ def test_closing_an_engine_leaves_no_hook_and_lets_another_attach(
         return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
 
     before = num_hooks()
-    config = EngineConfig(expert_slots="4", policy="prefetch", on_miss="predicted")
+    config = EngineConfig(expert_slots="4", prefetch="auto", on_miss="predicted")
     with Engine(offloaded, config) as engine:
         assert num_hooks() > before
         with pytest.raises(ValueError, match="attached to another engine"):
@@ -332,10 +332,9 @@ def test_impossible_slots_are_refused(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"policy": "guess"}, "known: on-demand, prefetch"),
         ({"on_miss": "pray"}, "known: fetch, skip, predicted"),
-        ({"on_miss": "predicted"}, "needs policy=prefetch"),
-        ({"policy": "prefetch", "cache": "none"}, "use cache=lru"),
+        ({"on_miss": "predicted"}, "give prefetch=auto or all"),
+        ({"prefetch": "auto", "cache": "none"}, "use cache=keep"),
         ({"budget": 0}, "at least 1"),
         ({"agreement_floor": 2.0}, r"0\.\.1"),
     ],
@@ -348,8 +347,8 @@ def test_contradictory_settings_are_refused(settings: dict[str, Any], message: s
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"policy": "prefetch", "budget": 9}, "more than the 8 experts"),
-        ({"policy": "prefetch", "on_miss": "predicted", "budget": 1}, "at least that"),
+        ({"prefetch": "auto", "budget": 9}, "more than the 8 experts"),
+        ({"prefetch": "auto", "on_miss": "predicted", "budget": 1}, "at least that"),
     ],
 )
 def test_a_budget_that_does_not_fit_the_model_is_refused(
@@ -384,7 +383,7 @@ def test_from_pretrained_runs_a_folder_with_its_bundle(
     bundle = write_training_free_bundle(tiny_moe, tmp_path / "bundle")
     folder = str(tiny_moe.folder)
     with Engine.from_pretrained(folder, bundle=bundle, expert_slots="3", device="cpu") as engine:
-        assert engine.config.policy == "prefetch"
+        assert engine.config.prefetch == "auto"
         assert torch.equal(greedy(engine, prompt(2, 7)), greedy(stock, prompt(2, 7)))
         assert engine.stats().decode.prefetches > 0
 
@@ -423,7 +422,7 @@ def test_slots_by_misses_go_to_the_layer_that_misses_more(
     stock: Any, offloaded: OffloadedModel, tmp_path: Path
 ) -> None:
     route = str(write_route(tmp_path))
-    config = EngineConfig(expert_slots="4", warm_start=route, slot_budget="by-misses")
+    config = EngineConfig(expert_slots="4", warm_start=route, layer_slots="by-misses")
     with Engine(offloaded, config) as engine:
         assert sum(engine.slots_per_layer) == 4 * 4
         assert engine.slots_per_layer[3] > engine.slots_per_layer[0]
@@ -459,15 +458,15 @@ def test_a_prompt_leaves_its_most_used_experts_resident(offloaded: OffloadedMode
 
 
 @pytest.mark.usefixtures("hiding")
-def test_budgeted_prefetch_leaves_what_does_not_pay(offloaded: OffloadedModel) -> None:
+def test_prefetch_auto_leaves_what_does_not_pay(offloaded: OffloadedModel) -> None:
     copied = {}
-    for prefetch in ("every", "budgeted"):
-        config = EngineConfig(expert_slots="2", policy="prefetch", prefetch=prefetch)
+    for prefetch in ("all", "auto"):
+        config = EngineConfig(expert_slots="2", prefetch=prefetch)
         with Engine(offloaded, config) as engine:
             greedy(engine, prompt(1, 9), count=40)
             copied[prefetch] = engine.stats().decode
-    assert 0 < copied["budgeted"].prefetches < copied["every"].prefetches
-    assert copied["budgeted"].wasted_bytes < copied["every"].wasted_bytes
+    assert 0 < copied["auto"].prefetches < copied["all"].prefetches
+    assert copied["auto"].wasted_bytes < copied["all"].wasted_bytes
 
 
 @pytest.mark.parametrize(
@@ -475,8 +474,8 @@ def test_budgeted_prefetch_leaves_what_does_not_pay(offloaded: OffloadedModel) -
     [
         ({"eviction": "belady"}, "bound"),
         ({"eviction": "mru"}, "known: default, lru"),
-        ({"slot_budget": "by-misses"}, "path as warm_start"),
-        ({"prefetch": "some"}, "known: budgeted, every"),
+        ({"layer_slots": "by-misses"}, "path as warm_start"),
+        ({"prefetch": "some"}, "known: none, auto, all"),
         ({"context": -1}, "not be negative"),
     ],
 )

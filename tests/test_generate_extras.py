@@ -9,7 +9,7 @@ from transformers import DynamicCache, StaticCache, TextStreamer
 
 from foreroute.runtime import Engine, EngineConfig
 from foreroute.runtime.cli import generate as generate_command
-from foreroute.runtime.offload import offload
+from foreroute.runtime.store.offload import offload
 
 TOKENS = torch.arange(3, 12).unsqueeze(0)
 GREEDY = {"do_sample": False, "min_new_tokens": 10, "max_new_tokens": 10}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from foreroute.runtime.device.ledger import TRIAL_STEPS, DeviceLedger
-from foreroute.runtime.host_ledger import Early, HostLedger
+from foreroute.runtime.host.ledger import Early, HostLedger
 from foreroute.runtime.policies.give_up import LOOK_AHEAD, ON_DEMAND, PERIOD_STEPS, GiveUp
 
 
@@ -47,7 +47,7 @@ def test_where_nothing_can_be_saved_nothing_is_tried() -> None:
 def test_early_experts_save_what_of_their_copies_was_hidden(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("foreroute.runtime.host_ledger.perf_counter", lambda: 10.0)
+    monkeypatch.setattr("foreroute.runtime.host.ledger.perf_counter", lambda: 10.0)
     ledger = HostLedger(copy_ms=4.0)
     ledger.open()
     ledger.count_needed(Early(asked_at=9.0, num_copies=2))  # a second ago: both are there

@@ -11,11 +11,11 @@ from torch import Tensor
 from foreroute.estimators import EstimatorStack
 from foreroute.runtime import Engine, EngineConfig
 from foreroute.runtime.device.decode_graph import DecodeGraph
-from foreroute.runtime.device.graph_engine import GraphEngine
-from foreroute.runtime.host_ledger import TRIAL_STEPS
-from foreroute.runtime.host_store import allocate_host
-from foreroute.runtime.offload import OffloadedModel, offload
-from foreroute.runtime.transfers import StreamTransfers
+from foreroute.runtime.device.driver import GraphEngine
+from foreroute.runtime.host.ledger import TRIAL_STEPS
+from foreroute.runtime.host.transfers import StreamTransfers
+from foreroute.runtime.store.host_store import allocate_host
+from foreroute.runtime.store.offload import OffloadedModel, offload
 
 pytestmark = [
     pytest.mark.gpu,
@@ -78,23 +78,23 @@ def test_copies_land_and_compute_waits_for_them() -> None:
         assert torch.equal(slots.clone().cpu(), rows)
 
 
-@pytest.mark.parametrize("policy", ["on-demand", "prefetch"])
+@pytest.mark.parametrize("prefetch", ["none", "auto"])
 @pytest.mark.parametrize("slots", ["4", "6", "9"])
 def test_any_slot_count_gives_the_all_resident_logits_bit_for_bit(
-    offloaded: OffloadedModel, slots: str, policy: Any
+    offloaded: OffloadedModel, slots: str, prefetch: Any
 ) -> None:
     with Engine(offloaded, EngineConfig(expert_slots="100%", decide_on="host")) as engine:
         engine.fill_slots()
         expected = step_logits(engine, prompt(), steps=40)
         assert engine.stats().hit_rate == 1.0
     with Engine(
-        offloaded, EngineConfig(expert_slots=slots, policy=policy, decide_on="host")
+        offloaded, EngineConfig(expert_slots=slots, prefetch=prefetch, decide_on="host")
     ) as engine:
         assert torch.equal(step_logits(engine, prompt(), steps=40), expected)
         engine.check_integrity()
         assert engine.stats().decode.misses > 0
         stats = engine.stats()
-    if policy == "prefetch":
+    if prefetch == "auto":
         assert TRIAL_STEPS <= stats.steps_ahead <= stats.decode.forwards
     else:
         assert stats.steps_ahead == 0
@@ -102,7 +102,7 @@ def test_any_slot_count_gives_the_all_resident_logits_bit_for_bit(
 
 def test_exact_mode_matches_stock_transformers(offloaded: OffloadedModel, stock: Any) -> None:
     expected = step_logits(stock, prompt(), steps=20).float()
-    with Engine(offloaded, EngineConfig(expert_slots="5", policy="prefetch")) as engine:
+    with Engine(offloaded, EngineConfig(expert_slots="5", prefetch="auto")) as engine:
         got = step_logits(engine, prompt(), steps=20).float()
     assert (got - expected).abs().max() <= STOCK_TOLERANCE * expected.abs().max()
 
@@ -118,7 +118,7 @@ def test_exact_mode_matches_stock_transformers(offloaded: OffloadedModel, stock:
 def test_speculative_modes_run_and_keep_the_slots_right(
     offloaded: OffloadedModel, settings: dict[str, Any]
 ) -> None:
-    config = EngineConfig(expert_slots="6", policy="prefetch", agreement_floor=0.0, **settings)
+    config = EngineConfig(expert_slots="6", prefetch="auto", agreement_floor=0.0, **settings)
     with Engine(offloaded, config) as engine:
         engine.generate(prompt(), max_new_tokens=30, do_sample=False, pad_token_id=0)
         engine.check_integrity()
@@ -127,7 +127,7 @@ def test_speculative_modes_run_and_keep_the_slots_right(
 
 def test_batches_run_with_fewer_slots_than_they_need(offloaded: OffloadedModel) -> None:
     tokens = torch.randint(3, 250, (8, 12), generator=torch.Generator().manual_seed(2))
-    with Engine(offloaded, EngineConfig(expert_slots="4", policy="prefetch")) as engine:
+    with Engine(offloaded, EngineConfig(expert_slots="4", prefetch="auto")) as engine:
         output = engine.generate(tokens, max_new_tokens=12, do_sample=False, pad_token_id=0)
         engine.check_integrity()
     assert output.shape[0] == 8
@@ -145,25 +145,25 @@ def graph_logits(engine: GraphEngine, tokens: Tensor, steps: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("policy", "prefetch"),
-    [("on-demand", "every"), ("prefetch", "every"), ("prefetch", "budgeted")],
+    "prefetch",
+    ["none", "all", "auto"],
 )
 @pytest.mark.parametrize("slots", ["4", "6", "9"])
 def test_graph_gives_the_all_resident_logits_bit_for_bit_at_any_slot_count(
-    offloaded: OffloadedModel, slots: str, policy: Any, prefetch: Any
+    offloaded: OffloadedModel, slots: str, prefetch: Any
 ) -> None:
     with GraphEngine(offloaded, EngineConfig(expert_slots="100%")) as engine:
         engine.fill_slots()
         expected = graph_logits(engine, prompt(), steps=40)
         assert engine.stats().hit_rate == 1.0
-    config = EngineConfig(expert_slots=slots, policy=policy, prefetch=prefetch)
+    config = EngineConfig(expert_slots=slots, prefetch=prefetch)
     with GraphEngine(offloaded, config) as engine:
         assert torch.equal(graph_logits(engine, prompt(), steps=40), expected)
         engine.check_integrity()
         stats = engine.stats()
     assert stats.decode.misses > 0
-    assert (stats.decode.prefetches > 0) == (policy == "prefetch")
-    assert stats.share_ahead == (policy == "prefetch")
+    assert (stats.decode.prefetches > 0) == (prefetch != "none")
+    assert stats.share_ahead == (prefetch != "none")
 
 
 def test_graph_matches_stock_transformers(offloaded: OffloadedModel, stock: Any) -> None:
@@ -183,7 +183,7 @@ def test_graph_generates_what_the_kernels_generate_step_by_step(
     mask = torch.ones_like(tokens)
     if batch > 1:
         mask[0, :6] = 0
-    with GraphEngine(offloaded, EngineConfig(expert_slots="6", policy="prefetch")) as engine:
+    with GraphEngine(offloaded, EngineConfig(expert_slots="6", prefetch="auto")) as engine:
         got = engine.generate(tokens, attention_mask=mask, **settings)
         again = engine.generate(tokens, attention_mask=mask, **settings)
         engine.check_integrity()
@@ -196,7 +196,7 @@ def test_graph_generates_what_the_kernels_generate_step_by_step(
 
 
 def test_a_decode_step_never_waits_for_the_host(offloaded: OffloadedModel) -> None:
-    config = EngineConfig(expert_slots="6", policy="prefetch")
+    config = EngineConfig(expert_slots="6", prefetch="auto")
     with GraphEngine(offloaded, config) as engine:
         graph = engine.graph_for(1, 64)
         graph.begin(torch.ones(1, 4, dtype=torch.long, device=CUDA))
@@ -239,7 +239,7 @@ def test_graph_matches_stock_for_other_architectures(model_type: str) -> None:
     with torch.no_grad():
         expected = plain(input_ids=tokens).logits[0, 20:]
     offloaded = offload(model, device=CUDA, model_name=model_type)
-    with GraphEngine(offloaded, EngineConfig(expert_slots="4", policy="prefetch")) as engine:
+    with GraphEngine(offloaded, EngineConfig(expert_slots="4", prefetch="auto")) as engine:
         got = graph_logits(engine, tokens, steps=20)
         engine.check_integrity()
     # float32 sums in another order
@@ -250,7 +250,7 @@ def test_a_step_that_cannot_be_captured_runs_kernel_by_kernel_and_says_so(
     offloaded: OffloadedModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    config = EngineConfig(expert_slots="6", policy="prefetch")
+    config = EngineConfig(expert_slots="6", prefetch="auto")
     with GraphEngine(offloaded, config) as engine:
         expected = engine.generate(prompt(), **settings)
     norm = offloaded.moe.model.model.norm
@@ -275,7 +275,7 @@ def test_a_prompts_last_uses_count_most_for_eviction(offloaded: OffloadedModel) 
 
 
 def test_capturing_a_step_teaches_eviction_nothing(offloaded: OffloadedModel) -> None:
-    config = EngineConfig(expert_slots="6", policy="prefetch")
+    config = EngineConfig(expert_slots="6", prefetch="auto")
     with GraphEngine(offloaded, config) as engine:
         engine.graph_for(1, 64)
         assert all(not layer.tables.score.any() for layer in engine.layers)
@@ -292,7 +292,7 @@ def readout_stack(offloaded: OffloadedModel, input_kind: Any = "attention-readou
     return EstimatorStack.training_free(geometry, anchors, **settings)
 
 
-@pytest.mark.parametrize("prefetch", ["every", "budgeted"])
+@pytest.mark.parametrize("prefetch", ["all", "auto"])
 @pytest.mark.parametrize("slots", ["4", "9"])
 def test_graph_with_attentions_run_early_gives_the_all_resident_logits_bit_for_bit(
     offloaded: OffloadedModel, slots: str, prefetch: Any
@@ -300,7 +300,7 @@ def test_graph_with_attentions_run_early_gives_the_all_resident_logits_bit_for_b
     with GraphEngine(offloaded, EngineConfig(expert_slots="100%")) as engine:
         engine.fill_slots()
         expected = graph_logits(engine, prompt(), steps=40)
-    config = EngineConfig(expert_slots=slots, policy="prefetch", prefetch=prefetch)
+    config = EngineConfig(expert_slots=slots, prefetch=prefetch)
     with GraphEngine(offloaded, config, readout_stack(offloaded)) as engine:
         for _ in range(3):  # an order that is not kept need not show at once
             assert torch.equal(graph_logits(engine, prompt(), steps=40), expected)
@@ -313,9 +313,7 @@ def test_graph_with_attentions_run_early_predicts_as_well_as_the_host(
 ) -> None:
     wasted = {}
     for decide_on in ("auto", "host"):
-        config = EngineConfig(
-            expert_slots="50%", policy="prefetch", prefetch="every", decide_on=decide_on
-        )
+        config = EngineConfig(expert_slots="50%", prefetch="all", decide_on=decide_on)
         with Engine.open(offloaded, config, readout_stack(offloaded)) as engine:
             engine.generate(prompt(), max_new_tokens=60, do_sample=False, pad_token_id=0)
             decode = engine.stats().decode
@@ -331,7 +329,7 @@ def test_early_attentions_change_nothing_of_other_architectures(model_type: str)
     offloaded = offload(model, device=CUDA, model_name=model_type)
     with GraphEngine(offloaded, EngineConfig(expert_slots="4")) as engine:
         expected = graph_logits(engine, tokens, steps=20)
-    config = EngineConfig(expert_slots="4", policy="prefetch", prefetch="every")
+    config = EngineConfig(expert_slots="4", prefetch="all")
     with GraphEngine(offloaded, config, readout_stack(offloaded)) as engine:
         assert torch.equal(graph_logits(engine, tokens, steps=20), expected)
         assert engine.stats().decode.prefetches > 0
@@ -340,7 +338,7 @@ def test_early_attentions_change_nothing_of_other_architectures(model_type: str)
 def test_a_step_that_runs_attentions_early_never_waits_for_the_host(
     offloaded: OffloadedModel,
 ) -> None:
-    config = EngineConfig(expert_slots="6", policy="prefetch")
+    config = EngineConfig(expert_slots="6", prefetch="auto")
     with GraphEngine(offloaded, config, readout_stack(offloaded)) as engine:
         graph = engine.graph_for(1, 64)
         assert isinstance(graph, DecodeGraph)  # it could be captured
@@ -357,7 +355,7 @@ def test_a_step_that_runs_attentions_early_never_waits_for_the_host(
 
 def test_pre_attention_estimators_are_run_by_the_host(offloaded: OffloadedModel) -> None:
     stack = readout_stack(offloaded, "pre-attention")
-    config = EngineConfig(expert_slots="6", policy="prefetch", prefetch="every")
+    config = EngineConfig(expert_slots="6", prefetch="all")
     settings = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
     with Engine(offloaded, EngineConfig(expert_slots="6", decide_on="host")) as engine:
         expected = engine.generate(prompt(), **settings)
@@ -377,7 +375,7 @@ def test_graph_decodes_experts_in_fewer_bits(make_tiny_moe: Any, expert_dtype: s
         assert isinstance(engine, GraphEngine)
         engine.fill_slots()
         expected = graph_logits(engine, prompt(), steps=30)
-    with GraphEngine(offloaded, EngineConfig(expert_slots="6", policy="prefetch")) as engine:
+    with GraphEngine(offloaded, EngineConfig(expert_slots="6", prefetch="auto")) as engine:
         assert torch.equal(graph_logits(engine, prompt(), steps=30), expected)
         engine.check_integrity()
         assert engine.stats().decode.misses > 0

@@ -17,7 +17,7 @@ import replayed_routing
 import torch
 import ttft_gpu
 
-from foreroute.runtime.host_store import RowLayout
+from foreroute.runtime.store.host_store import RowLayout
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_the_decode_benchmark_runs_to_its_end(
     assert of_one == {
         *("resident", "resident-predicting", "on-demand"),
         *("prefetch-0.89", "prefetch-perfect"),
-        *("prefetch-0.89-every", "prefetch-perfect-every"),
+        *("prefetch-0.89-all", "prefetch-perfect-all"),
         *("eager-lru", "eager-no-cache", "accelerate"),
     }
     assert max(written["difference_from_stock_experts"].values()) == 0  # the same code on a CPU
@@ -184,7 +184,7 @@ def test_the_end_to_end_benchmark_runs_to_its_end_and_keeps_what_is_there(
     trained = (work / "model" / "training.json").stat().st_mtime_ns
     assert [r["arm"] for r in first["rows"]] == [
         *("resident", "on-demand", "prefetch-next-router", "prefetch-trained"),
-        *("prefetch-trained-every", "prefetch-readout", "prefetch-readout-every"),
+        *("prefetch-trained-all", "prefetch-readout", "prefetch-readout-all"),
         *("eager-lru", "eager-no-cache"),
         *("on-demand", "prefetch-next-router", "prefetch-trained", "accelerate"),
     ]

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from foreroute.estimators import EstimatorStack
 from foreroute.runtime import Engine, EngineConfig
-from foreroute.runtime.host_ledger import TRIAL_STEPS
-from foreroute.runtime.offload import OffloadedModel, offload
+from foreroute.runtime.host.ledger import TRIAL_STEPS
+from foreroute.runtime.host.transfers import ImmediateTransfers, Ticket, Transfers
 from foreroute.runtime.policies import give_up
-from foreroute.runtime.transfers import ImmediateTransfers, Ticket, Transfers
+from foreroute.runtime.store.offload import OffloadedModel, offload
 
 PERIOD, TOKENS, SOURCES = 40, 91, 3
 LAYER_S, COPY_S = 1e-3, 2e-3
-BUDGETED = {"expert_slots": "3", "policy": "prefetch"}
+BUDGETED = {"expert_slots": "3", "prefetch": "auto"}
 
 
 class Clock:
@@ -70,7 +70,7 @@ class Guesses(EstimatorStack):
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr("foreroute.runtime.host_ledger.perf_counter", made)
+    monkeypatch.setattr("foreroute.runtime.host.ledger.perf_counter", made)
     monkeypatch.setattr(give_up, "PERIOD_STEPS", PERIOD)
     return made
 
@@ -165,7 +165,7 @@ def test_a_predictor_that_helps_is_asked_all_the_time_and_saves_time(
 
 @pytest.mark.usefixtures("slow_link")
 @pytest.mark.parametrize(
-    "settings", [{"prefetch": "every"}, {"on_miss": "predicted", "agreement_floor": 0.0}]
+    "settings", [{"prefetch": "all"}, {"on_miss": "predicted", "agreement_floor": 0.0}]
 )
 def test_forced_and_speculative_prefetch_never_gives_up(
     tiny_moe: Any, offloaded: OffloadedModel, clock: Clock, settings: dict[str, Any]

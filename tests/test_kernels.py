@@ -28,7 +28,7 @@ from foreroute.runtime.device.kernels.tables import (
     ScoreRule,
     lrfu,
 )
-from foreroute.runtime.encodings import (
+from foreroute.runtime.store.encodings import (
     EXPERT_DTYPES,
     EncodedParameter,
     EncodedWeights,
@@ -36,7 +36,7 @@ from foreroute.runtime.encodings import (
     Fp8Blocks,
     Mxfp4,
 )
-from foreroute.runtime.host_store import ParameterSpec, RowLayout
+from foreroute.runtime.store.host_store import ParameterSpec, RowLayout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NUM_SEQUENCES = 1002 if torch.cuda.is_available() else 40

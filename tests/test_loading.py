@@ -17,7 +17,7 @@ from foreroute.data.adapters.checkpoint import ExpertReader, checkpoint_files
 from foreroute.data.adapters.weightless import parameter_shapes
 from foreroute.estimators import host_memory
 from foreroute.runtime import Engine
-from foreroute.runtime.offload import load_offloaded
+from foreroute.runtime.store.offload import load_offloaded
 
 SHARD_BYTES = "200KB"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -217,7 +217,7 @@ def test_a_revision_of_a_cached_hub_model_is_loaded(tmp_path):
         (hub / "refs" / revision).write_text(f"{revision}0")
     code = (
         "import torch\n"
-        "from foreroute.runtime.offload import load_offloaded\n"
+        "from foreroute.runtime.store.offload import load_offloaded\n"
         "sums = [load_offloaded('org/tiny', device='cpu', revision=r).store.rows[0]"
         ".double().sum() for r in (None, 'main', 'v2')]\n"
         "assert sums[0] == sums[1] != sums[2], sums\n"

@@ -8,7 +8,7 @@ import torch
 
 from foreroute.runtime.policies import (
     LayerState,
-    PrefetchBudget,
+    PrefetchChooser,
     PrefetchRule,
     find_policy,
     find_prefetch_rule,
@@ -139,7 +139,7 @@ def test_unknown_policies_are_refused_with_what_is_known(name: str) -> None:
 
 
 def test_unknown_prefetch_is_refused_with_what_is_known() -> None:
-    with pytest.raises(ValueError, match="none, all, head, budgeted"):
+    with pytest.raises(ValueError, match="none, all, head, whole, pieces"):
         find_prefetch_rule("some")
 
 
@@ -167,8 +167,8 @@ def test_slots_that_do_not_suffice_are_refused() -> None:
         share_slots([[5.0, 4.0]], 1, fewest=2)
 
 
-def budget_of(layer_ms: float = 0.25, copy_ms: float = 0.1) -> PrefetchBudget:
-    return PrefetchBudget(find_prefetch_rule("budgeted"), layer_ms=layer_ms, copy_ms=copy_ms)
+def chooser_of(layer_ms: float = 0.25, copy_ms: float = 0.1) -> PrefetchChooser:
+    return PrefetchChooser(find_prefetch_rule("whole"), layer_ms=layer_ms, copy_ms=copy_ms)
 
 
 def test_a_budget_spends_the_window_on_the_likeliest_absent_experts() -> None:
@@ -176,10 +176,10 @@ def test_a_budget_spends_the_window_on_the_likeliest_absent_experts() -> None:
     state.demand((3,))
     guesses = [(3, 0.9), (4, 0.6), (5, 0.95), (6, 0.9), (7, 0.05), (8, 0.5)]
     # 0.25 ms holds two copies and half of a third, which is worth its overhang at even odds
-    chosen = list(budget_of().choose(0, state, guesses, kept=()))
+    chosen = list(chooser_of().choose(0, state, guesses, kept=()))
     assert chosen == [5, 6, 4]
-    assert list(budget_of(layer_ms=0.2).choose(0, state, guesses, kept=())) == [5, 6]
-    twice_as_far = budget_of(layer_ms=0.2).choose(0, state, guesses, kept=(), ahead=2)
+    assert list(chooser_of(layer_ms=0.2).choose(0, state, guesses, kept=())) == [5, 6]
+    twice_as_far = chooser_of(layer_ms=0.2).choose(0, state, guesses, kept=(), ahead=2)
     assert list(twice_as_far) == [5, 6, 4, 8]
 
 
@@ -187,13 +187,13 @@ def test_a_budget_evicts_nobody_who_is_as_likely() -> None:
     state = LayerState(find_policy("lrfu"), EXPERTS, 2)
     for _ in range(50):
         state.demand((0, 1))
-    assert list(budget_of().choose(0, state, [(5, 0.8)], kept=())) == []
-    assert list(budget_of().choose(0, state, [(5, 0.8)], kept=(0, 1))) == []
+    assert list(chooser_of().choose(0, state, [(5, 0.8)], kept=())) == []
+    assert list(chooser_of().choose(0, state, [(5, 0.8)], kept=(0, 1))) == []
 
 
 def test_a_budget_gives_up_on_predictions_that_do_not_come_true() -> None:
     state = LayerState(find_policy("lru"), EXPERTS, 6)
-    budget = budget_of()
+    budget = chooser_of()
     for _ in range(1000):
         list(budget.choose(0, state, [(5, 0.9)], kept=()))
         budget.settle(0, {1, 2}, has_missed=True)

@@ -1,4 +1,4 @@
-"""The prefetcher ranks as the routers choose, and knows how sure it is."""
+"""The predictor ranks as the routers choose, and knows how sure it is."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from foreroute.estimators import (
     InputKind,
 )
 from foreroute.estimators.calibration import Calibration
-from foreroute.runtime.prefetch import Prefetcher
+from foreroute.runtime.host.predictor import HostPredictor
 
 GEOMETRY = toy_geometry(0, 1, 2, gate_family="sigmoid-topk")
 STATE = {
@@ -31,9 +31,9 @@ def stack_with(
 
 def test_experts_are_ranked_as_the_router_selects() -> None:
     plain, biased = stack_with(None), stack_with(torch.eye(8)[:3] * 9)
-    logits, ranked = Prefetcher(plain, 3).predict(0, **STATE)
+    logits, ranked = HostPredictor(plain, 3).predict(0, **STATE)
     assert torch.equal(ranked, logits.topk(3).indices)
-    again, ranked = Prefetcher(biased, 3).predict(0, **STATE)
+    again, ranked = HostPredictor(biased, 3).predict(0, **STATE)
     assert torch.equal(again, logits)
     assert (ranked[:, 0] == 1).all()  # the bias of layer 1 is on expert 1
 
@@ -45,10 +45,10 @@ def test_probabilities_never_fall_along_the_ranking(bias, is_calibrated) -> None
     if is_calibrated:
         table = torch.rand(2, 9).sort(dim=1).values
         stack.calibration = Calibration(torch.full((2,), -2.0), torch.ones(2), table, 2)
-    prefetcher = Prefetcher(stack, 8)
-    assert prefetcher.is_calibrated is is_calibrated
-    logits, ranked = prefetcher.predict(1, **STATE)
-    chance = prefetcher.probabilities(1, logits)
+    predictor = HostPredictor(stack, 8)
+    assert predictor.is_calibrated is is_calibrated
+    logits, ranked = predictor.predict(1, **STATE)
+    chance = predictor.probabilities(1, logits)
     assert chance.shape == logits.shape
     assert (chance.gather(1, ranked).diff(dim=1) <= 0).all()
     assert chance.min() >= 0
@@ -60,11 +60,11 @@ def test_a_bundles_probabilities_are_used() -> None:
     stack.calibration = Calibration(
         torch.zeros(2), torch.ones(2), torch.tensor([[0.1, 0.2], [0.3, 0.4]]), 2
     )
-    prefetcher = Prefetcher(stack, 2)
+    predictor = HostPredictor(stack, 2)
     for source, top in ((0, 0.2), (1, 0.4)):
-        logits, _ = prefetcher.predict(source, **STATE)
+        logits, _ = predictor.predict(source, **STATE)
         wanted = stack.probabilities(logits, source)
-        assert torch.equal(prefetcher.probabilities(source, logits), wanted)
+        assert torch.equal(predictor.probabilities(source, logits), wanted)
         assert wanted.max().item() <= top + 1e-6
 
 
@@ -78,13 +78,13 @@ def test_layers_without_an_estimator_are_refused() -> None:
         norm_kind="rms",
         norm_eps=1e-5,
     )
-    prefetcher = Prefetcher(one, 2)
-    assert prefetcher.target_of(1) is None
+    predictor = HostPredictor(one, 2)
+    assert predictor.target_of(1) is None
     with pytest.raises(ValueError, match=r"No estimator reads layer 1; sources are \[0\]"):
-        prefetcher.predict(1, **STATE)
+        predictor.predict(1, **STATE)
 
 
 def test_estimators_that_read_a_readout_are_not_run_without_one() -> None:
-    prefetcher = Prefetcher(stack_with(None, "attention-readout"), 2)
+    predictor = HostPredictor(stack_with(None, "attention-readout"), 2)
     with pytest.raises(ValueError, match="attention-readout input needs readout"):
-        prefetcher.predict(0, **STATE)
+        predictor.predict(0, **STATE)

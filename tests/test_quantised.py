@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
 from foreroute.data.adapters import ExpertsView
 from foreroute.runtime import Engine, EngineConfig
-from foreroute.runtime.encodings import EXPERT_DTYPES, Fp8Blocks, Int4, Mxfp4
-from foreroute.runtime.offload import load_offloaded, offload
+from foreroute.runtime.store.encodings import EXPERT_DTYPES, Fp8Blocks, Int4, Mxfp4
+from foreroute.runtime.store.offload import load_offloaded, offload
 
 # Half a step: of 8 bits over twice the largest number of a row, of e4m3's three mantissa bits, of
 # 4 bits over the span of a group (whose float16 step and offset round once more).

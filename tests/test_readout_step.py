@@ -17,10 +17,10 @@ from foreroute.estimators import EstimatorSpec, EstimatorStack, predictable_laye
 from foreroute.runtime import Engine, EngineConfig
 from foreroute.runtime.device import decode_graph
 from foreroute.runtime.device.decode_graph import DecodeStep
-from foreroute.runtime.device.graph_engine import why_not_on_device
+from foreroute.runtime.device.driver import why_not_on_device
 from foreroute.runtime.device.kernels.quasi_hidden import add_expected_output
 from foreroute.runtime.device.predictor import DevicePredictor
-from foreroute.runtime.offload import offload
+from foreroute.runtime.store.offload import offload
 
 CPU = torch.device("cpu")
 PROMPT, STEPS = 7, 4
@@ -83,7 +83,7 @@ def forced_steps(engine: Engine) -> tuple[Tensor, list[Tensor]]:
 
 def spied_readouts(engine: Any) -> list[Tensor]:
     """What estimators read from now on, in order."""
-    seen, readouts = [], engine._run.prefetcher.readouts
+    seen, readouts = [], engine._run.predictor.readouts
     read = readouts.read
 
     def watched(source: int, **states: Any) -> Tensor | None:
@@ -104,10 +104,10 @@ def test_logits_and_cache_stay_bit_equal_and_readouts_are_those_of_a_growing_cac
     offloaded = offload(copy.deepcopy(model), device=CPU, model_name="tiny")
     with Engine(offloaded, EngineConfig(expert_slots="4")) as engine:
         expected, expected_cache = forced_steps(engine)
-    config = EngineConfig(expert_slots="4", policy="prefetch", prefetch="every")
+    config = EngineConfig(expert_slots="4", prefetch="all")
     with Engine(offloaded, config, readout_stack(offloaded.moe)) as engine:
         by_kernels = spied_readouts(engine)
-        engine._run.prefetcher.readouts.add_expected_output = add_expected_output
+        engine._run.predictor.readouts.add_expected_output = add_expected_output
         got, cache = forced_steps(engine)
     assert torch.equal(got, expected)
     assert all(torch.equal(a, b) for a, b in zip(cache, expected_cache, strict=True))
@@ -134,14 +134,14 @@ def test_the_device_predicts_from_readouts_what_the_host_predicts(
     tiny_moe: Any, form: str, is_affine: bool
 ) -> None:
     offloaded = offload(copy.deepcopy(tiny_moe.model), device=CPU, model_name="tiny")
-    config = EngineConfig(expert_slots="4", policy="prefetch", prefetch="every")
+    config = EngineConfig(expert_slots="4", prefetch="all")
     with Engine(offloaded, config, readout_stack(offloaded.moe, form)) as engine:
-        prefetcher = engine._run.prefetcher
-        assert prefetcher is not None
-        settings = prefetcher.budget, torch.float32, prefetcher.readouts
-        device = DevicePredictor(prefetcher.stack, *settings)
-        assert device.num_folded == (len(prefetcher.stack.source_layers) if is_affine else 0)
-        predict, num_compared = prefetcher.predict, 0
+        predictor = engine._run.predictor
+        assert predictor is not None
+        settings = predictor.budget, torch.float32, predictor.readouts
+        device = DevicePredictor(predictor.stack, *settings)
+        assert device.num_folded == (len(predictor.stack.source_layers) if is_affine else 0)
+        predict, num_compared = predictor.predict, 0
 
         def compared(source: int, **states: Any) -> tuple[Tensor, Tensor]:
             nonlocal num_compared
@@ -151,18 +151,18 @@ def test_the_device_predicts_from_readouts_what_the_host_predicts(
             num_compared += 1
             return logits, ranked
 
-        prefetcher.predict = compared  # type: ignore[method-assign]
+        predictor.predict = compared  # type: ignore[method-assign]
         forced_steps(engine)
-    assert num_compared == STEPS * len(prefetcher.stack.source_layers)
+    assert num_compared == STEPS * len(predictor.stack.source_layers)
 
 
 def test_the_gpu_takes_readouts_and_leaves_a_layers_own_input_to_the_host(tiny_moe: Any) -> None:
     offloaded = offload(copy.deepcopy(tiny_moe.model), device=CPU, model_name="tiny")
     on_gpu = dataclasses.replace(offloaded, device=torch.device("cuda"))
-    config, moe = EngineConfig(policy="prefetch"), offloaded.moe
+    config, moe = EngineConfig(prefetch="auto"), offloaded.moe
     own = EstimatorStack.training_free(
         moe.geometry, moe.anchors, horizon=0, input_kind="pre-attention"
     )
     assert why_not_on_device(on_gpu, config, readout_stack(moe)) is None
     assert why_not_on_device(on_gpu, config, own) == "pre-attention estimators are run by the host"
-    assert why_not_on_device(on_gpu, EngineConfig(policy="on-demand"), own) is None
+    assert why_not_on_device(on_gpu, EngineConfig(prefetch="none"), own) is None

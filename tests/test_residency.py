@@ -5,13 +5,13 @@ import torch
 from torch import Tensor, nn
 
 from foreroute.runtime import EngineConfig
-from foreroute.runtime.host_store import HostExpertStore
+from foreroute.runtime.host.residency import Residency
+from foreroute.runtime.host.run_state import RunState
+from foreroute.runtime.host.slot_cache import EMPTY, SlotCache
+from foreroute.runtime.host.speculation import AgreementGuard
+from foreroute.runtime.host.transfers import Ticket, Transfers
 from foreroute.runtime.policies import find_policy
-from foreroute.runtime.residency import Residency
-from foreroute.runtime.run_state import RunState
-from foreroute.runtime.slot_cache import EMPTY, SlotCache
-from foreroute.runtime.speculation import AgreementGuard
-from foreroute.runtime.transfers import Ticket, Transfers
+from foreroute.runtime.store.host_store import HostExpertStore
 
 NUM_EXPERTS = 6
 
@@ -48,7 +48,7 @@ def make_residency(num_slots: int) -> Residency:
         gate_family="softmax-topk",
         gate_scale=1.0,
         transfers=SlowTransfers(),
-        prefetcher=None,
+        predictor=None,
         guard=AgreementGuard(0.0),
         policy=policy,
         is_prefill=False,

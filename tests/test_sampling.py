@@ -10,7 +10,7 @@ from transformers import StaticCache
 
 from foreroute.runtime.device.sampling import decode_loop
 from foreroute.runtime.stats import RuntimeStats
-from foreroute.runtime.timing import TimingStreamer
+from foreroute.runtime.streamer import TimingStreamer
 
 
 class UncapturedStep:

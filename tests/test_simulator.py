@@ -1,4 +1,4 @@
-"""Replays: hand-worked times, bounds, readers, and that budgeted prefetch does not lose."""
+"""Replays: hand-worked times, bounds, readers, and that prefetch in pieces does not lose."""
 
 import dataclasses
 import json
@@ -10,16 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from foreroute.data.routes import ReadOptions, Route, read_route
 from foreroute.runtime.policies import LayerState, PrefetchRule, find_policy
 from foreroute.runtime.simulator import (
     LinkTimes,
     Predictions,
-    ReadOptions,
-    Route,
     Scenario,
     SimulatedPredictor,
     bounds,
-    read_route,
     simulate,
     timeline,
 )
@@ -71,7 +69,7 @@ def scenario_of(route: Route, times: LinkTimes = TIMES, **more: object) -> Scena
 def test_on_demand_time_is_compute_plus_copies() -> None:
     # token 0 misses 0, 1 | 2, 3; token 1 finds 0, 1 and misses 4 beside 2 with 2 slots
     route = route_of([[[0, 1], [2, 3]], [[0, 1], [2, 4]]])
-    row = simulate(scenario_of(route), policy="lru", slots="2")
+    row = simulate(scenario_of(route), eviction="lru", slots="2")
     # (1 + 4 + 1 + 4 + 0.5) + (1 + 1 + 2 + 0.5) over 2 tokens
     assert row.tpot_ms == pytest.approx((10.5 + 4.5) / 2)
     assert row.hit_rate == pytest.approx(3 / 8)
@@ -82,17 +80,17 @@ def test_on_demand_time_is_compute_plus_copies() -> None:
 def test_prefetching_all_waits_for_everything_predicted() -> None:
     route = route_of([[[0, 1], [2, 3]]])
     right = SimulatedPredictor(recall=1.0).predict(route, 1)
-    row = simulate(scenario_of(route, predictions=right), policy="lru", prefetch="all", slots="2")
+    row = simulate(scenario_of(route, predictions=right), eviction="lru", prefetch="all", slots="2")
     # layer 0: 4 ms on demand, then 4 ms of copies beside 1 ms of compute; layer 1: 1 ms
     assert row.tpot_ms == pytest.approx(4 + 4 + 1 + 0.5)
     assert row.hit_rate == pytest.approx(0.5)
 
 
-def test_budgeted_prefetch_uses_only_the_time_the_link_would_idle() -> None:
+def test_prefetch_in_pieces_uses_only_the_time_the_link_would_idle() -> None:
     route = route_of([[[0, 1], [2, 3]]])
     right = SimulatedPredictor(recall=1.0).predict(route, 1)
     scenario = scenario_of(route, predictions=right)
-    row = simulate(scenario, policy="lru", prefetch="budgeted", slots="2")
+    row = simulate(scenario, eviction="lru", prefetch="pieces", slots="2")
     # 1 ms of compute hides 2 of the first expert's 4 pieces: 1.5 experts are left, 3 ms
     assert row.tpot_ms == pytest.approx(4 + 1 + 3 + 1 + 0.5)
     assert row.late_per_token == 1
@@ -104,7 +102,7 @@ def test_bounds_are_not_passed() -> None:
     scenario = scenario_of(route, dataclasses.replace(TIMES, demand_ms=(0, 2, 4, 6, 8)))
     belady, infinite = bounds(scenario, "30%")
     for policy in ("lru", "lfu", "lrfu", "default", "static"):
-        row = simulate(scenario, policy=policy, slots="30%")
+        row = simulate(scenario, eviction=policy, slots="30%")
         assert infinite.tpot_ms < belady.tpot_ms <= row.tpot_ms
         assert belady.hit_rate >= row.hit_rate
     assert infinite.tpot_ms == pytest.approx(8.5)
@@ -114,8 +112,8 @@ def test_bytes_are_fetched_prefetched_and_wasted_consistently() -> None:
     route = random_route(1)
     wrong = SimulatedPredictor(recall=0.5, errors="uniform").predict(route, 2)
     scenario = scenario_of(route, _times(0), predictions=wrong)
-    for prefetch in ("all", "budgeted"):
-        row = simulate(scenario, policy="default", prefetch=prefetch, horizon=2, slots="25%")
+    for prefetch in ("all", "pieces"):
+        row = simulate(scenario, eviction="default", prefetch=prefetch, horizon=2, slots="25%")
         assert (row.wasted_bytes_per_token > 0) == (prefetch == "all")
         assert row.wasted_bytes_per_token < row.bytes_per_token
         assert 0 < row.hit_rate < 1
@@ -125,7 +123,7 @@ def test_the_gpus_rule_fetches_the_head_early_and_the_tail_on_demand() -> None:
     route = route_of([[[0, 1], [2, 3]]])
     right = SimulatedPredictor(recall=1.0).predict(route, 1)
     scenario = scenario_of(route, predictions=right)
-    row = simulate(scenario, policy="lru", prefetch="head", slots="2")
+    row = simulate(scenario, eviction="lru", prefetch="head", slots="2")
     # 1 ms of compute is half an expert: the tail and the other one take 1.5 x 2 ms
     assert row.tpot_ms == pytest.approx(4 + 1 + 3 + 1 + 0.5)
     assert row.bytes_per_token == pytest.approx(400)
@@ -139,19 +137,19 @@ def test_a_wrong_head_costs_no_time_beyond_its_window() -> None:
         confidence=np.ones((1, 2, 2, 1), dtype=np.float32),
     )
     scenario = scenario_of(route, predictions=wrong)
-    demand = simulate(scenario, policy="lru", slots="3")
-    row = simulate(scenario, policy="lru", prefetch="head", slots="3")
+    demand = simulate(scenario, eviction="lru", slots="3")
+    row = simulate(scenario, eviction="lru", prefetch="head", slots="3")
     assert row.tpot_ms == pytest.approx(demand.tpot_ms)
     assert row.wasted_bytes_per_token == pytest.approx(50)
 
 
-@pytest.mark.parametrize("prefetch", ["all", "head", "budgeted"])
+@pytest.mark.parametrize("prefetch", ["all", "head", "pieces"])
 def test_predicting_costs_each_layer_but_the_last_what_the_machine_says(prefetch: str) -> None:
     route = route_of([[[0, 1], [2, 3]]] * 2, prompt=1)
     said = SimulatedPredictor(recall=1.0).predict(route, 1)
     slow = dataclasses.replace(TIMES, ahead_ms=0.25)
     row = simulate(
-        scenario_of(route, slow, predictions=said), policy="lru", prefetch=prefetch, slots="2"
+        scenario_of(route, slow, predictions=said), eviction="lru", prefetch=prefetch, slots="2"
     )
     assert row.tpot_ms == pytest.approx(2 * 1 + 0.25 + 0.5)
 
@@ -193,7 +191,7 @@ def test_replays_decide_as_the_prefetch_rule_does() -> None:
         ("none", 1, 0.8716796875, 16.71250),
         ("all", 2, 0.9455078125, 14.86250),
         ("head", 1, 0.8693359375, 14.16250),
-        ("budgeted", 4, 0.91953125, 12.80000),
+        ("pieces", 4, 0.91953125, 12.80000),
     ],
 )
 def test_replays_give_what_they_always_gave(
@@ -202,7 +200,7 @@ def test_replays_give_what_they_always_gave(
     route = random_route(12, steps=200)
     said = SimulatedPredictor(seed=3).predict(route, 4)
     scenario = scenario_of(route, TIMES_OF_FOUR, predictions=said)
-    row = simulate(scenario, policy="default", prefetch=prefetch, horizon=horizon, slots="30%")
+    row = simulate(scenario, eviction="default", prefetch=prefetch, horizon=horizon, slots="30%")
     assert row.hit_rate == pytest.approx(hits, abs=1e-6)
     assert row.tpot_ms == pytest.approx(tpot_ms, abs=1e-4)
 
@@ -221,7 +219,7 @@ def _times(seed: int) -> LinkTimes:
     )
 
 
-def test_budgeted_prefetch_with_calibrated_confidence_does_not_lose() -> None:
+def test_prefetch_in_pieces_with_calibrated_confidence_does_not_lose() -> None:
     ratios = []
     for seed in range(60):
         dice = random.Random(seed)
@@ -236,8 +234,8 @@ def test_budgeted_prefetch_with_calibrated_confidence_does_not_lose() -> None:
         scenario = scenario_of(route, _times(seed), predictions=predictor.predict(route, horizon))
         slots = dice.choice(("13%", "20%", "30%", "50%", "80%"))
         policy = dice.choice(("lru", "default"))
-        demand = simulate(scenario, policy=policy, slots=slots)
-        early = simulate(scenario, policy=policy, prefetch="budgeted", horizon=horizon, slots=slots)
+        demand = simulate(scenario, eviction=policy, slots=slots)
+        early = simulate(scenario, eviction=policy, prefetch="pieces", horizon=horizon, slots=slots)
         ratios.append(early.tpot_ms / demand.tpot_ms)
     assert float(np.mean(ratios)) <= 1.01
     assert max(ratios) <= 1.03
@@ -268,16 +266,16 @@ def test_calibration_rises_and_meets_the_share_that_was_used() -> None:
 def test_slots_shared_by_misses_keep_their_total() -> None:
     route = random_route(4)
     scenario = scenario_of(route, _times(1), layer_slots="by-misses")
-    row = simulate(scenario, policy="default", slots="25%")
+    row = simulate(scenario, eviction="default", slots="25%")
     assert row.slots == 8
 
 
 def test_belady_with_prefetch_and_missing_predictions_are_refused() -> None:
     scenario = scenario_of(random_route(5), _times(1))
     with pytest.raises(ValueError, match="needs predictions"):
-        simulate(scenario, policy="lru", prefetch="all")
+        simulate(scenario, eviction="lru", prefetch="all")
     with pytest.raises(ValueError, match="bound"):
-        simulate(scenario, policy="belady", prefetch="all")
+        simulate(scenario, eviction="belady", prefetch="all")
 
 
 # readers
@@ -370,10 +368,10 @@ def test_the_command_prints_and_writes_its_rows(
 ) -> None:
     route = random_route(6)
     np.save(tmp_path / "ids.npy", route.expert_ids)
-    run_simulate(**_flags(tmp_path, policy="lru,default", prefetch="none,budgeted", horizon=2))
+    run_simulate(**_flags(tmp_path, eviction="lru,default", prefetch="none,pieces", horizon=2))
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     wanted = {
-        "policy",
+        "eviction",
         "prefetch",
         "horizon",
         "slots",
@@ -393,14 +391,14 @@ def _flags(folder: Path, **changed: object) -> dict[str, object]:
         "routes": folder / "ids.npy",
         "profile": "h100-pcie5",
         "slots": "25%",
-        "policy": "lru",
+        "eviction": "lru",
         "prefetch": "none",
         "horizon": 1,
         "bundle": None,
         "recall": 0.89,
         "errors": "near-miss",
         "concentration": 2.0,
-        "warm": "prompt",
+        "warm_start": "prompt",
         "layer_slots": "equal",
         "expert_bytes": None,
         "layer_ms": None,
@@ -427,8 +425,8 @@ def test_heads_do_not_lose_with_few_slots_and_large_experts() -> None:
             recall=dice.uniform(0.5, 1.0), concentration=10 ** dice.uniform(-0.5, 1.5), seed=seed
         )
         scenario = scenario_of(route, times, predictions=predictor.predict(route, 1))
-        demand = simulate(scenario, policy="lrfu", slots=str(slots))
-        early = simulate(scenario, policy="lrfu", prefetch="head", slots=str(slots))
+        demand = simulate(scenario, eviction="lrfu", slots=str(slots))
+        early = simulate(scenario, eviction="lrfu", prefetch="head", slots=str(slots))
         ratios.append(early.tpot_ms / demand.tpot_ms)
     assert float(np.mean(ratios)) <= 1.0
     assert max(ratios) <= 1.01
@@ -441,8 +439,8 @@ def test_a_head_evicts_nobody_who_is_likelier_to_be_needed() -> None:
         confidence=np.full((1, 2, 2, 1), 0.5, dtype=np.float32),
     )
     scenario = scenario_of(route, predictions=half)  # a head is half an expert: 1/4 against 1/4
-    demand = simulate(scenario, policy="lru", slots="1")
-    row = simulate(scenario, policy="lru", prefetch="head", slots="1")
+    demand = simulate(scenario, eviction="lru", slots="1")
+    row = simulate(scenario, eviction="lru", prefetch="head", slots="1")
     assert row.hit_rate == demand.hit_rate == 0.5
     assert row.wasted_bytes_per_token == pytest.approx(50 / 2)  # the first found an empty slot
 
@@ -453,5 +451,5 @@ def test_unlikely_guesses_beside_a_likely_one_raise_no_fear() -> None:
         expert_ids=np.tile(np.array([2, 3], dtype=np.int16), (1, 2, 2, 1)),
         confidence=np.tile(np.array([0.9, 0.1], dtype=np.float32), (1, 2, 2, 1)),
     )
-    row = simulate(scenario_of(route, predictions=said), policy="lru", prefetch="head", slots="1")
+    row = simulate(scenario_of(route, predictions=said), eviction="lru", prefetch="head", slots="1")
     assert row.wasted_bytes_per_token == pytest.approx(50)  # a head for each token, both wrong

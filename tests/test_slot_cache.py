@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from foreroute.runtime.host_store import ALIGNMENT_BYTES, HostExpertStore, RowLayout
+from foreroute.runtime.host.slot_cache import EMPTY, SlotCache
 from foreroute.runtime.policies import find_policy
-from foreroute.runtime.slot_cache import EMPTY, SlotCache
+from foreroute.runtime.store.host_store import ALIGNMENT_BYTES, HostExpertStore, RowLayout
 
 NUM_EXPERTS = 12
 

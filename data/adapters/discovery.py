@@ -78,7 +78,7 @@ class MoEModel:
         if self.found_anchors is None:
             raise ValueError(
                 f"Training-free prediction is not available for {self.geometry.model_name} "
-                f"({self.geometry.model_type}): {self.anchors_problem}. Use policy=on-demand, or "
+                f"({self.geometry.model_type}): {self.anchors_problem}. Use prefetch=none, or "
                 "the bundle of a form without an anchor (linear, mlp-free)."
             )
         return self.found_anchors

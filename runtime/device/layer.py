@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from foreroute.data.adapters import MoELayer
-from foreroute.runtime.config import PrefetchRule
+from foreroute.runtime.config import PrefetchMode
 from foreroute.runtime.device.kernels.activation import ExpertForm
 from foreroute.runtime.device.kernels.demand import Demand
 from foreroute.runtime.device.kernels.fetch import BLOCK_WORDS, WORD, fetch
@@ -19,8 +19,8 @@ from foreroute.runtime.device.kernels.products import expert_products
 from foreroute.runtime.device.kernels.tables import ResidencyTables, ScoreRule
 from foreroute.runtime.device.predictor import DevicePredictor
 from foreroute.runtime.device.prefill import StreamedPrefill
-from foreroute.runtime.host_store import RowLayout
 from foreroute.runtime.policies import EvictionPolicy, LayerState
+from foreroute.runtime.store.host_store import RowLayout
 
 FETCH_BLOCKS = 16
 """Thread blocks per expert that is copied beside the compute."""
@@ -35,7 +35,7 @@ class DeviceRun:
     form: ExpertForm
     prefill: StreamedPrefill
     predictor: DevicePredictor | None
-    prefetch: PrefetchRule
+    prefetch: PrefetchMode
     ahead: torch.cuda.Stream
     """Predictions and prefetches run here, beside the compute."""
     head_words: Tensor
@@ -225,7 +225,7 @@ class DeviceLayer:
         target, run = self.target, self._run
         assert target is not None  # there is a guess
         with torch.cuda.stream(run.ahead):
-            if run.prefetch == "budgeted":
+            if run.prefetch == "auto":
                 target._load_head(expert_ids, chances, behind=self)
             else:
                 ids = expert_ids.T.contiguous()  # [M, T]: every token's best guess first

@@ -21,7 +21,7 @@ from foreroute.data.adapters import (
 from foreroute.runtime.device.kernels.fetch import fetch
 from foreroute.runtime.device.kernels.plan import plan
 from foreroute.runtime.device.kernels.tables import EMPTY
-from foreroute.runtime.host_store import RowLayout
+from foreroute.runtime.store.host_store import RowLayout
 
 if TYPE_CHECKING:
     from foreroute.runtime.device.layer import DeviceLayer

@@ -56,7 +56,7 @@ class PlanChoice:
     tpot_ms: float
     """On demand."""
     prefetch_tpot_ms: float
-    """With budgeted prefetch and a good bundle."""
+    """With `prefetch="auto"` and a good bundle."""
 
     @property
     def fits(self) -> bool:
@@ -163,7 +163,7 @@ def plan_choices(
 def _expected(
     model: ModelSize, profile: MachineProfile, expert_bytes: int, slots: int
 ) -> dict[str, float]:
-    """Hit rate and TPOT on demand and with budgeted prefetch."""
+    """Hit rate and TPOT on demand and with `prefetch="auto"`."""
     hit_rate = hit_rate_at(slots / model.num_experts)
     layer_bytes = model.layer_params * model.dtype_bytes + model.top_k * expert_bytes
     head_ms = model.head_params * model.dtype_bytes / profile.device_gbps / 1e6

@@ -1,6 +1,6 @@
 """Rules of the expert cache: what to evict, what to fetch early, how many slots a layer gets."""
 
-from foreroute.runtime.policies.budget import PrefetchBudget
+from foreroute.runtime.policies.chooser import PrefetchChooser
 from foreroute.runtime.policies.eviction import (
     DEFAULT_POLICY,
     EvictionPolicy,
@@ -8,21 +8,21 @@ from foreroute.runtime.policies.eviction import (
     known_policies,
 )
 from foreroute.runtime.policies.give_up import GiveUp
-from foreroute.runtime.policies.layer_state import LayerState
-from foreroute.runtime.policies.prefetching import PrefetchRule, find_prefetch_rule
-from foreroute.runtime.policies.slot_budget import (
+from foreroute.runtime.policies.layer_slots import (
     equal_slots,
     miss_curve,
     share_slots,
     slots_by_misses,
 )
+from foreroute.runtime.policies.layer_state import LayerState
+from foreroute.runtime.policies.prefetching import PrefetchRule, find_prefetch_rule
 
 __all__ = [
     "DEFAULT_POLICY",
     "EvictionPolicy",
     "GiveUp",
     "LayerState",
-    "PrefetchBudget",
+    "PrefetchChooser",
     "PrefetchRule",
     "equal_slots",
     "find_policy",

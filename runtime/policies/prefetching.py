@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-PrefetchKind = Literal["none", "all", "head", "budgeted"]
+PrefetchKind = Literal["none", "all", "head", "whole", "pieces"]
 LEAST_CONFIDENCE = 0.1
 """Below, the rule hardly ever finds a prefetch worth it; looking costs time."""
 HEAD_CONFIDENCE = 0.5
@@ -29,7 +29,8 @@ class PrefetchRule:
     kind: PrefetchKind
     """`none`; `all`: every prediction, whole, and its layer waits for it; `head`: of the next
     layer's likeliest absent expert what comes while a layer computes, as a GPU does it without the
-    host; `budgeted`: by this rule, in pieces, only while the link would idle."""
+    host; `whole`: what pays by this rule, whole, as the host does it; `pieces`: what pays by this
+    rule, in pieces, only while the link would idle."""
     horizon: int = 1
     """Layers ahead that are looked at, H."""
     least_confidence: float = 0.0
@@ -82,7 +83,8 @@ _RULES = {
     "none": PrefetchRule(kind="none"),
     "all": PrefetchRule(kind="all"),
     "head": PrefetchRule(kind="head", least_confidence=HEAD_CONFIDENCE),
-    "budgeted": PrefetchRule(kind="budgeted", least_confidence=LEAST_CONFIDENCE),
+    "whole": PrefetchRule(kind="whole", least_confidence=LEAST_CONFIDENCE),
+    "pieces": PrefetchRule(kind="pieces", least_confidence=LEAST_CONFIDENCE),
 }
 
 

@@ -2,22 +2,16 @@
 
 from foreroute.runtime.simulator.link import LinkTimes
 from foreroute.runtime.simulator.predictions import Predictions, SimulatedPredictor
-from foreroute.runtime.simulator.readers import READERS, ReadOptions, read_route
 from foreroute.runtime.simulator.result import ReplayCounts, SimulationRow
-from foreroute.runtime.simulator.route import Route
 from foreroute.runtime.simulator.simulate import Scenario, bounds, simulate
 
 __all__ = [
-    "READERS",
     "LinkTimes",
     "Predictions",
-    "ReadOptions",
     "ReplayCounts",
-    "Route",
     "Scenario",
     "SimulatedPredictor",
     "SimulationRow",
     "bounds",
-    "read_route",
     "simulate",
 ]

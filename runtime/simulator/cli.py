@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from foreroute.data.routes import READERS, ReadOptions, Route, RouteReader, read_route
 from foreroute.runtime.simulator.calibration import Calibration, margins_of
 from foreroute.runtime.simulator.predictions import Predictions, SimulatedPredictor
-from foreroute.runtime.simulator.readers import READERS, ReadOptions, RouteReader, read_route
-from foreroute.runtime.simulator.route import Route
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -183,8 +182,8 @@ def simulate_all(
         predictions: For prefetch.
         profile: The machine.
         settings: `expert_bytes`, `layer_ms` and further fields of `Scenario`.
-        lists: `slots`, `policy` and `prefetch` to try.
-        horizon: H; budgeted prefetch is tried at 1, 2, 4, ... H.
+        lists: `slots`, `eviction` and `prefetch` to try.
+        horizon: H; prefetch in pieces is tried at 1, 2, 4, ... H.
     """
     from foreroute.runtime.simulator.link import LinkTimes
     from foreroute.runtime.simulator.simulate import Scenario, bounds, simulate
@@ -198,17 +197,21 @@ def simulate_all(
     )
     rows = []
     for slots in lists["slots"]:
-        for policy in lists["policy"]:
+        for eviction in lists["eviction"]:
             for prefetch in lists["prefetch"]:
-                if policy == "belady" and prefetch != "none":
+                if eviction == "belady" and prefetch != "none":
                     continue
                 for ahead in horizons(prefetch, horizon):
                     rows.append(
                         simulate(
-                            scenario, policy=policy, prefetch=prefetch, horizon=ahead, slots=slots
+                            scenario,
+                            eviction=eviction,
+                            prefetch=prefetch,
+                            horizon=ahead,
+                            slots=slots,
                         )
                     )
-        rows += [row for row in bounds(scenario, slots) if row.policy not in lists["policy"]]
+        rows += [row for row in bounds(scenario, slots) if row.eviction not in lists["eviction"]]
     return rows
 
 
@@ -238,7 +241,7 @@ def table(rows: list[SimulationRow], title: str) -> Table:
     from rich.table import Table
 
     shown = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
-    shown.add_column("policy", no_wrap=True)
+    shown.add_column("eviction", no_wrap=True)
     shown.add_column("prefetch", no_wrap=True)
     for column in ("slots", "hits", "TPOT ms", "MB", "wasted", "stall"):
         shown.add_column(column, justify="right", no_wrap=True)
@@ -249,7 +252,7 @@ def table(rows: list[SimulationRow], title: str) -> Table:
             before = row.slots
         ahead = f" {row.horizon}" if row.horizon else ""
         shown.add_row(
-            row.policy,
+            row.eviction,
             f"{row.prefetch}{ahead}",
             f"{row.slots_share:.0%}",
             f"{row.hit_rate:.3f}",
@@ -277,7 +280,7 @@ def run_simulate(**given: Any) -> None:
     profile = find_profile(given["profile"])
     options = ReadOptions(num_experts=given["num_experts"], prompt_tokens=given["prompt_tokens"])
     route = read_any(Path(given["routes"]), options)
-    lists = {name: _words(given[name], name) for name in ("slots", "policy", "prefetch")}
+    lists = {name: _words(given[name], name) for name in ("slots", "eviction", "prefetch")}
     predictions, who = None, "none"
     if set(lists["prefetch"]) != {"none"}:
         route, predictions, who = _predictions(route, given)
@@ -286,8 +289,8 @@ def run_simulate(**given: Any) -> None:
         "expert_bytes": parse_bytes(size) if size else None,
         "layer_ms": given["layer_ms"],
         "layer_slots": _one_of(given["layer_slots"], "layer_slots", ("equal", "by-misses")),
-        "warms_up": given["warm"] != "none",
-        "warm_route": _warm_route(given["warm"], route, options),
+        "warms_up": given["warm_start"] != "none",
+        "warm_route": _warm_route(given["warm_start"], route, options),
     }
     rows = simulate_all(route, predictions, profile, settings, lists, given["horizon"])
     console = Console()

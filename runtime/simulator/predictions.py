@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from foreroute.runtime.simulator.route import Ids, Route
+from foreroute.data.routes import Ids, Route
 
 Errors = Literal["near-miss", "uniform"]
 QUANTILES = 8192

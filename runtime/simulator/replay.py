@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from foreroute.data.routes import Route
 from foreroute.runtime.policies import EvictionPolicy, PrefetchRule
 from foreroute.runtime.policies.prefetching import PRIOR_DEMAND, PRIOR_PREFETCHES
 from foreroute.runtime.simulator import timeline
 from foreroute.runtime.simulator.link import LinkTimes
 from foreroute.runtime.simulator.predictions import Predictions
 from foreroute.runtime.simulator.result import ReplayCounts
-from foreroute.runtime.simulator.route import Route
 from foreroute.runtime.simulator.timeline import (
     EMPTY,
     NOTHING_UNUSED,
@@ -91,7 +91,7 @@ class Replay:
         looks = _looks(predictions, rule, self.route)
         wishes = _no_wishes(len(self.cache.worth))
         demands = np.full(self.route.num_layers, PRIOR_DEMAND)
-        return lambda t: timeline.run_budgeted(
+        return lambda t: timeline.run_pieces(
             cache, machine, rows[t], next_use[t], t, looks, wishes, luck, demands, keeps
         )
 

@@ -54,7 +54,7 @@ class ReplayCounts:
 class SimulationRow:
     """One way to run, and what it would cost."""
 
-    policy: str
+    eviction: str
     prefetch: str
     horizon: int
     """Layers ahead; 0 without prefetch."""
@@ -78,7 +78,7 @@ class SimulationRow:
         cls,
         counts: ReplayCounts,
         *,
-        policy: str,
+        eviction: str,
         prefetch: str,
         horizon: int,
         slots: float,
@@ -90,7 +90,7 @@ class SimulationRow:
         tokens = max(1, counts.tokens)
         copied = counts.fetched + counts.prefetched
         return cls(
-            policy=policy,
+            eviction=eviction,
             prefetch=prefetch,
             horizon=horizon,
             slots=slots,

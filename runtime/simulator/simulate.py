@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
+from foreroute.data.routes import Route
 from foreroute.runtime.config import parse_slots
 from foreroute.runtime.policies import (
     EvictionPolicy,
@@ -19,7 +20,6 @@ from foreroute.runtime.simulator.link import LinkTimes
 from foreroute.runtime.simulator.predictions import Predictions
 from foreroute.runtime.simulator.replay import Replay
 from foreroute.runtime.simulator.result import SimulationRow
-from foreroute.runtime.simulator.route import Route
 
 LayerSlots = Literal["equal", "by-misses"]
 
@@ -66,21 +66,26 @@ class Scenario:
 
 
 def simulate(
-    scenario: Scenario, *, policy: str, prefetch: str = "none", horizon: int = 1, slots: str = "25%"
+    scenario: Scenario,
+    *,
+    eviction: str,
+    prefetch: str = "none",
+    horizon: int = 1,
+    slots: str = "25%",
 ) -> SimulationRow:
     """Replay a scenario.
 
     Args:
         scenario: What runs where.
-        policy: As `find_policy` takes it.
-        prefetch: `none`, `all`, `head` or `budgeted`.
+        eviction: As `find_policy` takes it.
+        prefetch: `none`, `all`, `head` or `pieces`.
         horizon: Layers ahead.
         slots: Per layer, a number or a share.
 
     Raises:
         ValueError: If a name is unknown, or predictions are missing.
     """
-    rule = find_policy(policy)
+    rule = find_policy(eviction)
     ahead = find_prefetch_rule(prefetch, horizon)
     per_layer = scenario.slots_of(slots, rule)
     replay = _replay(scenario, rule, ahead, per_layer)
@@ -89,7 +94,7 @@ def simulate(
     counts = replay.run(warms_up=scenario.warms_up)
     return SimulationRow.of(
         counts,
-        policy=rule.name,
+        eviction=rule.name,
         prefetch=ahead.kind,
         horizon=0 if ahead.kind == "none" else horizon,
         slots=sum(per_layer) / len(per_layer),
@@ -101,12 +106,12 @@ def simulate(
 
 def bounds(scenario: Scenario, slots: str) -> list[SimulationRow]:
     """What no engine passes: Belady's evictions on demand, and a link that takes no time."""
-    belady = simulate(scenario, policy="belady", slots=slots)
+    belady = simulate(scenario, eviction="belady", slots=slots)
     free = dataclasses.replace(
         scenario.times, demand_ms=tuple(0.0 for _ in scenario.times.demand_ms), piece_ms=0.0
     )
-    infinite = simulate(dataclasses.replace(scenario, times=free), policy="default", slots=slots)
-    return [belady, dataclasses.replace(infinite, policy="infinite-link", is_bound=True)]
+    infinite = simulate(dataclasses.replace(scenario, times=free), eviction="default", slots=slots)
+    return [belady, dataclasses.replace(infinite, eviction="infinite-link", is_bound=True)]
 
 
 def _replay(

@@ -71,7 +71,7 @@ class Machine(NamedTuple):
 
 
 class Looks(NamedTuple):
-    """What budgeted prefetch sees of the predictions."""
+    """What prefetch in pieces sees of the predictions."""
 
     expert_ids: Integers
     """[H, T, L, M], by target layer, numbered; -1 for nothing."""
@@ -483,7 +483,7 @@ def _choose_head(
 
 
 @compiled
-def run_budgeted(
+def run_pieces(
     cache: Cache,
     machine: Machine,
     rows: Integers,
@@ -495,7 +495,7 @@ def run_budgeted(
     demands: Floats,
     keeps: float,
 ) -> float:
-    """One decode step with budgeted prefetch: in pieces, only while the link would idle.
+    """One decode step with prefetch in pieces: only while the link would idle.
 
     Args:
         cache: Slots.

@@ -1,4 +1,4 @@
-"""Budgeted prefetch on the device: the head of one expert, where it is likely to be needed.
+"""Prefetch on the device: the head of one expert, where it is likely to be needed.
 
 While a layer computes, the link has time for a part of one expert. So at most one absent expert of
 the next layer is begun, the likeliest, and only its head: if the router asks for it, the tail

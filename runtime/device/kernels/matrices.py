@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foreroute.runtime.encodings import (
+from foreroute.runtime.store.encodings import (
     MXFP4_GROUP,
     ChannelScaled,
     EncodedWeights,

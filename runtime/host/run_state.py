@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 
 from foreroute.estimators.types import GateFamily
 from foreroute.runtime.config import EngineConfig
-from foreroute.runtime.host_ledger import HostLedger
-from foreroute.runtime.policies import EvictionPolicy, GiveUp, PrefetchBudget
+from foreroute.runtime.host.ledger import HostLedger
+from foreroute.runtime.host.predictor import HostPredictor
+from foreroute.runtime.host.speculation import AgreementGuard
+from foreroute.runtime.host.transfers import Transfers
+from foreroute.runtime.policies import EvictionPolicy, GiveUp, PrefetchChooser
 from foreroute.runtime.policies.give_up import LOOK_AHEAD
-from foreroute.runtime.prefetch import Prefetcher
-from foreroute.runtime.speculation import AgreementGuard
 from foreroute.runtime.stats import PhaseStats, RuntimeStats
-from foreroute.runtime.transfers import Transfers
 
 
 @dataclass
@@ -24,10 +24,10 @@ class RunState:
     gate_scale: float
     """How gate weights follow from router logits."""
     transfers: Transfers
-    prefetcher: Prefetcher | None
+    predictor: HostPredictor | None
     guard: AgreementGuard
     policy: EvictionPolicy
-    budget: PrefetchBudget | None = None
+    chooser: PrefetchChooser | None = None
     """Decides which predictions are fetched early; every one is if None."""
     give_up: GiveUp | None = None
     """Decides which decode steps look ahead; every one does if None."""
@@ -53,7 +53,7 @@ class RunState:
         """Decide whether a decode step looks ahead."""
         if self.give_up is not None:
             self.is_looking_ahead = self.give_up.next_variant() == LOOK_AHEAD
-        self.stats.steps_ahead += self.prefetcher is not None and self.is_looking_ahead
+        self.stats.steps_ahead += self.predictor is not None and self.is_looking_ahead
 
     def count_agreement(self, num_agreed: int, num_run: int) -> None:
         """Count how many of the experts one layer ran speculatively the true router chose."""

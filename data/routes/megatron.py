@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from foreroute.runtime.simulator.readers.assemble import ReadOptions, fill_cells, route_of
-from foreroute.runtime.simulator.route import Route
+from foreroute.data.routes.assemble import ReadOptions, fill_cells, route_of
+from foreroute.data.routes.route import Route
 
 FIELDS = {"step", "layer", "top_indices"}
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from foreroute.runtime.simulator.readers.assemble import ReadOptions, route_of
-from foreroute.runtime.simulator.route import Route
+from foreroute.data.routes.assemble import ReadOptions, route_of
+from foreroute.data.routes.route import Route
 
 SUFFIXES = (".npy", ".npz", ".safetensors")
 NAME = "routed_experts"

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from foreroute.runtime.host_store import RowLayout
+from foreroute.runtime.host.transfers import Ticket
 from foreroute.runtime.policies import EvictionPolicy, LayerState, find_policy
-from foreroute.runtime.transfers import Ticket
+from foreroute.runtime.store.host_store import RowLayout
 
 EMPTY = -1
 

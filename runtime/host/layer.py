@@ -14,11 +14,11 @@ from foreroute.data.adapters import (
     stock_experts_function,
     unweighted_outputs,
 )
-from foreroute.runtime.prefetch import Prediction, Prefetcher, distinct, most_wanted
-from foreroute.runtime.residency import Residency
-from foreroute.runtime.run_state import RunState
-from foreroute.runtime.slot_cache import EMPTY
-from foreroute.runtime.speculation import gate_weights_of, without_missing
+from foreroute.runtime.host.predictor import HostPredictor, Prediction, distinct, most_wanted
+from foreroute.runtime.host.residency import Residency
+from foreroute.runtime.host.run_state import RunState
+from foreroute.runtime.host.slot_cache import EMPTY
+from foreroute.runtime.host.speculation import gate_weights_of, without_missing
 
 NEARLY_CHOSEN = 2  # experts credited per expert chosen
 GATHER_LIMIT_BYTES = 64 * 2**20  # batched_mm copies a token's experts: bound what one call copies
@@ -98,11 +98,11 @@ class OffloadedLayer:
         if mode == "predicted" and prediction is not None:
             run_ids, run_weights = self._speculate(prediction, gate_weights)
         true_rows, onward = self._look_ahead(expert_ids, router_input, run_ids, run_weights)
-        if self._run.budget is not None and self._run.is_looking_ahead:
+        if self._run.chooser is not None and self._run.is_looking_ahead:
             needed = {expert for row in true_rows for expert in row}
             here = self.residency.cache.state.here
             has_missed = not all(here[expert] for expert in needed)
-            self._run.budget.settle(self.layer_idx, needed, has_missed=has_missed)
+            self._run.chooser.settle(self.layer_idx, needed, has_missed=has_missed)
         if mode == "skip":
             return self._run_present(router_input, true_rows, gate_weights, onward)
         if run_ids is expert_ids or prediction is None:
@@ -120,12 +120,12 @@ class OffloadedLayer:
         The prediction stands on the experts that run here, which speculation may have replaced.
         """
         run = self._run
-        prefetcher, is_own = run.prefetcher, self.target is self
-        if prefetcher is None or not run.is_looking_ahead or self.target is None or is_own:
+        predictor, is_own = run.predictor, self.target is self
+        if predictor is None or not run.is_looking_ahead or self.target is None or is_own:
             return true_ids.tolist(), None
         assert self.residual is not None  # the engine hooks the norm wherever it prefetches
         with run.ledger.spending():
-            logits, ranked = prefetcher.predict(
+            logits, ranked = predictor.predict(
                 self.layer_idx,
                 residual=self.residual,
                 router_input=router_input if self.router_input is None else self.router_input,
@@ -133,7 +133,7 @@ class OffloadedLayer:
                 gate_weights=run_weights,
                 layer_input=self.layer_input,
             )
-            columns = self._for_host(prefetcher, true_ids, ranked, logits)
+            columns = self._for_host(predictor, true_ids, ranked, logits)
         return _on_host(columns, ranked, logits)
 
     def expect_own(self, layer_input: Tensor) -> None:
@@ -142,21 +142,21 @@ class OffloadedLayer:
         Args:
             layer_input: Of one token per sequence, [T, D].
         """
-        run, prefetcher = self._run, self._run.prefetcher
-        if prefetcher is None or not run.is_looking_ahead:
+        run, predictor = self._run, self._run.predictor
+        if predictor is None or not run.is_looking_ahead:
             return
         with run.ledger.spending():
-            logits, ranked = prefetcher.predict(self.layer_idx, layer_input=layer_input)
-            columns = self._for_host(prefetcher, ranked[:, :0], ranked, logits)
+            logits, ranked = predictor.predict(self.layer_idx, layer_input=layer_input)
+            columns = self._for_host(predictor, ranked[:, :0], ranked, logits)
         self.expect(_on_host(columns, ranked, logits)[1])
 
     def _for_host(
-        self, prefetcher: Prefetcher, true_ids: Tensor, ranked: Tensor, logits: Tensor
+        self, predictor: HostPredictor, true_ids: Tensor, ranked: Tensor, logits: Tensor
     ) -> Tensor:
         """True ids [T, any], the ranking [T, M] and, for a budget, its chances, side by side."""
         columns = [true_ids, ranked]
-        if self._run.budget is not None:
-            chances = prefetcher.probabilities(self.layer_idx, logits)  # [T, E]
+        if self._run.chooser is not None:
+            chances = predictor.probabilities(self.layer_idx, logits)  # [T, E]
             columns = [true_ids.float(), ranked.float(), chances.gather(-1, ranked)]
         return torch.cat(columns, dim=-1)
 
@@ -244,7 +244,7 @@ class OffloadedLayer:
     def expect(self, prediction: Prediction) -> None:
         """Load experts predicted for this layer, and remember the prediction."""
         self._prediction = prediction
-        cache, budget = self.residency.cache, self._run.budget
+        cache, budget = self.residency.cache, self._run.chooser
         wanted = most_wanted(prediction.rows, cache.num_slots)
         if budget is None:
             self.residency.prefetch(wanted, kept=wanted)

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from foreroute.runtime.host_ledger import Early
-from foreroute.runtime.run_state import RunState
-from foreroute.runtime.slot_cache import EMPTY, SlotCache
-from foreroute.runtime.transfers import Ticket
+from foreroute.runtime.host.ledger import Early
+from foreroute.runtime.host.run_state import RunState
+from foreroute.runtime.host.slot_cache import EMPTY, SlotCache
+from foreroute.runtime.host.transfers import Ticket
 
 
 class Residency:

@@ -36,12 +36,12 @@ from foreroute.runtime.device.predictor import DevicePredictor
 from foreroute.runtime.device.prefill import StreamedPrefill
 from foreroute.runtime.device.sampling import decode_loop
 from foreroute.runtime.engine import Engine
-from foreroute.runtime.offload import OffloadedModel
 from foreroute.runtime.planning.planner import prefill_group
 from foreroute.runtime.policies import GiveUp, find_policy
 from foreroute.runtime.policies.give_up import LOOK_AHEAD, ON_DEMAND
 from foreroute.runtime.policies.prefetching import PRIOR_PREFETCHES
 from foreroute.runtime.stats import PhaseStats, RuntimeStats
+from foreroute.runtime.store.offload import OffloadedModel
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def why_not_on_device(
         return "its layers have experts of different shapes"
     if find_expert_form(offloaded.moe.layers[0].experts) is None:
         return "its experts' activation has no kernel"
-    if stack is not None and config.policy == "prefetch" and "layer_input" in stack.input_fields:
+    if stack is not None and config.looks_ahead and "layer_input" in stack.input_fields:
         return "pre-attention estimators are run by the host"
     return None
 
@@ -94,16 +94,16 @@ class GraphEngine(Engine):
         form = find_expert_form(offloaded.moe.layers[0].experts)
         assert form is not None  # `why_not_on_device` was asked before
         device, dtype = self.device, offloaded.moe.model.dtype
-        prefetcher = self._run.prefetcher
-        if prefetcher is not None and prefetcher.readouts is not None:
-            prefetcher.readouts.add_expected_output = add_expected_output
+        predictor = self._run.predictor
+        if predictor is not None and predictor.readouts is not None:
+            predictor.readouts.add_expected_output = add_expected_output
         self._device_run = DeviceRun(
             rule=self._run.policy.device_rule(),
             form=form,
             prefill=StreamedPrefill(store.layouts[0], self._prefill_group(), device),
             predictor=(
-                DevicePredictor(prefetcher.stack, prefetcher.budget, dtype, prefetcher.readouts)
-                if prefetcher
+                DevicePredictor(predictor.stack, predictor.budget, dtype, predictor.readouts)
+                if predictor
                 else None
             ),
             prefetch=self.config.prefetch,
@@ -222,7 +222,7 @@ class GraphEngine(Engine):
     def _captured(self, batch: int, length: int) -> DecodeStep:
         """Capture the step; with prefetch twice, one looks ahead and the other does not.
 
-        Budgeted prefetch looks ahead for single sequences only: for four it did not pay where it
+        prefetch="auto" looks ahead for single sequences only: for four it did not pay where it
         was measured (docs/gpu.md).
         """
         run, routers = self._device_run, [layer.router for layer in self.offloaded.moe.layers]
@@ -235,7 +235,7 @@ class GraphEngine(Engine):
             return set_up
 
         variants = [looking(False)]
-        if run.predictor is not None and (batch == 1 or run.prefetch == "every"):
+        if run.predictor is not None and (batch == 1 or run.prefetch == "all"):
             variants = [looking(True), looking(False)]  # LOOK_AHEAD, ON_DEMAND
         self._has_look_ahead = len(variants) > 1
         try:
@@ -265,11 +265,11 @@ class GraphEngine(Engine):
         expert_ms = self._fetch_ms()
         window_ms = step_ms[ON_DEMAND] / len(self.layers)
         prediction_ms = PREDICTION_MS
-        if self._run.prefetcher is not None and self._run.prefetcher.readouts is not None:
+        if self._run.predictor is not None and self._run.predictor.readouts is not None:
             prediction_ms += READOUT_SHARE * window_ms
         head_ms = min(expert_ms, max(0.0, window_ms - prediction_ms))
         run.set_head(head_ms / expert_ms, row_bytes)
-        if run.prefetch == "budgeted" and head_ms / expert_ms < LEAST_HEAD_SHARE:
+        if run.prefetch == "auto" and head_ms / expert_ms < LEAST_HEAD_SHARE:
             share = f"{head_ms / expert_ms:.0%}"
             logger.info("Nothing is prefetched: a layer takes as long as %s of an expert.", share)
             self._choose_variant = partial(int, ON_DEMAND)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from foreroute.data.adapters.weightless import parameter_shapes
-from foreroute.runtime.encodings import EncodedParameter, EncodedWeights, Encoder, Part
+from foreroute.runtime.store.encodings import EncodedParameter, EncodedWeights, Encoder, Part
 
 ALIGNMENT_BYTES = 64  # every parameter starts on a boundary that any dtype and any kernel can use
 

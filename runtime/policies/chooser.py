@@ -1,4 +1,4 @@
-"""Budgeted prefetch on the host: which predicted experts are worth fetching now, whole."""
+"""Prefetch on the host: which predicted experts are worth fetching now, whole."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from foreroute.runtime.policies.prefetching import (
 
 
 @dataclass
-class PrefetchBudget:
+class PrefetchChooser:
     """Spends the link's idle time by a `PrefetchRule`, and learns how far predictions hold.
 
     Experts come whole and behind the last demand, so the link is taken to be idle when a layer's

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from foreroute.data.adapters import MoEModel, discover, resolve_device
-from foreroute.runtime.encodings import encoder_named
-from foreroute.runtime.host_store import HostExpertStore
-from foreroute.runtime.loading import Source, load_with_host_experts
+from foreroute.runtime.store.encodings import encoder_named
+from foreroute.runtime.store.host_store import HostExpertStore
+from foreroute.runtime.store.loading import Source, load_with_host_experts
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from foreroute.runtime.simulator.route import ABSENT, Route
+from foreroute.data.routes.route import ABSENT, Route
 
 MOST_EXPERTS = 32767  # ids are kept as int16
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from foreroute.runtime.simulator.readers.assemble import ReadOptions, fill_cells, route_of
-from foreroute.runtime.simulator.route import Route
+from foreroute.data.routes.assemble import ReadOptions, fill_cells, route_of
+from foreroute.data.routes.route import Route
 
 STEP_NAMES = ("step", "token", "token_idx", "token_id", "pos", "position")
 EXPERT_NAMES = ("expert", "expert_id")

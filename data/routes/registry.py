@@ -6,16 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from foreroute.runtime.simulator.readers.arrays import is_array_file, read_arrays
-from foreroute.runtime.simulator.readers.assemble import ReadOptions
-from foreroute.runtime.simulator.readers.megatron import is_megatron, read_megatron
-from foreroute.runtime.simulator.readers.tables import (
+from foreroute.data.routes.arrays import is_array_file, read_arrays
+from foreroute.data.routes.assemble import ReadOptions
+from foreroute.data.routes.megatron import is_megatron, read_megatron
+from foreroute.data.routes.route import Route
+from foreroute.data.routes.tables import (
     is_activation_list,
     is_table,
     read_activation_list,
     read_table,
 )
-from foreroute.runtime.simulator.route import Route
 
 
 @dataclass(frozen=True, kw_only=True)

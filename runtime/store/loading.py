@@ -24,8 +24,8 @@ from foreroute.data.adapters.weightless import (
     parameter_shapes,
 )
 from foreroute.estimators.host_memory import require_host_memory
-from foreroute.runtime.encodings import Encoder, encoder_named, native_encoder
-from foreroute.runtime.host_store import HostExpertStore, RowLayout, RowWriter
+from foreroute.runtime.store.encodings import Encoder, encoder_named, native_encoder
+from foreroute.runtime.store.host_store import HostExpertStore, RowLayout, RowWriter
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from foreroute.runtime.host.transfers import Transfers
 from foreroute.runtime.policies.give_up import Balance, Ledger
-from foreroute.runtime.transfers import Transfers
 
 TRIAL_STEPS = 16
 COPIES = 3

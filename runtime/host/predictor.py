@@ -34,7 +34,7 @@ class Prediction:
         return {expert: 1 - miss for expert, miss in misses.items()}
 
 
-class Prefetcher:
+class HostPredictor:
     """Ranks the experts of a coming layer from the state at an earlier one."""
 
     def __init__(

@@ -1,0 +1,1 @@
+"""An expert's bytes, from the checkpoint's files to a row of host memory."""
