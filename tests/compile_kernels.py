@@ -18,11 +18,14 @@ from foreroute.runtime.device.kernels.cache import store_token
 from foreroute.runtime.device.kernels.demand import Demand
 from foreroute.runtime.device.kernels.fetch import fetch
 from foreroute.runtime.device.kernels.head import plan_head
+from foreroute.runtime.device.kernels.heads import ProjectedHeads, place_heads
+from foreroute.runtime.device.kernels.linear import Norm, products
 from foreroute.runtime.device.kernels.plan import plan
 from foreroute.runtime.device.kernels.predict import predict_logits, rank_experts
 from foreroute.runtime.device.kernels.products import expert_products
 from foreroute.runtime.device.kernels.quasi_hidden import add_expected_output
 from foreroute.runtime.device.kernels.rotary import rotate
+from foreroute.runtime.device.kernels.route import DemandPlan, RouterProduct, route
 from foreroute.runtime.device.kernels.tables import LRU, ResidencyTables, lrfu
 from foreroute.runtime.device.kernels.top_k import softmax_top_k
 from foreroute.runtime.store.encodings import (
@@ -124,6 +127,35 @@ def call_everything() -> None:
         rotate(query, query[:, :2], *torch.zeros(2, 1, 1, 64, dtype=dtype))
         softmax_top_k(torch.zeros(1, 16, dtype=dtype), 4, renormalise=True)
     softmax_top_k(torch.zeros(1, 16), 4, renormalise=False)
+    weight, factor = torch.zeros(16, 64, **half), torch.zeros(64, **half)
+    norm, arrivals = Norm(factor=factor, eps=1e-6), torch.zeros(1, dtype=torch.int32)
+    for tokens in (hidden, torch.zeros(3, 64, **half)):
+        products(tokens, [weight] * 3, [factor] * 3, norm=norm)
+        products(tokens, [weight], residual=tokens)
+        for bias, before in ((None, norm), (factor, None)):
+            router = RouterProduct(
+                weight=weight,
+                bias=bias,
+                top_k=4,
+                renormalise=True,
+                dtype=torch.bfloat16,
+                arrivals=arrivals,
+            )
+            demand = DemandPlan(tables=tables, rule=lrfu(20.0), copies=copies, places=places)
+            route(tokens, router, before, demand)
+            route(tokens, router, before)
+    heads = ProjectedHeads(
+        states=torch.zeros(1, 6 * 64, **half),
+        starts=(0, 128, 256),
+        query_heads=2,
+        key_heads=2,
+        query_norm=norm,
+        key_norm=None,
+        cos=factor.view(1, 1, 64),
+        sin=factor.view(1, 1, 64),
+    )
+    cached = torch.zeros(1, 2, 8, 64, **half)
+    place_heads(heads, cached, cached, torch.zeros(1, dtype=torch.long))
     weight, bias = torch.zeros(16, 64, **half), torch.zeros(16)
     routed = {"default_vectors": weight, "expert_ids": ids, "gate_weights": chances}
     predict_logits(hidden, weight, bias, eps=1e-6, **routed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,7 +12,15 @@ from torch import Tensor, nn
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
-from foreroute.runtime.device.fusions import fuse_attention, fuse_rotary, fuse_routers
+from foreroute.runtime.device.fusions import (
+    defer_norms,
+    find_norms,
+    fuse_attention,
+    fuse_rotary,
+    fuse_routers,
+)
+from foreroute.runtime.device.fusions.deferred import settled
+from foreroute.runtime.device.fusions.heads import place
 from foreroute.runtime.device.kernels.cache import store_token
 
 WARM_UP_STEPS = 2
@@ -36,7 +45,9 @@ class DecodeCacheLayer(StaticLayer):  # type: ignore[misc]  # transformers is un
         if self.write_at is None:
             keys, values = super().update(key_states, value_states, *args, **kwargs)
             return keys, values
-        store_token(key_states, value_states, self.keys, self.values, self.write_at)
+        if not place(key_states, value_states, self.keys, self.values, self.write_at):
+            key, value = settled(key_states), settled(value_states)
+            store_token(key, value, self.keys, self.values, self.write_at)
         return self.keys, self.values
 
 
@@ -66,6 +77,9 @@ class DecodeStep:
         self._window = _sliding_window(model.config)
         self._has_layer_types = _layer_types(model.config) is not None
         self._model, self._routers = model, routers
+        self._norms = find_norms(model)
+        self.fused: Counter[str] = Counter()
+        """What the step's launches do at once that the model does apart, how often."""
         self.choose_variant: Callable[[], int] = lambda: 0
         """Asked before every replay which variant of the step to run, if there are several."""
         with torch.no_grad():
@@ -76,9 +90,10 @@ class DecodeStep:
         """While the model runs a step: fewer, larger kernels."""
         own = [layer for layer in self.cache.layers if isinstance(layer, DecodeCacheLayer)]
         with contextlib.ExitStack() as undo:
-            fuse_attention(self._model, undo)
+            fuse_attention(self._model, undo, self.fused)
             fuse_rotary(self._model, undo)
             fuse_routers(self._routers, undo)
+            defer_norms(self._norms, undo, self.fused)
             for layer in own:
                 layer.write_at = self._write_at
                 undo.callback(setattr, layer, "write_at", None)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -25,7 +28,7 @@ from foreroute.runtime.device.kernels.tables import (
 
 
 @triton.jit
-def _plan_kernel(
+def plan_ids(  # noqa: ANN201
     expert_ids,
     slot_of,
     expert_in,
@@ -38,7 +41,6 @@ def _plan_kernel(
     trust,
     arrived,
     progress,
-    behind,
     copies,
     places,
     num_experts,
@@ -48,16 +50,13 @@ def _plan_kernel(
     IS_RECENCY: tl.constexpr,
     IS_PREFETCH: tl.constexpr,
     HAS_PLACES: tl.constexpr,
-    HAS_BEHIND: tl.constexpr,
     COPIERS: tl.constexpr,
-    MOST_TRIES: tl.constexpr,
     NUM_IDS: tl.constexpr,
     IDS: tl.constexpr,
     SLOTS: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
-    if HAS_BEHIND:
-        let_pass(behind, MOST_TRIES)
+    """What `plan` does, inside the one program that does it."""
     at, slots, experts = tl.arange(0, IDS), tl.arange(0, SLOTS), tl.arange(0, EXPERTS)
     is_slot, is_expert = slots < num_slots, experts < num_experts
     ids = tl.load(expert_ids + at, mask=at < NUM_IDS, other=-1).to(tl.int32)
@@ -68,10 +67,14 @@ def _plan_kernel(
     where_held = tl.load(slot_of + ids, mask=ids >= 0, other=0)
     taken = tl.where(is_slot, 0, 1)  # slots that may not be evicted
     in_use = tl.zeros([EXPERTS], dtype=tl.int32)
-    for i in tl.static_range(NUM_IDS):
-        expert = tl.load(expert_ids + i).to(tl.int32)
-        taken = tl.where((held == expert) & (expert >= 0), 1, taken)
-        in_use = tl.where(experts == expert, 1, in_use)
+    SOME: tl.constexpr = 16 if IDS > 16 else IDS
+    for start in tl.static_range(0, NUM_IDS, SOME):
+        some_at = start + tl.arange(0, SOME)
+        some = tl.load(expert_ids + some_at, mask=some_at < NUM_IDS, other=-1).to(tl.int32)
+        is_held = (held[:, None] == some[None, :]) & (some >= 0)[None, :]
+        taken = tl.maximum(taken, tl.max(is_held.to(tl.int32), 1))
+        is_used = experts[:, None] == some[None, :]
+        in_use = tl.maximum(in_use, tl.max(is_used.to(tl.int32), 1))
     copied = tl.full([IDS], -1, dtype=tl.int32)
     placed = tl.zeros([IDS], dtype=tl.int32)
     part = tl.zeros([IDS], dtype=tl.int32)
@@ -102,14 +105,17 @@ def _plan_kernel(
                 held = tl.where(slots == early_slot, -1, held)
         tl.store(counters, tl.load(counters) + num_hits)
         tl.store(step, now)
-    if tl.sum(((ids >= 0) & (where_held < 0)).to(tl.int32), 0) > 0:
+    is_absent = ((ids >= 0) & (where_held < 0)).to(tl.int32)
+    num_absent = tl.sum(is_absent, 0)
+    if num_absent > 0:
         worth = tl.load(score + held, mask=held >= 0, other=-1.0)
         num_copies, num_wasted = 0, 0
-        for k in range(NUM_IDS):
-            wanted = tl.load(expert_ids + k).to(tl.int32)
-            is_here = tl.sum((held == wanted).to(tl.int32), 0)
-            room = tl.min(taken, 0) == 0
-            if (is_here == 0) & (wanted >= 0) & room:
+        while num_absent > 0:
+            first = tl.min(tl.where(is_absent == 1, at, IDS), 0)
+            wanted = tl.sum(tl.where(at == first, ids, 0), 0)
+            is_absent = tl.where(ids == wanted, 0, is_absent)
+            num_absent = tl.sum(is_absent, 0)
+            if tl.min(taken, 0) == 0:
                 slot = tl.argmin(tl.where(taken == 0, worth, float("inf")), 0)
                 here = slots == slot
                 evicted = tl.sum(tl.where(here, held, 0), 0)
@@ -117,8 +123,8 @@ def _plan_kernel(
                 if evicted >= 0:
                     tl.store(slot_of + evicted, -1)
                 tl.store(slot_of + wanted, slot)
-                copied = tl.where(at == k, wanted, copied)
-                placed = tl.where(at == k, slot, placed)
+                copied = tl.where(at == first, wanted, copied)
+                placed = tl.where(at == first, slot, placed)
                 place = tl.where(ids == wanted, slot, place)
                 is_late = tl.where(ids == wanted, 1, is_late)
                 held = tl.where(here, wanted, held)
@@ -150,6 +156,119 @@ def _plan_kernel(
         tl.store(score + experts, before * decay + in_use.to(tl.float32), mask=is_expert)
 
 
+@triton.jit
+def _plan_kernel(
+    expert_ids,
+    slot_of,
+    expert_in,
+    score,
+    is_unused_prefetch,
+    step,
+    counters,
+    pending,
+    pending_confidence,
+    trust,
+    arrived,
+    progress,
+    copies,
+    places,
+    num_experts,
+    num_slots,
+    decay,
+    memory,
+    behind,
+    IS_RECENCY: tl.constexpr,
+    IS_PREFETCH: tl.constexpr,
+    HAS_PLACES: tl.constexpr,
+    COPIERS: tl.constexpr,
+    NUM_IDS: tl.constexpr,
+    IDS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    HAS_BEHIND: tl.constexpr,
+    MOST_TRIES: tl.constexpr,
+):
+    if HAS_BEHIND:
+        let_pass(behind, MOST_TRIES)
+    plan_ids(
+        expert_ids,
+        slot_of,
+        expert_in,
+        score,
+        is_unused_prefetch,
+        step,
+        counters,
+        pending,
+        pending_confidence,
+        trust,
+        arrived,
+        progress,
+        copies,
+        places,
+        num_experts,
+        num_slots,
+        decay,
+        memory,
+        IS_RECENCY,
+        IS_PREFETCH,
+        HAS_PLACES,
+        COPIERS,
+        NUM_IDS,
+        IDS,
+        SLOTS,
+        EXPERTS,
+    )
+
+
+def plan_arguments(
+    expert_ids: Tensor,
+    tables: ResidencyTables,
+    rule: ScoreRule,
+    copies: Tensor,
+    *,
+    places: Tensor | None = None,
+    is_prefetch: bool = False,
+) -> dict[str, Any]:
+    """Those of a kernel that calls `plan_ids`; takes what `plan` takes."""
+    num_experts, num_slots = len(tables.slot_of), len(tables.expert_in)
+    num_ids = expert_ids.numel()
+    return {
+        **{field.name: getattr(tables, field.name) for field in fields(tables)},
+        "expert_ids": expert_ids,
+        "copies": copies,
+        "places": copies if places is None else places,
+        "num_experts": num_experts,
+        "num_slots": num_slots,
+        "decay": rule.decay,
+        "memory": TRUST_MEMORY,
+        "IS_RECENCY": rule.is_recency,
+        "IS_PREFETCH": is_prefetch,
+        "HAS_PLACES": places is not None,
+        "COPIERS": DEMAND_PROGRAMS,
+        "NUM_IDS": num_ids,
+        "IDS": triton.next_power_of_2(num_ids),
+        "SLOTS": triton.next_power_of_2(num_slots),
+        "EXPERTS": triton.next_power_of_2(num_experts),
+    }
+
+
+def no_plan(anything: Tensor, num_experts: int) -> dict[str, Any]:
+    """Arguments of such a kernel where nothing is planned.
+
+    Args:
+        anything: Any tensor on the device; never read.
+        num_experts: E.
+    """
+    tensors = [field.name for field in fields(ResidencyTables)]
+    flags = dict.fromkeys(("IS_RECENCY", "IS_PREFETCH", "HAS_PLACES"), False)
+    ones = dict.fromkeys(("COPIERS", "NUM_IDS", "IDS", "SLOTS"), 1)
+    return (
+        dict.fromkeys([*tensors, "expert_ids", "copies", "places"], anything)
+        | {"num_slots": 0, "decay": 1.0, "memory": 1.0, "num_experts": num_experts}
+        | {**flags, **ones, "EXPERTS": triton.next_power_of_2(num_experts)}
+    )
+
+
 def plan(
     expert_ids: Tensor,
     tables: ResidencyTables,
@@ -179,38 +298,11 @@ def plan(
         is_prefetch: Whether the experts are predicted, not yet needed.
         behind: `progress` of another layer's tables, whose demand is to be copied first.
     """
-    num_experts, num_slots = len(tables.slot_of), len(tables.expert_in)
-    num_ids = expert_ids.numel()
     _plan_kernel[(1,)](
-        expert_ids,
-        tables.slot_of,
-        tables.expert_in,
-        tables.score,
-        tables.is_unused_prefetch,
-        tables.step,
-        tables.counters,
-        tables.pending,
-        tables.pending_confidence,
-        tables.trust,
-        tables.arrived,
-        tables.progress,
-        tables.progress if behind is None else behind,
-        copies,
-        copies if places is None else places,
-        num_experts,
-        num_slots,
-        rule.decay,
-        TRUST_MEMORY,
-        IS_RECENCY=rule.is_recency,
-        IS_PREFETCH=is_prefetch,
-        HAS_PLACES=places is not None,
+        **plan_arguments(expert_ids, tables, rule, copies, places=places, is_prefetch=is_prefetch),
+        behind=tables.progress if behind is None else behind,
         HAS_BEHIND=behind is not None,
-        COPIERS=DEMAND_PROGRAMS,
         MOST_TRIES=MOST_TRIES,
-        NUM_IDS=num_ids,
-        IDS=triton.next_power_of_2(num_ids),
-        SLOTS=triton.next_power_of_2(num_slots),
-        EXPERTS=triton.next_power_of_2(num_experts),
         num_warps=1,
     )
 
