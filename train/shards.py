@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,17 +52,16 @@ class RoutingBatch(NamedTuple):
 
     def select(self, rows: slice | Tensor) -> RoutingBatch:
         """The same for some of the tokens."""
-        source = (None if field is None else field[:, rows] for field in self.source)
-        return RoutingBatch(
-            SourceState(*source), *(None if t is None else t[:, rows] for t in self[1:])
-        )
+        return self._changed(lambda tensor: tensor[:, rows])
 
     def to(self, device: torch.device) -> RoutingBatch:
         """The same on another device."""
-        source = (None if field is None else field.to(device) for field in self.source)
-        return RoutingBatch(
-            SourceState(*source), *(None if t is None else t.to(device) for t in self[1:])
-        )
+        return self._changed(lambda tensor: tensor.to(device))
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> RoutingBatch:
+        source = (None if field is None else change(field) for field in self.source)
+        rest: list[Any] = [None if tensor is None else change(tensor) for tensor in self[1:]]
+        return RoutingBatch(SourceState(*source), *rest)
 
     def one_token_later(self) -> RoutingBatch:
         """The same source states, each beside what the target layers do with the next token.
