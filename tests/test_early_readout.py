@@ -106,6 +106,11 @@ def assert_reads_what_is_recorded(engine: Any, tokens: Tensor, mask: Tensor | No
                 assert torch.equal(state, records[source].readout)
 
 
+def test_a_readout_that_predicts_further_is_of_the_layer_after_the_source(tiny_moe) -> None:
+    with engine_of(tiny_moe.model, lambda moe: stack_of(moe, horizon=2)) as engine:
+        assert_reads_what_is_recorded(engine, prompt(1, 12))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("model_type", MODELS)
 def test_estimators_read_what_the_recorder_records_bit_for_bit(
