@@ -85,6 +85,11 @@ class DecodeStep:
         with torch.no_grad():
             model(input_ids=self.tokens.repeat(1, 2), past_key_values=self.cache, use_cache=True)
 
+    def fused_parts(self) -> str:
+        """What the last step that was run or captured did in fewer launches, for a log."""
+        parts = [f"{count} {what}" for what, count in self.fused.items() if count]
+        return ", ".join(parts) or "nothing"
+
     @contextlib.contextmanager
     def _fused(self) -> Iterator[None]:
         """While the model runs a step: fewer, larger kernels."""
@@ -101,6 +106,7 @@ class DecodeStep:
 
     @torch.no_grad()
     def _step(self) -> Tensor:
+        self.fused.clear()
         self._mask.index_fill_(3, self._write_at, True)
         output = self._model(
             input_ids=self.tokens,

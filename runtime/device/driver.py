@@ -280,6 +280,7 @@ class DeviceDriver:
             variants[0]()
             return DecodeStep(self._offloaded.moe.model, batch, length, routers)
         variants[0]()
+        logger.info("Fused in a decode step: %s.", graph.fused_parts())
         if len(variants) > 1:
             self._tune(graph)
         return graph

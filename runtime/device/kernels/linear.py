@@ -63,6 +63,16 @@ def norm_scale(state, depth, eps, COLUMNS: tl.constexpr):  # noqa: ANN201
 
 
 @triton.jit
+def store_output(output, residual, at, total, is_at, HAS_RESIDUAL: tl.constexpr):  # noqa: ANN201
+    """Store sums, float32, added to a residual where there is one, rounded before and after."""
+    value = total.to(output.dtype.element_ty)
+    if HAS_RESIDUAL:
+        added = tl.load(residual + at, mask=is_at, other=0.0).to(tl.float32)
+        value = (value.to(tl.float32) + added).to(output.dtype.element_ty)
+    tl.store(output + at, value, mask=is_at)
+
+
+@triton.jit
 def _products_kernel(
     state,
     factor,
@@ -126,11 +136,7 @@ def _products_kernel(
         total += tl.load(bias + row, mask=is_row, other=0.0).to(tl.float32)[None, :]
     at = tokens[:, None] * width + before + row[None, :]
     is_at = (tokens < TOKENS)[:, None] & is_row[None, :]
-    value = total.to(output.dtype.element_ty)
-    if HAS_RESIDUAL:
-        added = tl.load(residual + at, mask=is_at, other=0.0).to(tl.float32)
-        value = (value.to(tl.float32) + added).to(output.dtype.element_ty)
-    tl.store(output + at, value, mask=is_at)
+    store_output(output, residual, at, total, is_at, HAS_RESIDUAL)
 
 
 def can_multiply(state: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
