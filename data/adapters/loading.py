@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from foreroute.data.adapters.model_class import auto_class, writing_part
+
 BUNDLED = "bundled"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -68,7 +70,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The configuration of a causal language model.
+    """The configuration of a model that writes text.
 
     Args:
         name: `bundled`, a local folder, or a Hub id.
@@ -77,7 +79,7 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
 
     Raises:
         ValueError: If it is missing, its architecture is unknown to this transformers, or
-            transformers has no causal language model for it.
+            transformers has no model of it that writes text.
     """
     from transformers import AutoConfig  # lazily: transformers' auto classes import scikit-learn
 
@@ -88,29 +90,9 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
         )
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(_unreadable(name, error)) from error
-    require_causal_lm(config, name)
+    config = writing_part(config)
+    auto_class(config, name)  # or it raises
     return config
-
-
-def require_causal_lm(config: Any, name: str) -> None:
-    """Refuse a model that transformers does not build with AutoModelForCausalLM.
-
-    Args:
-        config: The model's.
-        name: What the user calls it, for the message.
-
-    Raises:
-        ValueError: If it is for images, translation or another task.
-    """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    brings_own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if brings_own or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return
-    raise ValueError(
-        f"{name} ({config.model_type}) is not supported: transformers has no AutoModelForCausalLM "
-        "for it (models that also take images or speech are often of another class)."
-    )
 
 
 def load_model(
@@ -120,7 +102,7 @@ def load_model(
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
 ) -> Any:
-    """Load a causal language model in eval mode, with its default experts implementation.
+    """Load a model that writes text in eval mode, with its default experts implementation.
 
     Args:
         name: `bundled`, a local folder, or a Hub id.
@@ -133,11 +115,9 @@ def load_model(
         ValueError: If the model cannot be read; one line says why.
     """
     weights_dtype = resolve_dtype(dtype)
-    from transformers import AutoModelForCausalLM
-
     config = load_config(name, trust_remote_code=trust_remote_code)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class(config, name).from_pretrained(
             resolve_model(name),
             config=config,
             dtype=weights_dtype,

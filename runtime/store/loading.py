@@ -16,6 +16,7 @@ from torch import Tensor
 
 from foreroute.data.adapters import MoEModel, discover, load_config, resolve_dtype, resolve_model
 from foreroute.data.adapters.checkpoint import ExpertReader, checkpoint_files, float_dtypes
+from foreroute.data.adapters.model_class import auto_class
 from foreroute.data.adapters.weightless import (
     ParameterShape,
     experts_by_path,
@@ -149,14 +150,13 @@ def store_encoder(config: Any, expert_dtype: str = "auto") -> Encoder | None:
 
 
 def _load_the_rest(source: Source, config: Any, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     before, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # it would list every expert's tensor as unexpected
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class(config, source.name).from_pretrained(
             resolve_model(source.name),
             config=config,
             dtype=dtype,
