@@ -306,7 +306,11 @@ def main() -> None:
     """Check all types, or those named on the command line, and write the results."""
     results = ROOT / "benchmarks" / "results" / "models.json"
     asked = sys.argv[1:] or TYPES
-    kept = {} if asked == TYPES else {row["model_type"]: row for row in json.loads(results.read_text())}
+    kept = (
+        {}
+        if asked == TYPES
+        else {row["model_type"]: row for row in json.loads(results.read_text())}
+    )
     kept |= {name: asdict(row_of(name)) for name in track(asked, description="models")}
     rows = [Row(**kept[name]) for name in TYPES]
     results.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")

@@ -63,7 +63,13 @@ WHOLE: dict[str, dict[str, Any]] = {
 }
 VISION: dict[str, dict[str, Any]] = {
     "deepseek_ocr2": {
-        "sam_config": SMALL_VISION | {"output_channels": 8, "global_attn_indexes": [0], "window_size": 2, "downsample_channels": [16, 32]},
+        "sam_config": SMALL_VISION
+        | {
+            "output_channels": 8,
+            "global_attn_indexes": [0],
+            "window_size": 2,
+            "downsample_channels": [16, 32],
+        },
         "encoder_config": dict(SMALL_VISION),
     },
     "inkling_mm_model": {"text_hidden_size": 64},

@@ -60,7 +60,9 @@ def measure_model(name: str, *, trust_remote_code: bool = False) -> ModelSize:
     config = load_config(folder, trust_remote_code=trust_remote_code)
     try:
         with torch.device("meta"):
-            model = auto_class(config, name).from_config(config, trust_remote_code=trust_remote_code)
+            model = auto_class(config, name).from_config(
+                config, trust_remote_code=trust_remote_code
+            )
     except ValueError as error:
         first_line = str(error).splitlines()[0]
         raise ValueError(f"{name} cannot be planned for: {first_line}") from error
