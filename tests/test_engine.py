@@ -14,8 +14,8 @@ from transformers import TextIteratorStreamer
 from foreroute.estimators import EstimatorStack
 from foreroute.export.bundle import PairEntry, save_bundle
 from foreroute.runtime import Engine, EngineConfig, slot_plan
-from foreroute.runtime.host import layer as layer_module
 from foreroute.runtime.config import parse_slots
+from foreroute.runtime.host import layer as layer_module
 from foreroute.runtime.host.transfers import ImmediateTransfers
 from foreroute.runtime.planning.planner import RESERVE_BYTES
 from foreroute.runtime.store.offload import OffloadedModel, offload
