@@ -242,7 +242,7 @@ def test_an_api_key_is_asked_for(engine: Engine, tokenizer: Any) -> None:
 
 def test_transformers_chat_talks_to_it(served: Served) -> None:
     command = "from transformers.cli.transformers import main; main()"
-    flags = ["--base-url", f"{served.url}/v1", "max_new_tokens=4", "do_sample=False"]
+    flags = [f"{served.url}/v1", "max_new_tokens=4", "do_sample=False"]
     done = subprocess.run(
         [sys.executable, "-c", command, "chat", "bundled", *flags],
         input="def parse(\n!exit\n",
