@@ -45,7 +45,7 @@ def bundle_card(manifest: BundleManifest, repo_id: str) -> ModelCard:
         ],
     )
     fitted = manifest.calibration
-    return ModelCard.from_template(
+    card: ModelCard = ModelCard.from_template(
         data,
         template_path=str(CARDS / "bundle.md"),
         model=geometry.model_name or geometry.model_type,
@@ -60,6 +60,7 @@ def bundle_card(manifest: BundleManifest, repo_id: str) -> ModelCard:
         else "none were fitted",
         geometry=geometry.describe(),
     )
+    return card
 
 
 def traces_card(manifest: TraceManifest, repo_id: str) -> DatasetCard:
@@ -75,7 +76,7 @@ def traces_card(manifest: TraceManifest, repo_id: str) -> DatasetCard:
         tags=["mixture-of-experts", "routing", "hidden-states", "foreroute"],
         pretty_name=f"Routing of {manifest.model}",
     )
-    return DatasetCard.from_template(
+    card: DatasetCard = DatasetCard.from_template(
         data,
         template_path=str(CARDS / "traces.md"),
         model=manifest.model,
@@ -86,6 +87,7 @@ def traces_card(manifest: TraceManifest, repo_id: str) -> DatasetCard:
         repo_id=repo_id,
         states=manifest.states_dtype,
     )
+    return card
 
 
 def _table(manifest: BundleManifest) -> str:

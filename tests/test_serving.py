@@ -245,7 +245,7 @@ def test_transformers_chat_talks_to_it(served: Served) -> None:
     flags = [f"{served.url}/v1", "max_new_tokens=4", "do_sample=False"]
     done = subprocess.run(
         [sys.executable, "-c", command, "chat", "bundled", *flags],
-        input="def parse(\n!exit\n",
+        input="def parse(\nn\n!exit\n",
         capture_output=True,
         text=True,
         timeout=LIMIT_S,

@@ -198,7 +198,8 @@ class AnswerQueue(GenerateManager):  # type: ignore[misc]
                 torch.seed() if answer.seed is None else torch.manual_seed(answer.seed)
                 settings = {"generation_config": config, "streamer": streamer}
                 stopping = StoppingCriteriaList(ends)
-                return model.generate(**inputs, stopping_criteria=stopping, **settings)
+                sequences: Tensor = model.generate(**inputs, stopping_criteria=stopping, **settings)
+                return sequences
             finally:
                 self._answers.remove(answer)
                 self._on_done()

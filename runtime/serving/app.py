@@ -111,8 +111,8 @@ async def _answered(request: Request, handler: Any, known: set[str]) -> Any:
             await asyncio.wait(
                 [future for future in waits if not future.done()], timeout=LOOK_EVERY_S
             )
-            if answer.has_begun.done() and answer.has_begun.exception() is not None:
-                raise answer.has_begun.exception()
+            if answer.has_begun.done():
+                answer.has_begun.result()  # raises if it was refused
             if await request.is_disconnected():
                 answer.drop()
                 if work.done():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import FrameType
 from typing import Any
 
 import uvicorn
+from transformers.utils import logging as transformers_logging
 
 
 class DrainingServer(uvicorn.Server):
@@ -20,8 +22,6 @@ class DrainingServer(uvicorn.Server):
 
     async def serve(self, sockets: Any = None) -> None:
         """Serve until a signal."""
-        import asyncio
-
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
 
@@ -34,5 +34,6 @@ def run_server(app: Any, host: str, port: int) -> None:
         host: Address to bind to.
         port: 0 takes a free one; uvicorn prints it.
     """
+    transformers_logging.set_verbosity_error()  # it warns of every request
     config = uvicorn.Config(app, host=host, port=port, log_level="info")
     DrainingServer(config).run()
