@@ -118,6 +118,7 @@ def load_model(
     *,
     dtype: str = "auto",
     device: torch.device | str = "cpu",
+    revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
     """Load a causal language model in eval mode, with its default experts implementation.
@@ -126,6 +127,7 @@ def load_model(
         name: `bundled`, a local folder, or a Hub id.
         dtype: As `resolve_dtype` takes it.
         device: Where the whole model goes.
+        revision: Branch, tag or commit of a Hub id.
         trust_remote_code: Run code that came with the checkpoint.
 
     Raises:
@@ -135,12 +137,13 @@ def load_model(
     weights_dtype = resolve_dtype(dtype)
     from transformers import AutoModelForCausalLM
 
-    config = load_config(name, trust_remote_code=trust_remote_code)
+    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             resolve_model(name),
             config=config,
             dtype=weights_dtype,
+            revision=revision or "main",
             trust_remote_code=trust_remote_code,
         )
     except (OSError, RuntimeError, ValueError) as error:
@@ -148,21 +151,36 @@ def load_model(
     return model.eval().requires_grad_(False).to(device)
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
     """The tokenizer that belongs to a model.
 
+    Args:
+        name: `bundled`, a local folder, or a Hub id.
+        revision: Branch, tag or commit of a Hub id; the weights' own.
+        trust_remote_code: Run code that came with the checkpoint.
+
     Raises:
-        ValueError: If there is none.
+        FileNotFoundError: If a local path does not exist.
+        ValueError: If there is none, or it cannot be read; one line says why.
     """
     from transformers import AutoTokenizer
 
     source = resolve_model(name)
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # damaged files end in exceptions of every kind
         raise ValueError(
             f"{name} has no tokenizer that can be read: {_first_line(error)}"
         ) from error
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        # What transformers makes for some models where there are no files: no text has any tokens.
+        files = ", ".join(tokenizer.vocab_files_names.values())
+        raise ValueError(f"{name} has no tokenizer: none of its files ({files}) is there.")
+    return tokenizer
 
 
 def _unreadable(name: str, error: Exception) -> str:
