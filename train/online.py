@@ -27,7 +27,7 @@ def open_live_traces(
     revision: str | None = None,
     dataset: str,
     tokens: int,
-    input_kind: InputKind,
+    record: str = "",
     device: str = "auto",
     buffer_bytes: int = BUFFER_BYTES,
     overwrite: bool = False,
@@ -44,7 +44,7 @@ def open_live_traces(
         revision: Branch, tag or commit of a Hub id, for weights and tokenizer.
         dataset: As `collect-traces` takes it.
         tokens: Tokens to train on and to measure by, all together.
-        input_kind: What the estimators read.
+        record: Optional trace fields to record, a comma list; `RECORDED_FOR` has an input's.
         device: auto, cpu or cuda.
         buffer_bytes: Most bytes of shards in memory.
         overwrite: Replace the folder of another run.
@@ -63,7 +63,7 @@ def open_live_traces(
         revision=revision,
         dataset=dataset,
         tokens=tokens,
-        record=RECORDED_FOR.get(input_kind, ""),
+        record=record,
         overwrite=overwrite,
     )
     require_free(out, overwrite=overwrite)
