@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import logging
+import weakref
 from pathlib import Path
 from typing import Any, Self
 
@@ -137,6 +140,26 @@ class Engine:
         self.driver.attach(self._attachments)
         handle = self.model.register_forward_pre_hook(self._begin_forward, with_kwargs=True)
         self._attachments.callback(handle.remove)
+        self._lend_generate()
+
+    def _lend_generate(self) -> None:
+        """Let `model.generate` be the engine's, for whoever is handed the model alone."""
+        lent = weakref.WeakMethod(self.generate)
+
+        @functools.wraps(self._own_generate)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            run = lent()
+            if run is None:
+                raise RuntimeError("The engine of this model is gone. Make a new engine.")
+            return run(*args, **kwargs)
+
+        self.model.generate = generate
+        self._attachments.callback(delattr, self.model, "generate")
+
+    @property
+    def _own_generate(self) -> Any:
+        """The model's own `generate`, as its class has it."""
+        return functools.partial(type(self.model).generate, self.model)
 
     def _begin_forward(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = args[0] if args else kwargs.get("input_ids")
@@ -147,20 +170,23 @@ class Engine:
         with self._must_really_run(), torch.no_grad():
             return self.model(*args, **kwargs)
 
-    def generate(self, *args: Any, streamer: Any = None, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate tokens; takes what transformers' `generate` takes and returns what it returns.
 
-        Inputs are moved to the engine's device. Times go into `stats()` (not with beam search,
-        which hands out no tokens while it runs).
+        While the engine is attached, `engine.model.generate` is this. Inputs are moved to the
+        engine's device. Times go into `stats()` (not with beam search, which hands out no tokens
+        while it runs).
         """
-        args = tuple(self._on_device(value) for value in args)
-        kwargs = {name: self._on_device(value) for name, value in kwargs.items()}
-        kwargs.setdefault("disable_compile", True)  # the host decides between layers
-        if not _uses_beams(kwargs):
-            streamer = TimingStreamer(self.driver.run.stats, streamer)
-            kwargs |= self.driver.decoding(kwargs, streamer)
+        names = inspect.signature(self._own_generate).parameters
+        given = dict(zip(names, args, strict=False)) | kwargs
+        given = {name: self._on_device(value) for name, value in given.items()}
+        given.setdefault("disable_compile", True)  # the host decides between layers
+        asked = _asked_of(self.model, given)
+        if asked.get("num_beams", 1) == 1:
+            given["streamer"] = TimingStreamer(self.driver.run.stats, given.get("streamer"))
+            given |= self.driver.decoding(asked, given["streamer"])
         with self._must_really_run():
-            return self.model.generate(*args, streamer=streamer, **kwargs)
+            return self._own_generate(**given)
 
     def _on_device(self, value: Any) -> Any:
         return value.to(self.device) if isinstance(value, Tensor) else value
@@ -234,7 +260,11 @@ def _make_driver(
     return HostDriver(offloaded, config, slots_per_layer, ahead)
 
 
-def _uses_beams(settings: dict[str, Any]) -> bool:
-    """Whether the arguments of `generate` ask for beam search."""
-    config = settings.get("generation_config")
-    return int(settings.get("num_beams") or getattr(config, "num_beams", None) or 1) > 1
+def _asked_of(model: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """What a call of `generate` asks for: by its arguments, else its config, else the model's."""
+    configs = (model.generation_config, given.get("generation_config"), given)
+    asked: dict[str, Any] = {}
+    for config in configs:
+        values = config if isinstance(config, dict) else vars(config) if config else {}
+        asked |= {name: value for name, value in values.items() if value is not None}
+    return asked

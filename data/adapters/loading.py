@@ -183,19 +183,25 @@ def load_tokenizer(name: str, **hub: Unpack[HubSettings]) -> Any:
         **hub: See `HubSettings`.
 
     Raises:
-        ValueError: If there is none.
+        FileNotFoundError: If a local path does not exist.
+        ValueError: If there is none, or it cannot be read; one line says why.
     """
     from transformers import AutoTokenizer
 
     source = resolve_model(name)
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             source, **(hub | {"revision": hub.get("revision") or "main"})
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # damaged files end in exceptions of every kind
         raise ValueError(
             f"{name} has no tokenizer that can be read: {_first_line(error)}"
         ) from error
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        # What transformers makes for some models where there are no files: no text has any tokens.
+        files = ", ".join(tokenizer.vocab_files_names.values())
+        raise ValueError(f"{name} has no tokenizer: none of its files ({files}) is there.")
+    return tokenizer
 
 
 def _unreadable(name: str, error: Exception) -> str:
