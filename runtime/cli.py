@@ -432,6 +432,7 @@ def main() -> None:
     """Entry point of `foreroute`."""
     from foreroute.data.cli import collect
     from foreroute.export.report.cli import report
+    from foreroute.runtime.serving.cli import serve
 
     run_command(
         "foreroute",
@@ -444,6 +445,7 @@ def main() -> None:
             "plan": plan,
             "profile": profile,
             "report": report,
+            "serve": serve,
         },
     )
 
