@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,9 @@ class DecodeCacheLayer(StaticLayer):  # type: ignore[misc]  # transformers is un
 class DecodeStep:
     """A decode step with its own KV cache, for one batch size and greatest length."""
 
+    defers: ClassVar[bool] = True
+    """Whether one launch may do several modules' work; benchmarks compare with steps that don't."""
+
     def __init__(
         self, model: Any, batch: int, length: int, routers: Sequence[nn.Module] = ()
     ) -> None:
@@ -95,10 +98,11 @@ class DecodeStep:
         """While the model runs a step: fewer, larger kernels."""
         own = [layer for layer in self.cache.layers if isinstance(layer, DecodeCacheLayer)]
         with contextlib.ExitStack() as undo:
-            fuse_attention(self._model, undo, self.fused)
+            fuse_attention(self._model, undo, self.fused if self.defers else None)
             fuse_rotary(self._model, undo)
             fuse_routers(self._routers, undo)
-            defer_norms(self._norms, undo, self.fused)
+            if self.defers:
+                defer_norms(self._norms, undo, self.fused)
             for layer in own:
                 layer.write_at = self._write_at
                 undo.callback(setattr, layer, "write_at", None)
