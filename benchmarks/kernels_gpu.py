@@ -280,7 +280,7 @@ def projections(shape: Shape) -> dict[str, float]:
     found["output projection and addition, torch.compile"] = microseconds(
         lambda i: compiled[1](state, attended, back[i % count])
     )
-    for tile, each in ((2048, 32), (4096, 32), (4096, 64), (8192, 32), (8192, 64), (16384, 64)):
+    for tile, each in ((4096, 32), (8192, 32), (8192, 64), (16384, 64)):
         with tiles(linear, TILE=tile, PER_THREAD=each):
             label = f"one launch, tile {tile}, {each} a thread"
             found[f"norm and projections, {label}"] = microseconds(
@@ -321,7 +321,7 @@ def routing(shape: Shape) -> dict[str, float]:
         plan(ids, tables, rule, copies, places=places)
 
     found = {"norm, router, top-k and plan, apart": microseconds(apart)}
-    for rows, warps in ((1, 2), (1, 4), (2, 4), (1, 8)):
+    for rows, warps in ((1, 4), (2, 4), (1, 8), (2, 8)):
         with tiles(route_module, ROWS=rows, WARPS=warps):
             label = f"one launch, {rows} rows, {warps} warps"
             found[f"norm, router and top-k, {label}"] = microseconds(
@@ -393,9 +393,9 @@ def while_copying(shape: Shape) -> dict[str, float]:
         found[f"{name}: by the first product, which does not wait"] = microseconds(together)
         experts.places = late
         sizes_tried = ((32, 1024), (64, 512), (64, 1024), (64, 2048), (128, 512), (128, 1024))
-        for (programs, words), wait in itertools.product(sizes_tried, (-1, 0, 100, 500)):
-            with tiles(demand_module, DEMAND_PROGRAMS=programs, BLOCK_WORDS=words, WAIT=wait):
-                label = f"{programs} programs of {words} words, wait {wait}"
+        for programs, words in sizes_tried:
+            with tiles(demand_module, DEMAND_PROGRAMS=programs, BLOCK_WORDS=words):
+                label = f"{programs} programs of {words} words"
                 found[f"{name}: by the first product, {label}"] = microseconds(together)
     found["bytes of an expert at 55 GB/s"] = sum(sizes) / 55e3
     return found

@@ -4,6 +4,7 @@ The interpreter accepts what the compiler does not. Each wrapper is called as th
 on CPU tensors; where it would launch a kernel, that is compiled for an H100 instead.
 """
 
+import re
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from foreroute.runtime.device.kernels import demand as demand_module
 from foreroute.runtime.device.kernels.activation import ExpertForm
 from foreroute.runtime.device.kernels.attention import decode_attention
 from foreroute.runtime.device.kernels.cache import store_token
 from foreroute.runtime.device.kernels.demand import Demand
-from foreroute.runtime.device.kernels.fetch import fetch
+from foreroute.runtime.device.kernels.fetch import BLOCK_WORDS, fetch
 from foreroute.runtime.device.kernels.head import plan_head
 from foreroute.runtime.device.kernels.heads import ProjectedHeads, place_heads
 from foreroute.runtime.device.kernels.linear import Norm, products
@@ -67,7 +69,10 @@ def compile_launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: A
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    assert triton.compile(source, target=H100, options=options).asm["cubin"]
+    asm = triton.compile(source, target=H100, options=options).asm
+    assert asm["cubin"]
+    if kernel.fn.__name__ == "_up_kernel":  # what it copies takes no turn through shared memory
+        assert not re.search(r"ttg.convert_layout.*i64", asm["ttgir"])
     compiled.add(kernel.fn.__name__ + ":" + kernel.fn.__module__.rpartition(".")[2])
 
 
@@ -109,6 +114,9 @@ def call_everything() -> None:
         moved = (rows, rows, copies, copies[0, :1], tables.arrived, tables.progress)
         for demand in (None, Demand(*moved, first_bytes=48)):
             expert_products(hidden, places, chances, weights, form, hidden, demand)
+        demand_module.BLOCK_WORDS = 64  # as many as a product has inputs
+        expert_products(hidden, places, chances, weights, form, hidden, demand, hidden)
+        demand_module.BLOCK_WORDS = BLOCK_WORDS
     for kind in (Int8, Fp8, Int4, Mxfp4, Fp8Blocks):
         weights = {}
         for name, rows, columns in (("gate_up_proj", 128, 64), ("down_proj", 64, 64)):

@@ -139,8 +139,9 @@ def test_a_router_that_plans_does_what_router_and_plan_do(tokens: int) -> None:
 
 
 def test_what_a_model_does_with_a_deferred_norm_is_what_it_would_do_with_the_norm() -> None:
-    norm, linear = nn.RMSNorm(8, eps=1e-6).requires_grad_(False), nn.Linear(8, 6, bias=False)
-    state, other = random(1, 1, 8).cpu(), random(1, 1, 6, seed=1).cpu()
+    norm = nn.RMSNorm(8, eps=1e-6).requires_grad_(False).to(DEVICE)
+    linear = nn.Linear(8, 6, bias=False).to(DEVICE)
+    state, other = random(1, 1, 8), random(1, 1, 6, seed=1)
     counts: Counter[str] = Counter()
     with ExitStack() as undo, torch.no_grad():
         expected = norm(state)
@@ -208,6 +209,7 @@ class ExpertsInSlots:
             return torch.stack([step.replay(token.view(1))[0].clone() for token in tokens]), step
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="tests/test_gpu.py runs whole engines there")
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
 def test_layers_that_plan_in_their_routers_give_the_plain_models_logits(
     model_type: str, monkeypatch: pytest.MonkeyPatch

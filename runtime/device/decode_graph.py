@@ -15,6 +15,7 @@ from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 from foreroute.runtime.device.fusions import (
     defer_norms,
     find_norms,
+    find_routers,
     fuse_attention,
     fuse_rotary,
     fuse_routers,
@@ -79,7 +80,7 @@ class DecodeStep:
         self._at = torch.arange(self.length, device=device)
         self._window = _sliding_window(model.config)
         self._has_layer_types = _layer_types(model.config) is not None
-        self._model, self._routers = model, routers
+        self._model, self._routers = model, find_routers(routers)
         self._norms = find_norms(model)
         self.fused: Counter[str] = Counter()
         """What the step's launches do at once that the model does apart, how often."""

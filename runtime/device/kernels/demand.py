@@ -19,7 +19,6 @@ from foreroute.runtime.device.kernels.fetch import BLOCK_WORDS, WORD, copy_block
 
 DEMAND_PROGRAMS = 64
 """Enough to fill the link; they take the missing experts one after the other."""
-WAIT = 0
 MOST_TRIES = 1 << 15
 """Looks of one program at a counter before `let_pass` goes on all the same, some 20 ms."""
 
@@ -59,7 +58,6 @@ class Demand:
             "COPIERS": DEMAND_PROGRAMS,
             "COPIES": triton.next_power_of_2(num_copies),
             "BLOCK": BLOCK_WORDS,
-            "WAIT": WAIT,
         }
 
 
@@ -71,11 +69,7 @@ def no_demand(anything: Tensor) -> dict[str, Any]:
     """
     tensors = ("rows", "slots", "copies", "head_words", "arrived", "progress")
     sizes = dict.fromkeys(("num_copies", "num_words", "first_blocks"), 0)
-    return (
-        dict.fromkeys(tensors, anything)
-        | sizes
-        | {"COPIERS": 0, "COPIES": 1, "BLOCK": 1, "WAIT": 0}
-    )
+    return dict.fromkeys(tensors, anything) | sizes | {"COPIERS": 0, "COPIES": 1, "BLOCK": 1}
 
 
 @triton.jit
@@ -143,23 +137,10 @@ def slot_named(place):  # noqa: ANN201
 
 
 @triton.jit
-def arrived_slot(place, arrived, COPIERS: tl.constexpr, WAIT: tl.constexpr):  # noqa: ANN201
+def arrived_slot(place, arrived, COPIERS: tl.constexpr):  # noqa: ANN201
     """The slot that an entry of `places` names, once the expert's first part is in it."""
     slot = slot_named(place)
     if place < 0:
-        if WAIT >= 0:
-            seen = tl.load(arrived + slot, volatile=True)
-            while seen < COPIERS:
-                if WAIT > 0:
-                    tl.inline_asm_elementwise(
-                        "nanosleep.u32 $1; mov.u32 $0, $1;",
-                        "=r,r",
-                        [WAIT],
-                        dtype=tl.int32,
-                        is_pure=False,
-                        pack=1,
-                    )
-                seen = tl.load(arrived + slot, volatile=True)
         while tl.atomic_add(arrived + slot, 0, sem="acquire") < COPIERS:
             pass
     return slot

@@ -21,7 +21,7 @@ MOST_MATRICES = 3
 WIDEST = 4096
 """Elements of a row that a program reads at once, at most."""
 # Fastest of those tried on an H100: elements that a program and a thread of it read at once.
-TILE, PER_THREAD = 4096, 64
+TILE, PER_THREAD = 8192, 64
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,7 +82,6 @@ def _up_kernel(
     COPIERS: tl.constexpr,
     COPIES: tl.constexpr,
     BLOCK: tl.constexpr,
-    WAIT: tl.constexpr,
 ):
     program = tl.program_id(0) - COPIERS
     if program < 0:
@@ -103,7 +102,7 @@ def _up_kernel(
     else:
         tiles_each = tl.cdiv(width, ROWS)
         pair = tl.load(places + num_pairs + program // tiles_each)
-        slot = arrived_slot(tl.load(places + pair), arrived, COPIERS, WAIT)
+        slot = arrived_slot(tl.load(places + pair), arrived, COPIERS)
         at = (program % tiles_each) * ROWS + tl.arange(0, ROWS)
         is_at = at < width
         row = at * step  # the gate's, or the only one

@@ -33,7 +33,7 @@ from foreroute.runtime.device.kernels.top_k import (
     softmax_top_k_reference,
 )
 
-ROWS, WARPS = 1, 4
+ROWS, WARPS = 1, 8  # fastest of those tried on an H100
 
 
 @dataclass(frozen=True, kw_only=True)

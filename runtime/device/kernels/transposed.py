@@ -53,7 +53,6 @@ def _up_kernel(
     COPIERS: tl.constexpr,
     COPIES: tl.constexpr,
     BLOCK: tl.constexpr,
-    WAIT: tl.constexpr,
 ):
     tile = tl.program_id(0) - COPIERS
     if tile < 0:
@@ -74,7 +73,7 @@ def _up_kernel(
     else:
         tiles_each = tl.cdiv(num_outputs, OUTPUTS)
         pair = tl.load(places + num_pairs + tile // tiles_each)
-        slot = arrived_slot(tl.load(places + pair), arrived, COPIERS, WAIT)
+        slot = arrived_slot(tl.load(places + pair), arrived, COPIERS)
         at = (tile % tiles_each) * OUTPUTS + tl.arange(0, OUTPUTS)
         is_at = at < num_outputs
         total = tl.zeros([DEPTH, OUTPUTS], dtype=tl.float32)
