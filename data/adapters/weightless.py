@@ -57,9 +57,10 @@ def outline(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False)
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
-    except (TypeError, AttributeError, KeyError, IndexError) as error:
+    except Exception as error:  # whatever a value that cannot be ends in
+        said = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"Transformers cannot build a {config.model_type} model from this config: {error}."
+            f"Transformers cannot build a {config.model_type} model from this config: {said}."
         ) from error
     finally:
         if quantization is not None:
