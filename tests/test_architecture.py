@@ -19,7 +19,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "data": ("estimators",),
     "train": ("estimators", "data"),
     "export": ("estimators", "data", "train"),
-    "runtime": ("estimators", "data.adapters", "data.routes", "export.bundle"),
+    "runtime": ("estimators", "data.adapters", "data.routes", "export.bundle", "export.hub"),
 }
 FILES = sorted(path for room in ALLOWED for path in (ROOT / room).rglob("*.py"))
 
