@@ -10,7 +10,7 @@ from tiny_models import tiny_config
 
 from foreroute.data.adapters.config_file import check_config_file
 from foreroute.data.adapters.loading import load_config
-from foreroute.runtime.doctor import diagnose
+from foreroute.runtime.planning.doctor import diagnose
 from foreroute.runtime.planning.plan_report import run_plan
 
 BAD_FIELDS: dict[str, tuple[Any, ...]] = {

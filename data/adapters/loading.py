@@ -13,6 +13,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 
 from foreroute.data.adapters.config_file import check_config_file
+from foreroute.data.adapters.model_class import auto_class, writing_part
 from foreroute.data.adapters.weight_files import find_weight_files
 
 BUNDLED = "bundled"
@@ -118,7 +119,7 @@ def resolve_device(name: str | torch.device) -> torch.device:
 
 
 def load_config(name: str, **hub: Unpack[HubSettings]) -> Any:
-    """The configuration of a causal language model.
+    """The configuration of a model that writes text.
 
     Args:
         name: `bundled`, a local folder, or a Hub id.
@@ -126,7 +127,7 @@ def load_config(name: str, **hub: Unpack[HubSettings]) -> Any:
 
     Raises:
         ValueError: If it is missing, its architecture is unknown to this transformers, or
-            transformers has no causal language model for it.
+            transformers has no model of it that writes text.
     """
     from transformers import AutoConfig  # lazily: transformers' auto classes import scikit-learn
     from transformers.utils import CONFIG_NAME, cached_file
@@ -144,29 +145,9 @@ def load_config(name: str, **hub: Unpack[HubSettings]) -> Any:
         raise ValueError(_unreadable(name, error)) from error
     except Exception as error:  # each model's config checks its fields in its own way
         raise ValueError(f"{file} cannot be used: {' '.join(str(error).split())}") from error
-    require_causal_lm(config, name)
+    config = writing_part(config)
+    auto_class(config, name)  # or it raises
     return config
-
-
-def require_causal_lm(config: Any, name: str) -> None:
-    """Refuse a model that transformers does not build with AutoModelForCausalLM.
-
-    Args:
-        config: The model's.
-        name: What the user calls it, for the message.
-
-    Raises:
-        ValueError: If it is for images, translation or another task.
-    """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    brings_own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if brings_own or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return
-    raise ValueError(
-        f"{name} ({config.model_type}) is not supported: transformers has no AutoModelForCausalLM "
-        "for it (models that also take images or speech are often of another class)."
-    )
 
 
 def load_model(
@@ -176,7 +157,7 @@ def load_model(
     device: torch.device | str = "cpu",
     **hub: Unpack[HubSettings],
 ) -> Any:
-    """Load a causal language model in eval mode, with its default experts implementation.
+    """Load a model that writes text in eval mode, with its default experts implementation.
 
     Args:
         name: `bundled`, a local folder, or a Hub id.
@@ -189,14 +170,12 @@ def load_model(
         ValueError: If the model cannot be read; one line says why.
     """
     weights_dtype = resolve_dtype(dtype)
-    from transformers import AutoModelForCausalLM
-
     source, config = resolve_model(name), load_config(name, **hub)
     settings = hub | {"revision": hub.get("revision") or "main"}
     with loading_alone():
         find_weight_files(source, config, **settings)  # says what is wrong with a file, in one line
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model = auto_class(config, name).from_pretrained(
                 source, config=config, dtype=weights_dtype, use_safetensors=True, **settings
             )
         except (OSError, RuntimeError, ValueError) as error:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from foreroute.data.adapters.loading import HubSettings
 from foreroute.estimators.byte_sizes import parse_bytes
-from foreroute.runtime.doctor import diagnose
+from foreroute.runtime.planning.doctor import diagnose
 from foreroute.runtime.planning.machine import find_profile
 from foreroute.runtime.planning.model_size import ModelSize, measure_model, model_folder
 from foreroute.runtime.planning.planner import PlanChoice, assumptions, command_line, plan_choices
