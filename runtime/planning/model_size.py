@@ -11,6 +11,7 @@ import torch
 from foreroute.data.adapters import load_config
 from foreroute.data.adapters.model_class import auto_class
 from foreroute.data.adapters.seam import is_experts_module
+from foreroute.runtime.policies.slots import cache_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class ModelSize:
     head_params: int
     """Of those, what a token reads once: the output head."""
     cache_values: int
-    """Keys and values kept per token of context, all layers, if every layer attends to all."""
+    """Keys and values kept per token of context, in all layers."""
     dtype_bytes: int
     """Per value, as the checkpoint has it."""
 
@@ -91,7 +92,7 @@ def measure_model(name: str, *, trust_remote_code: bool = False) -> ModelSize:
         other_params=other,
         layer_params=max(0, other - outside) // layers,
         head_params=head_params,
-        cache_values=_cache_values(text, layers),
+        cache_values=cache_values(text, layers),
         dtype_bytes=_dtype_bytes(config),
     )
 
@@ -108,17 +109,6 @@ def _top_k(text: Any) -> int:
     raise ValueError(
         f"The configuration of {text.model_type} does not say how many experts a token uses."
     )
-
-
-def _cache_values(text: Any, layers: int) -> int:
-    """Values per token of context: keys and values of every layer, or MLA's compressed ones."""
-    rank = getattr(text, "kv_lora_rank", None)
-    if rank:
-        return layers * int(rank + getattr(text, "qk_rope_head_dim", 0))
-    heads = int(getattr(text, "num_attention_heads", 1))
-    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
-    width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
-    return 2 * layers * kv_heads * width
 
 
 def _dtype_bytes(config: Any) -> int:
