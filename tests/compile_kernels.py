@@ -28,8 +28,9 @@ from foreroute.runtime.device.kernels.products import expert_products
 from foreroute.runtime.device.kernels.quasi_hidden import add_expected_output
 from foreroute.runtime.device.kernels.rotary import rotate
 from foreroute.runtime.device.kernels.route import DemandPlan, RouterProduct, route
-from foreroute.runtime.device.kernels.tables import LRU, ResidencyTables, lrfu
+from foreroute.runtime.device.kernels.tables import ResidencyTables
 from foreroute.runtime.device.kernels.top_k import softmax_top_k
+from foreroute.runtime.policies import find_policy
 from foreroute.runtime.store.encodings import (
     EncodedParameter,
     EncodedWeights,
@@ -83,7 +84,7 @@ def call_everything() -> None:
     tables = ResidencyTables.empty(16, 8, "cpu")
     copies = torch.zeros(3, 4, dtype=torch.int32)
     places = torch.zeros(2, 4, dtype=torch.int32)
-    for rule in (lrfu(20.0), LRU):
+    for rule in (find_policy("lrfu").device_rule(), find_policy("lru").device_rule()):
         plan(ids, tables, rule, copies, places=places)
         plan(ids, tables, rule, copies, is_prefetch=True)
         plan(ids, tables, rule, copies, is_prefetch=True, behind=tables.progress)
@@ -149,7 +150,9 @@ def call_everything() -> None:
                 dtype=torch.bfloat16,
                 arrivals=arrivals,
             )
-            demand = DemandPlan(tables=tables, rule=lrfu(20.0), copies=copies, places=places)
+            demand = DemandPlan(
+                tables=tables, rule=find_policy("lrfu").device_rule(), copies=copies, places=places
+            )
             route(tokens, router, before, demand)
             route(tokens, router, before)
     heads = ProjectedHeads(

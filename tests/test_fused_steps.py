@@ -38,12 +38,14 @@ from foreroute.runtime.device.kernels.route import (
     route,
     route_reference,
 )
-from foreroute.runtime.device.kernels.tables import NUM_COUNTERS, ResidencyTables, lrfu
+from foreroute.runtime.device.kernels.tables import NUM_COUNTERS, ResidencyTables
 from foreroute.runtime.device.layer import DeviceLayer
 from foreroute.runtime.device.residency import DeviceResidency
 from foreroute.runtime.device.run_state import DeviceRun
+from foreroute.runtime.policies import find_policy
 from foreroute.runtime.store.offload import offload
 
+LRFU = find_policy("lrfu").device_rule()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Sums in another order: some units in the last place of each type, of numbers up to 16.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.3}
@@ -113,7 +115,7 @@ def test_a_router_that_plans_does_what_router_and_plan_do(tokens: int) -> None:
         plans = [
             DemandPlan(
                 tables=tables,
-                rule=lrfu(20.0),
+                rule=LRFU,
                 copies=torch.zeros(3, num_ids, dtype=torch.int32, device=DEVICE),
                 places=torch.zeros(2, num_ids, dtype=torch.int32, device=DEVICE),
                 expert_ids=torch.arange(num_ids, device=DEVICE).view(tokens, 3) % 5
@@ -175,7 +177,7 @@ class ExpertsInSlots:
         assert form is not None
         run: Any = DeviceRun(
             config=EngineConfig(),
-            rule=lrfu(20.0),
+            rule=LRFU,
             form=form,
             predictor=None,
             ahead=None,  # type: ignore[arg-type]

@@ -26,12 +26,13 @@ from foreroute.runtime.device.kernels.plan import (
     plan_ids,
     plan_reference,
 )
-from foreroute.runtime.device.kernels.tables import ResidencyTables, ScoreRule
+from foreroute.runtime.device.kernels.tables import ResidencyTables
 from foreroute.runtime.device.kernels.top_k import (
     AT_ONCE,
     choose_experts,
     softmax_top_k_reference,
 )
+from foreroute.runtime.policies.eviction import ScoreRule
 
 ROWS, WARPS = 1, 8  # fastest of those tried on an H100
 
