@@ -91,6 +91,7 @@ def call_everything() -> None:
     head = {"num_needed": 8, "head_words": copies[0, :1], "num_words": 8}
     plan_head(ids, chances, tables, copies, **head)
     plan_head(ids, chances, tables, copies, **head, behind=tables.progress)
+    plan_head(ids, chances, tables, copies, **head, num_whole=copies[0, :1])
     rows = torch.zeros(16, 64, dtype=torch.uint8)
     fetch(rows, rows, copies, num_blocks=4)
     fetch(rows, rows, copies, num_blocks=4, head_words=copies[0, :1])

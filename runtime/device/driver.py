@@ -49,7 +49,7 @@ from foreroute.runtime.store.offload import OffloadedModel
 
 logger = logging.getLogger(__name__)
 
-FIRST_HEAD_SHARE = 0.4
+FIRST_ROOM = 0.4
 PREDICTION_MS = 0.012  # from the router's choice until a head can begin; by kernel times
 READOUT_SHARE = 0.4  # of a layer's time, that an early attention takes before that; a guess
 TUNING_REPLAYS = 8
@@ -120,10 +120,11 @@ class DeviceDriver:
             predictor=DevicePredictor(ahead, offloaded.moe.model.dtype) if ahead else None,
             ahead=torch.cuda.Stream(device=device, priority=-1),
             head_words=torch.zeros(1, dtype=torch.int32, device=device),
+            num_whole=torch.zeros(1, dtype=torch.int32, device=device),
             trust=torch.full((2,), PRIOR_PREFETCHES, device=device),
             prompt_weight=self._policy.prompt_weight if config.warm_start == "prompt" else 0.0,
         )
-        self.run.set_head(FIRST_HEAD_SHARE, store.rows[0].shape[1])
+        self.run.set_room(FIRST_ROOM, store.rows[0].shape[1])
         self._graph: DecodeStep | None = None
         self._choose_variant: Callable[[], int] = int
         self._has_look_ahead = False
@@ -252,11 +253,7 @@ class DeviceDriver:
         return self._graph
 
     def _captured(self, batch: int, length: int) -> DecodeStep:
-        """Capture the step; with prefetch twice, one looks ahead and the other does not.
-
-        prefetch="auto" looks ahead for single sequences only: for four it did not pay where it
-        was measured (docs/gpu.md).
-        """
+        """Capture the step; with prefetch twice, one looks ahead and the other does not."""
         run, routers = self.run, [layer.router for layer in self._offloaded.moe.layers]
         self._choose_variant = int  # the first
 
@@ -267,7 +264,7 @@ class DeviceDriver:
             return set_up
 
         variants = [looking(False)]
-        if run.predictor is not None and (batch == 1 or run.config.prefetch == "all"):
+        if run.predictor is not None:
             variants = [looking(True), looking(False)]  # LOOK_AHEAD, ON_DEMAND
         self._has_look_ahead = len(variants) > 1
         try:
@@ -286,7 +283,7 @@ class DeviceDriver:
         return graph
 
     def _tune(self, graph: DecodeGraph) -> None:
-        """Measure this machine: how long a head may be, and what looking ahead must save."""
+        """Measure this machine: how much can be copied early, and what looking ahead must save."""
         run, row_bytes = self.run, self._offloaded.store.rows[0].shape[1]
         graph.begin(torch.ones(graph.batch, 1, dtype=torch.long, device=self._offloaded.device))
         token = torch.zeros(graph.batch, dtype=torch.long, device=self._offloaded.device)
@@ -300,13 +297,15 @@ class DeviceDriver:
         prediction_ms = PREDICTION_MS
         if run.predictor is not None and run.predictor.ahead.readouts is not None:
             prediction_ms += READOUT_SHARE * window_ms
-        head_ms = min(expert_ms, max(0.0, window_ms - prediction_ms))
-        run.set_head(head_ms / expert_ms, row_bytes)
-        if run.config.prefetch == "auto" and head_ms / expert_ms < LEAST_HEAD_SHARE:
-            share = f"{head_ms / expert_ms:.0%}"
+        room = max(0.0, window_ms - prediction_ms) / expert_ms
+        run.set_room(room, row_bytes)
+        if run.config.prefetch == "auto" and room < LEAST_HEAD_SHARE:
+            share = f"{room:.0%}"
             logger.info("Nothing is prefetched: a layer takes as long as %s of an expert.", share)
             self._choose_variant = partial(int, ON_DEMAND)
             return
+
+        head_ms = expert_ms * int(run.head_words) * WORD.itemsize / row_bytes
 
         def saved_ms(change: list[int]) -> float:
             used = change[PREFETCHES] - change[WASTED]

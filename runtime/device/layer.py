@@ -170,7 +170,7 @@ class DeviceLayer:
         assert target is not None  # there is a guess
         with torch.cuda.stream(run.ahead):
             if run.config.prefetch == "auto":
-                target.residency.load_head(expert_ids, chances, behind=self.residency)
+                target.residency.load_likely(expert_ids, chances, behind=self.residency)
             else:
                 ids = expert_ids.T.contiguous()  # [M, T]: every token's best guess first
                 target.residency.load(ids, behind=self.residency)

@@ -16,7 +16,7 @@ from foreroute.runtime.device.kernels.head import plan_head
 from foreroute.runtime.device.kernels.plan import plan
 from foreroute.runtime.device.kernels.route import DemandPlan
 from foreroute.runtime.device.kernels.tables import ResidencyTables
-from foreroute.runtime.device.run_state import DeviceRun
+from foreroute.runtime.device.run_state import MOST_WHOLE, DeviceRun
 from foreroute.runtime.policies import EvictionPolicy, LayerState
 from foreroute.runtime.policies.eviction import ScoreRule
 from foreroute.runtime.store.host_store import RowLayout
@@ -133,15 +133,16 @@ class DeviceResidency:
         )
         fetch(self.rows, self.slots, copies, num_blocks=FETCH_BLOCKS)
 
-    def load_head(self, expert_ids: Tensor, chances: Tensor, behind: DeviceResidency) -> None:
-        """Copy the beginning of the likeliest absent expert, if it is likely enough.
+    def load_likely(self, expert_ids: Tensor, chances: Tensor, behind: DeviceResidency) -> None:
+        """Copy as much of the likeliest absent experts as there is time for.
 
         Args:
             expert_ids: [T, M], most likely first.
             chances: How likely each is needed, [T, M] float32, 0..1.
             behind: A layer whose demand is copied first.
         """
-        copies = torch.empty(3, 1, dtype=torch.int32, device=expert_ids.device)
+        most = min(MOST_WHOLE + 1, expert_ids.numel())
+        copies = torch.empty(3, most, dtype=torch.int32, device=expert_ids.device)
         head_words = self._run.head_words
         plan_head(
             expert_ids,
@@ -152,6 +153,7 @@ class DeviceResidency:
             head_words=head_words,
             num_words=self.rows.shape[1] // WORD.itemsize,
             behind=behind.tables.progress,
+            num_whole=self._run.num_whole,
         )
         fetch(self.rows, self.slots, copies, num_blocks=FETCH_BLOCKS, head_words=head_words)
 

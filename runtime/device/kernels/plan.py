@@ -82,27 +82,32 @@ def plan_ids(  # noqa: ANN201
     is_late = tl.zeros([IDS], dtype=tl.int32)
     if not IS_PREFETCH:
         num_hits = tl.sum((is_slot & (taken == 1)).to(tl.int32), 0)
+        num_right = tl.sum(tl.where(is_slot & (taken == 1), unused, 0), 0)
         unused = tl.where(is_slot & (taken == 1), 0, unused)
+        said = tl.load(pending_confidence)
         early = tl.load(pending)
         if early >= 0:  # its head is here: settle it
             early_slot = tl.load(pending + 1)
             first = tl.min(tl.where(ids == early, at, IDS), 0)
             is_right = (first < IDS).to(tl.int32)
-            expected = tl.load(trust + 1) * memory + tl.load(pending_confidence)
-            tl.store(trust, tl.load(trust) * memory + is_right)
-            tl.store(trust + 1, expected)
             tl.store(pending, -1)
             copied = tl.where(at == first, early, copied)
             placed = tl.where(at == first, early_slot, placed)
             part = tl.where(at == first, 2, part)
             is_late = tl.where(ids == early, 1, is_late)
             num_hits -= is_right  # its tail is missing
+            num_right += is_right
             tl.store(counters + 5, tl.load(counters + 5) + is_right)
             tl.store(counters + 6, tl.load(counters + 6) + 1 - is_right)
             if is_right == 0:
                 tl.store(slot_of + early, -1)
                 tl.store(expert_in + early_slot, -1)
                 held = tl.where(slots == early_slot, -1, held)
+        if said > 0:  # of all guesses for this step
+            right, expected = tl.load(trust), tl.load(trust + 1)
+            tl.store(trust, right * memory + num_right)
+            tl.store(trust + 1, expected * memory + said)
+            tl.store(pending_confidence, 0.0)
         tl.store(counters, tl.load(counters) + num_hits)
         tl.store(step, now)
     is_absent = ((ids >= 0) & (where_held < 0)).to(tl.int32)
@@ -324,12 +329,15 @@ def plan_reference(
     taken = {s for s, e in _held(tables).items() if e >= 0 and e in ids}
     seen: set[int] = set()
     early, early_slot = tables.pending.tolist()
-    if early != EMPTY and not is_prefetch:
+    if tables.pending_confidence[0] > 0 and not is_prefetch:
+        used = [s for s, e in _held(tables).items() if e >= 0 and e in ids]
         tables.trust *= TRUST_MEMORY
+        tables.trust[0] += tables.is_unused_prefetch[used].sum() + (early != EMPTY and early in ids)
         tables.trust[1] += tables.pending_confidence[0]
+        tables.pending_confidence.zero_()
+    if early != EMPTY and not is_prefetch:
         tables.pending[0] = EMPTY
         if early in ids:
-            tables.trust[0] += 1
             tables.counters[TAILS] += 1
             seen.add(early_slot)
         else:
