@@ -151,9 +151,8 @@ def test_heads_agree_with_the_reference_over_random_residency_sequences(num_toke
             share = {"num_words": 10, "num_needed": ids.numel()}
             whole = torch.tensor([seed % 2], dtype=torch.int32)
             words = torch.tensor([int(noise[0, 0, 0] * 10)], dtype=torch.int32)
-            plan_head_reference(
-                guess, chances, expected, both[0], head_words=words, num_whole=whole, **share
-            )
+            room = {"head_words": words, "num_whole": whole}
+            plan_head_reference(guess, chances, expected, both[0], **room, **share)
             on_gpu = guess.to(DEVICE), chances.to(DEVICE)
             room = {name: tensor.to(DEVICE) for name, tensor in room.items()}
             plan_head(*on_gpu, got, both[1], **room, **share)
