@@ -430,6 +430,7 @@ def profile(out: Path, device: str = "auto", name: str = "", overwrite: bool = F
 def main() -> None:
     """Entry point of `foreroute`."""
     from foreroute.data.cli import collect
+    from foreroute.export.compare.cli import compare_predictors, score
     from foreroute.export.report.cli import report
 
     run_command(
@@ -443,6 +444,8 @@ def main() -> None:
             "plan": plan,
             "profile": profile,
             "report": report,
+            "compare-predictors": compare_predictors,
+            "score": score,
         },
     )
 

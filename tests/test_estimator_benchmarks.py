@@ -5,9 +5,9 @@ import sys
 
 import pytest
 import training_speed
-from prediction_time import captured_us
 
 import estimators  # noqa: TID251 - the benchmark of that name, not the room
+from foreroute.export.compare.prediction_time import captured_us
 
 SHAPE = "--layers 3 --tokens 256 --hidden 32 --experts 8 --top-k 2 --epochs 1 --rounds 1"
 
