@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 
 from foreroute.data.adapters import MoEModel
 from foreroute.data.adapters.seam import HANDLER_ATTRIBUTE
-from foreroute.data.routes import Route
+from foreroute.data.routes import ABSENT, Route, read_route
 from foreroute.runtime import Engine
 from foreroute.runtime.host.predictor import HostPredictor
 from foreroute.runtime.simulator import SimulatedPredictor
@@ -24,17 +22,12 @@ STEPS_BETWEEN_SEQUENCES = 17
 LEAST_PROBABILITY = 1e-3
 
 
-def read_routes(path: Path) -> Tensor:
-    """Decode steps of a route file, [steps, layers, k] int64, most weighted expert first."""
-    steps: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-    with path.open() as file:
-        rows = (line for line in file if not line.startswith("#"))
-        for row in csv.DictReader(rows):
-            if row["phase"] == "1":
-                steps[int(row["step"])][int(row["layer"])].append(int(row["expert"]))
-    num_layers = max(len(layers) for layers in steps.values())
-    whole = [steps[s] for s in sorted(steps) if len(steps[s]) == num_layers]
-    return torch.tensor([[step[layer] for layer in sorted(step)] for step in whole])
+def read_steps(path: Path) -> Tensor:
+    """Decode steps of a route file, [steps, layers, k] int64, in the order of the file."""
+    route = read_route(path)
+    ids = route.expert_ids[route.is_decode]
+    is_whole = (ids != ABSENT).all((1, 2))
+    return torch.from_numpy(ids[is_whole].astype(np.int64))
 
 
 def random_routes(num_steps: int, num_layers: int, num_experts: int, top_k: int) -> Tensor:
@@ -113,29 +106,19 @@ class Replay:
         self._routes = routes.to(engine.device)
         self._ids = self._routes[0].clone()  # [layers, batch, top_k], read by the graph
         self._sources = [(self._ids, self._routes)]
-        position = {layer.layer_idx: i for i, layer in enumerate(engine.layers)}
-        for moe_layer, own in zip(engine.offloaded.moe.layers, engine.layers, strict=True):
+        position = {layer.layer_idx: i for i, layer in enumerate(engine.driver.layers)}
+        for moe_layer, own in zip(engine.offloaded.moe.layers, engine.driver.layers, strict=True):
             handler = self._handler(own, self._ids[position[own.layer_idx]])
             moe_layer.experts.__dict__[HANDLER_ATTRIBUTE] = handler
         if predictions is not None:
             recorded = [t.to(engine.device) for t in vars(predictions).values()]
             now = [tensor[0].clone() for tensor in recorded]
             self._sources += zip(now, recorded, strict=True)
-            self._replace_predictors(engine, ReplayedPredictions(*now), position)
-
-    def _replace_predictors(
-        self, engine: Engine, now: ReplayedPredictions, position: dict[int, int]
-    ) -> None:
-        """Put replayed predictors wherever the engine keeps one, on the host or on the device."""
-        num_replaced = 0
-        for run in (engine._run, getattr(engine, "_device_run", None)):
-            for name, value in list(vars(run).items()) if run is not None else ():
-                if callable(getattr(value, "predict", None)):
-                    kind = _Replayed if isinstance(value, HostPredictor) else _ReplayedOnDevice
-                    setattr(run, name, kind(value, now, position))
-                    num_replaced += 1
-        if not num_replaced:
-            raise RuntimeError("The engine has no predictor to replay: it does not prefetch.")
+            run: Any = engine.driver.run
+            if run.predictor is None:
+                raise RuntimeError("The engine has no predictor to replay: it does not prefetch.")
+            kind = _Replayed if isinstance(run.predictor, HostPredictor) else _ReplayedOnDevice
+            run.predictor = kind(run.predictor, ReplayedPredictions(*now), position)
 
     def _handler(self, own: Any, ids: Tensor) -> Callable[..., Tensor]:
         def handler(experts: nn.Module, hidden: Tensor, true: Tensor, weights: Tensor) -> Tensor:
@@ -156,19 +139,11 @@ class _Replayed(HostPredictor):
 
     def __init__(self, inner: Any, now: ReplayedPredictions, position: dict[int, int]) -> None:
         self._inner, self._now, self._position = inner, now, position
-        self.readouts = inner.readouts
-
-    def target_of(self, source_layer: int) -> int | None:
-        target: int | None = self._inner.target_of(source_layer)
-        return target
-
-    @property
-    def is_calibrated(self) -> bool:
-        return True
+        self.ahead = inner.ahead
 
     def predict(self, source_layer: int, **states: Tensor) -> tuple[Tensor, Tensor]:
         self._own_logits, _ = self._inner.predict(source_layer, **states)
-        target = self._position[self.target_of(source_layer) or 0]
+        target = self._position[self.ahead.target_of(source_layer) or 0]
         return self._now.scores[target], self._now.expert_ids[target]
 
     def probabilities(self, source_layer: int, logits: Tensor) -> Tensor:
@@ -187,5 +162,5 @@ class _ReplayedOnDevice:
 
     def predict(self, source_layer: int, **states: Tensor) -> tuple[Tensor, Tensor]:
         self._inner.predict(source_layer, **states)
-        target = self._position[self._inner.target_of(source_layer) or 0]
+        target = self._position[self._inner.ahead.target_of(source_layer) or 0]
         return self._now.expert_ids[target], self._now.confidence[target]

@@ -9,7 +9,7 @@ from typing import Any
 from foreroute.export.compare.compare import Comparison
 from foreroute.export.compare.pictures import draw
 from foreroute.export.compare.tables import curve_table, main_table, markdown, worth_table
-from foreroute.export.report.html_page import document, picture, table
+from foreroute.export.report.document import document, picture, table
 
 PAGE_NAME, TABLES_NAME = "index.html", "tables.md"
 WORTH_NOTE = (
@@ -50,7 +50,10 @@ def write_page(comparison: Comparison, results: dict[str, Any]) -> Path:
     ]
     if results["left"]:
         parts.append(f"<p>{results['left']} predictors were left out: the time was over.</p>")
-    parts += [picture(folder / name, caption) for name, caption in captions.items()]
+    parts += [
+        picture(Path(name).stem, (folder / name).read_bytes(), caption)
+        for name, caption in captions.items()
+    ]
     for heading, found in told.items():
         note = f"<p>{html.escape(WORTH_NOTE)}</p>" if heading == "What it saves" else ""
         parts += [f"<h2>{html.escape(heading)}</h2>", note, table(*found)]

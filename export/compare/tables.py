@@ -83,6 +83,25 @@ def worth_table(rows: Iterable[Row]) -> Table:
     return heads, body
 
 
+def saved_table(rows: Iterable[Row]) -> Table:
+    """What each predictor saves at the slots that tables tell, its own cost beside it."""
+    told = [row for row in rows if row.get("tpot_saved") is not None]
+    heads = ["form", "input", "h", "recall@K", "extra us a layer", "TPOT saved", "rule"]
+    body = [
+        [
+            name_of(row),
+            row["input"],
+            "token" if row["tokens_ahead"] else str(row["horizon"]),
+            decimals(row["recall_at_k"]),
+            f"{row.get('extra_us', 0.0):+.1f}",
+            f"{100 * row['tpot_saved']:.1f} %",
+            row["rule"],
+        ]
+        for row in sorted(told, key=lambda row: -row["tpot_saved"])
+    ]
+    return heads, body
+
+
 def curve_table(points: Sequence[Row]) -> Table:
     """Recall by training tokens, a column a form."""
     names = list(dict.fromkeys(name_of(p) for p in points))

@@ -6,8 +6,8 @@ import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from foreroute.export.report.document import document, picture, table
 from foreroute.export.report.gather import Measured
-from foreroute.export.report.html_page import document, picture, table
 from foreroute.export.report.learning_curve import CurvePoint
 
 
@@ -27,7 +27,10 @@ def render(
         folder: Where the pictures are.
         command: What was typed, when, on which versions.
     """
-    pictures = "".join(picture(folder / name, text) for name, text in captions.items())
+    pictures = "".join(
+        picture(Path(name).stem, (folder / name).read_bytes(), text)
+        for name, text in captions.items()
+    )
     parts = [
         f"<h1>{html.escape(measured.title)}</h1>",
         f"<p>Measured on {measured.num_tokens:,} held-out tokens of {measured.num_sequences} "

@@ -14,20 +14,21 @@ from foreroute.data.adapters import (
     stock_experts_function,
     unweighted_outputs,
 )
+from foreroute.data.routes import GUESSES_PER_EXPERT
+from foreroute.estimators.selection import nearly_chosen
 from foreroute.runtime.host.predictor import HostPredictor, Prediction, distinct, most_wanted
-from foreroute.runtime.host.residency import Residency
-from foreroute.runtime.host.run_state import RunState
+from foreroute.runtime.host.residency import HostResidency
+from foreroute.runtime.host.run_state import HostRun
 from foreroute.runtime.host.slot_cache import EMPTY
 from foreroute.runtime.host.speculation import gate_weights_of, without_missing
 
-NEARLY_CHOSEN = 2  # experts credited per expert chosen
 GATHER_LIMIT_BYTES = 64 * 2**20  # batched_mm copies a token's experts: bound what one call copies
 
 
-class OffloadedLayer:
+class HostLayer:
     """One MoE layer's cache and the function that takes its experts' place."""
 
-    def __init__(self, layer: MoELayer, residency: Residency, run: RunState) -> None:
+    def __init__(self, layer: MoELayer, residency: HostResidency, run: HostRun) -> None:
         """Connect the parts.
 
         Args:
@@ -37,7 +38,7 @@ class OffloadedLayer:
         """
         self.layer_idx = layer.layer_idx
         self.residency = residency
-        self.target: OffloadedLayer | None = None
+        self.target: HostLayer | None = None
         """The layer whose experts are predicted from this one's state."""
         self.seen_from = 1.0
         """Layers from the state that predicts this one; a part of one if that is its own input."""
@@ -87,8 +88,8 @@ class OffloadedLayer:
     def _expect_next(self, top_k: int) -> None:
         """Credit what the router nearly chose: the next token may."""
         assert self.router_logits is not None  # the engine hooks the router under this policy
-        chances = self.router_logits.float().softmax(-1).mul(top_k).clamp(max=1).amax(0)  # [E]
-        best = chances.topk(min(NEARLY_CHOSEN * top_k, len(chances)))
+        chances = nearly_chosen(self.router_logits, top_k).amax(0)  # [E], of any of the tokens
+        best = chances.topk(min(GUESSES_PER_EXPERT * top_k, len(chances)))
         self.residency.cache.state.expect(best.indices.tolist(), best.values.tolist())
 
     def _decode(self, router_input: Tensor, expert_ids: Tensor, gate_weights: Tensor) -> Tensor:
@@ -136,12 +137,17 @@ class OffloadedLayer:
             columns = self._for_host(predictor, true_ids, ranked, logits)
         return _on_host(columns, ranked, logits)
 
-    def expect_own(self, layer_input: Tensor) -> None:
-        """Load what is predicted for this layer from what enters it, before its attention runs.
+    def enter(self, layer_input: Tensor) -> None:
+        """The decoder layer begins: load what is predicted for it, before its attention runs.
 
         Args:
-            layer_input: Of one token per sequence, [T, D].
+            layer_input: What enters it, [T, D].
         """
+        self.layer_input = layer_input
+        if self.target is self and not self._run.is_prefill:
+            self._expect_own(layer_input)
+
+    def _expect_own(self, layer_input: Tensor) -> None:
         run, predictor = self._run, self._run.predictor
         if predictor is None or not run.is_looking_ahead:
             return

@@ -1,11 +1,10 @@
-"""One HTML page with pictures and tables in it; nothing is loaded from elsewhere."""
+"""One HTML page with nothing from elsewhere: its style, its tables, its pictures."""
 
 from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1050px; margin: 2em auto; padding: 0 1em }
@@ -17,12 +16,12 @@ div.wide { overflow-x: auto } pre { background: #f4f4f4; padding: 1em; white-spa
 """
 
 
-def document(title: str, parts: Iterable[str]) -> str:
+def document(title: str, parts: Sequence[str]) -> str:
     """The whole page.
 
     Args:
-        title: Of the browser's window, as text.
-        parts: HTML, from top to bottom.
+        title: In the window's bar.
+        parts: HTML, in order.
     """
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -31,21 +30,26 @@ def document(title: str, parts: Iterable[str]) -> str:
     )
 
 
-def picture(path: Path, caption: str) -> str:
-    """A PNG file, in the page itself, with a caption."""
-    data = base64.b64encode(path.read_bytes()).decode()
-    text = html.escape(caption)
+def picture(name: str, png: bytes, caption: str) -> str:
+    """A figure that holds its picture's bytes.
+
+    Args:
+        name: Its anchor.
+        png: The picture.
+        caption: Below it.
+    """
+    data, text = base64.b64encode(png).decode(), html.escape(caption)
     return (
-        f'<figure id="{path.stem}"><img alt="{text}" src="data:image/png;base64,{data}">'
+        f'<figure id="{name}"><img alt="{text}" src="data:image/png;base64,{data}">'
         f"<figcaption>{text}</figcaption></figure>\n"
     )
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of text, that scrolls where it is too wide."""
+    """A table; a wide one scrolls by itself."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
-    made = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="wide">{made}</div>'
+    content = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="wide">{content}</div>'
