@@ -95,20 +95,21 @@ LEGEND = """\
 IMAGES = """\
 ## Images in the prompt
 
-Models that take images are built whole (`AutoModelForImageTextToText`), so `generate` takes what their
-processor gives; the images are read with the prompt, and what is written is text, in the same decode
-steps as ever. Where a whole also speaks (qwen3_omni_moe), its thinker is run.
+Models that take images are built whole (`AutoModelForImageTextToText`), so `generate` takes what
+their processor gives; images are read with the prompt, and what is written is text, in the same
+decode steps as ever. Where a whole also speaks (qwen3_omni_moe), its thinker is run.
 
 ```python
 inputs = AutoProcessor.from_pretrained(name).apply_chat_template(
-    [{"role": "user", "content": [{"type": "image", "path": "cat.png"}, {"type": "text", "text": "What is this?"}]}],
+    [{"role": "user", "content": [{"type": "image", "path": "cat.png"},
+                                  {"type": "text", "text": "What is this?"}]}],
     add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
 )
 ids = Engine.from_pretrained(name, expert_slots="25%").generate(**inputs, max_new_tokens=64)
 ```
 
-Any text model above inside a whole of another type (mistral3 with mistral4, internvl with qwen3_moe) goes
-the same way: parts are found by structure.
+Any text model above inside a whole of another type (mistral3 with mistral4, internvl with
+qwen3_moe) goes the same way: parts are found by structure.
 """
 
 
