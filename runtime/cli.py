@@ -325,6 +325,7 @@ def profile(out: Path, device: str = "auto", name: str = "", overwrite: bool = F
 def main() -> None:
     """Entry point of `foreroute`."""
     from foreroute.data.cli import collect
+    from foreroute.export.compare.cli import compare_predictors, score
     from foreroute.export.report.cli import report
     from foreroute.runtime.evaluation.cli import evaluate
     from foreroute.runtime.serving.cli import serve
@@ -341,6 +342,8 @@ def main() -> None:
             "plan": plan,
             "profile": profile,
             "report": report,
+            "compare-predictors": compare_predictors,
+            "score": score,
             "serve": serve,
             "evaluate": evaluate,
             "tune": tune,
