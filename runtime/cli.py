@@ -116,8 +116,8 @@ def bench(
     from foreroute.data.adapters.vocabulary import require_known, vocabulary_size
     from foreroute.estimators.artifacts import package_versions, write_json, write_text
     from foreroute.export.bundle import load_bundle
-    from foreroute.runtime import bench as measure
-    from foreroute.runtime.bench_tables import print_results
+    from foreroute.runtime.bench import measure
+    from foreroute.runtime.bench.tables import print_results
     from foreroute.runtime.config import EngineConfig
     from foreroute.runtime.planning.slot_plan import plan_slots
     from foreroute.runtime.policies.slots import parse_slots

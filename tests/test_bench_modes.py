@@ -6,8 +6,8 @@ import pytest
 from tiny_models import tiny_model
 
 from foreroute.estimators import host_memory
-from foreroute.runtime.bench import modes_for
-from foreroute.runtime.bench_tables import gave_up_note
+from foreroute.runtime.bench.measure import modes_for
+from foreroute.runtime.bench.tables import gave_up_note
 from foreroute.runtime.store.checkpoint import Checkpoint
 
 

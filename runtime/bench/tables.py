@@ -10,7 +10,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from foreroute.runtime.bench import ModeResult
+    from foreroute.runtime.bench.measure import ModeResult
 
 SPECULATIVE_NOTE = (
     "speculative runs the predicted experts with the true router's gate weights, speculative-paper "
