@@ -276,9 +276,10 @@ def simulate(
         seed: Of the simulated predictor.
         json: Write the rows here too.
     """
-    from foreroute.runtime.simulator.cli import run_simulate
+    given = dict(locals())
+    from foreroute.runtime.simulator.cli import SimulateRequest, run_simulate
 
-    run_simulate(**locals())
+    run_simulate(SimulateRequest(**given))
 
 
 def plan(
