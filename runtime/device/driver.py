@@ -39,11 +39,10 @@ from foreroute.runtime.device.prefill import StreamedPrefill
 from foreroute.runtime.device.residency import FETCH_BLOCKS, DeviceResidency
 from foreroute.runtime.device.run_state import DeviceRun
 from foreroute.runtime.device.sampling import decode_loop
-from foreroute.runtime.hooks import watch_source_states
 from foreroute.runtime.look_ahead import LookAhead
 from foreroute.runtime.policies import GiveUp, find_policy
 from foreroute.runtime.policies.give_up import LOOK_AHEAD, ON_DEMAND
-from foreroute.runtime.policies.prefetching import PRIOR_PREFETCHES
+from foreroute.runtime.policies.prefetching import PRIOR_PREFETCHES, READOUT_SHARE
 from foreroute.runtime.policies.slots import prefill_group
 from foreroute.runtime.stats import PhaseStats, RuntimeStats
 from foreroute.runtime.store.offload import OffloadedModel
@@ -52,7 +51,6 @@ logger = logging.getLogger(__name__)
 
 FIRST_HEAD_SHARE = 0.4
 PREDICTION_MS = 0.012  # from the router's choice until a head can begin; by kernel times
-READOUT_SHARE = 0.4  # of a layer's time, that an early attention takes before that; a guess
 TUNING_REPLAYS = 8
 LEAST_HEAD_SHARE = 0.1
 """Heads of a lesser share of an expert have nothing to win (docs/policies.md)."""
@@ -173,7 +171,7 @@ class DeviceDriver:
             if run.predictor.ahead.readouts is not None:
                 run.predictor.ahead.readouts.attach(undo, lambda: not run.is_prefill)
             for layer, own in zip(moe.layers, self.layers, strict=True):
-                watch_source_states(layer, own, undo)
+                own.states.watch(layer, undo)
         fuse_norms(moe.model, undo)
 
     def begin_forward(self, tokens: Tensor) -> None:
