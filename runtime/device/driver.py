@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foreroute.data.adapters.exceptions import why_not_captured
 from foreroute.estimators.stack import EstimatorStack
 from foreroute.runtime.config import EngineConfig
 from foreroute.runtime.device.decode_graph import DecodeGraph, DecodeStep
@@ -190,8 +191,8 @@ class DeviceDriver:
         """
         if any(map(settings.get, UNSUPPORTED_ARGUMENTS)):
             return {}
-        if not self._offloaded.moe.model._can_compile_fullgraph:  # transformers' own mark
-            logger.info("This architecture has no static cache: decode steps are not captured.")
+        if reason := why_not_captured(self._offloaded.moe.model):
+            logger.info("Decode steps are not captured: %s.", reason)
             return {}
         # transformers hands no streamer to a callable: it must come along
         return {"custom_generate": partial(self._decode_loop, streamer=streamer)}
@@ -206,14 +207,12 @@ class DeviceDriver:
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Tensor:
-        mask = model_kwargs.get("attention_mask")
-        mask = torch.ones_like(input_ids) if mask is None else mask
         graph = self.graph_for(len(input_ids), int(generation_config.max_length))
         return decode_loop(
             model,
             graph,
             input_ids,
-            mask,
+            model_kwargs,
             logits_processor,
             stopping_criteria,
             generation_config,

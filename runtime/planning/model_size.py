@@ -30,6 +30,8 @@ class ModelSize:
 
     name: str
     """What the user called the model."""
+    revision: str | None = None
+    """Branch, tag or commit of it, if one was asked for."""
     num_layers: int
     """L, MoE layers."""
     num_experts: int
@@ -91,7 +93,8 @@ def measure_model(name: str, **hub: Unpack[HubSettings]) -> ModelSize:
     outside = embedding + (0 if is_tied else _params(head))
     layers = int(getattr(text, "num_hidden_layers", len(stacked)))
     return ModelSize(
-        name=name,
+        name=model_folder(name),
+        revision=hub.get("revision"),
         num_layers=len(stacked),
         num_experts=num_experts,
         top_k=_top_k(text),

@@ -155,8 +155,10 @@ def assumptions(model: ModelSize, profile: MachineProfile, context: int) -> list
 
 def command_line(model: ModelSize, choice: PlanChoice) -> str:
     """What to type."""
+    revision = f"--revision {model.revision} " if model.revision else ""
     dtype = "" if choice.expert_dtype == "auto" else f"--expert-dtype {choice.expert_dtype} "
     return (
-        f"foreroute generate --model {model.name} --expert-slots {choice.slots} {dtype}"
+        f"foreroute generate --model {model.name} {revision}--expert-slots {choice.slots} "
+        f"{dtype}"
         '--prompt "Hello" --max-new-tokens 64'
     )
