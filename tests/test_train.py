@@ -24,6 +24,7 @@ from foreroute.estimators import (
     SourceState,
     parse_layers,
 )
+from foreroute.estimators.types import GateFamily
 from foreroute.train import fit
 from foreroute.train.baselines import (
     build_stack,
@@ -273,7 +274,7 @@ def test_gate_mass_matches_a_hand_worked_number() -> None:
         membership=torch.zeros(1, 1, 4),
         boundary=torch.zeros(1, 1, 2),
     )
-    rule = RouterRule(family="softmax-topk", selection_bias=None)
+    rule = RouterRule(family=GateFamily.SOFTMAX, selection_bias=None)
     expected = 0.75 * math.log(0.75 / 0.25) + 0.25 * math.log(0.25 / 0.25)
     found = LOSSES["gate-mass"](torch.zeros(1, 1, 4), tokens, rule)
     assert found.item() == pytest.approx(expected)

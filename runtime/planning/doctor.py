@@ -13,7 +13,7 @@ from torch import nn
 
 from foreroute.data.adapters import MoELayer, MoEModel
 from foreroute.data.adapters.discovery import discover_outline
-from foreroute.data.adapters.exceptions import is_hash_routed
+from foreroute.data.adapters.exceptions import is_hash_routed, why_not_captured
 from foreroute.runtime.device.expert_form import find_expert_form
 from foreroute.runtime.store.checkpoint import Checkpoint
 from foreroute.runtime.store.host_store import RowLayout
@@ -185,6 +185,5 @@ def _norm(layer: MoELayer) -> str:
 def _graph(model: Any, experts: nn.Module) -> str:
     if find_expert_form(experts) is None:
         return "no: the experts' activation has no kernel"
-    if not model._can_compile_fullgraph:
-        return "no: transformers says its forward pass cannot be captured whole"
-    return YES
+    reason = why_not_captured(model)
+    return f"no: {reason}" if reason else YES

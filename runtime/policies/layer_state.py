@@ -11,6 +11,7 @@ EMPTY = -1
 RESCALE_ABOVE = 2.0**400
 RESCALE_BY = 2.0**-400
 TIE = 2.0**-10
+"""What a place further back in a token's choice adds to the step of a use, under recency."""
 
 
 class LayerState:

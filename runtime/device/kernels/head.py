@@ -15,10 +15,15 @@ from torch import Tensor
 
 from foreroute.runtime.device.kernels.demand import MOST_TRIES, let_pass
 from foreroute.runtime.device.kernels.tables import (
+    AT_HEADS,
+    AT_PREFETCHES,
+    AT_WASTED,
     EMPTY,
     HEAD,
     HEAD_RULE,
     HEADS,
+    NO_EXPERT,
+    ONLY_HEAD,
     PREFETCHES,
     WASTED,
     WHOLE,
@@ -85,9 +90,9 @@ def _head_kernel(
         has_room = (tl.min(taken, 0) == 0) & ((evicted < 0) | (saved > fear))
         if (whole_left >= 0) & (words > 0) & (likely * share >= least) & has_room:
             if evicted >= 0:
-                tl.store(slot_of + evicted, -1)
+                tl.store(slot_of + evicted, NO_EXPERT)
             wasted = tl.load(is_unused_prefetch + slot)
-            tl.store(counters + 3, tl.load(counters + 3) + wasted)
+            tl.store(counters + AT_WASTED, tl.load(counters + AT_WASTED) + wasted)
             tl.store(slot_of + expert, slot)
             tl.store(expert_in + slot, expert)
             tl.store(copies + guess, expert)
@@ -101,17 +106,17 @@ def _head_kernel(
                 tl.store(is_unused_prefetch + slot, 0)
                 tl.store(pending, expert)
                 tl.store(pending + 1, slot)
-                tl.store(counters + 4, tl.load(counters + 4) + 1)
-                tl.store(copies + 2 * GUESSES + guess, 1)
+                tl.store(counters + AT_HEADS, tl.load(counters + AT_HEADS) + 1)
+                tl.store(copies + 2 * GUESSES + guess, ONLY_HEAD)
             chance = tl.where(ids == expert, -1.0, chance)
             taken = tl.where(slots == slot, 1, taken)
             whole_left -= 1
         else:
-            tl.store(copies + guess, -1)
+            tl.store(copies + guess, NO_EXPERT)
             whole_left = -1
     tl.store(pending_confidence, expected)
     if GUESSES > 1:
-        tl.store(counters + 2, tl.load(counters + 2) + num_prefetches)
+        tl.store(counters + AT_PREFETCHES, tl.load(counters + AT_PREFETCHES) + num_prefetches)
 
 
 def plan_head(
