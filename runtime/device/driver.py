@@ -33,14 +33,14 @@ from foreroute.runtime.device.kernels.tables import (
     WHOLE,
 )
 from foreroute.runtime.device.layer import DeviceLayer
-from foreroute.runtime.device.ledger import TRIAL_STEPS, DeviceLedger
+from foreroute.runtime.device.ledger import DeviceMark, Trials
 from foreroute.runtime.device.predictor import DevicePredictor
 from foreroute.runtime.device.prefill import StreamedPrefill
 from foreroute.runtime.device.residency import FETCH_BLOCKS, DeviceResidency
 from foreroute.runtime.device.run_state import DeviceRun
 from foreroute.runtime.device.sampling import decode_loop
 from foreroute.runtime.look_ahead import LookAhead
-from foreroute.runtime.policies import GiveUp, find_policy
+from foreroute.runtime.policies import find_policy
 from foreroute.runtime.policies.give_up import LOOK_AHEAD, ON_DEMAND
 from foreroute.runtime.policies.prefetching import PRIOR_PREFETCHES, READOUT_SHARE
 from foreroute.runtime.policies.slots import prefill_group
@@ -302,15 +302,9 @@ class DeviceDriver:
             self._choose_variant = partial(int, ON_DEMAND)
             return
 
-        head_ms = expert_ms * int(run.head_words) * WORD.itemsize / row_bytes
-
-        def saved_ms(change: list[int]) -> float:
-            used = change[PREFETCHES] - change[WASTED]
-            return change[TAILS] * head_ms + used * min(expert_ms, window_ms)
-
-        spent_ms = step_ms[LOOK_AHEAD] - step_ms[ON_DEMAND]
-        ledger = DeviceLedger(self._counters, saved_ms, spent_ms)
-        self._choose_variant = GiveUp(ledger, TRIAL_STEPS).next_variant
+        mark = partial(DeviceMark, self._counters)
+        trials = Trials(mark, base_ms=step_ms[ON_DEMAND], expert_ms=expert_ms)
+        self._choose_variant = trials.next_variant
 
     def _fetch_ms(self) -> float:
         """Time to fetch one expert that is resident already, over itself."""

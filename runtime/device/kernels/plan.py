@@ -12,9 +12,16 @@ from torch import Tensor
 
 from foreroute.runtime.device.kernels.demand import DEMAND_PROGRAMS, MOST_TRIES, let_pass
 from foreroute.runtime.device.kernels.tables import (
+    AT_MISSES,
+    AT_PREFETCHES,
+    AT_TAILS,
+    AT_WASTED,
+    AT_WASTED_HEADS,
     EMPTY,
     HITS,
     MISSES,
+    NO_EXPERT,
+    ONLY_TAIL,
     PREFETCHES,
     TAIL,
     TAILS,
@@ -90,19 +97,19 @@ def plan_ids(  # noqa: ANN201
             early_slot = tl.load(pending + 1)
             first = tl.min(tl.where(ids == early, at, IDS), 0)
             is_right = (first < IDS).to(tl.int32)
-            tl.store(pending, -1)
+            tl.store(pending, NO_EXPERT)
             copied = tl.where(at == first, early, copied)
             placed = tl.where(at == first, early_slot, placed)
-            part = tl.where(at == first, 2, part)
+            part = tl.where(at == first, ONLY_TAIL, part)
             is_late = tl.where(ids == early, 1, is_late)
             num_hits -= is_right  # its tail is missing
             num_right += is_right
-            tl.store(counters + 5, tl.load(counters + 5) + is_right)
-            tl.store(counters + 6, tl.load(counters + 6) + 1 - is_right)
+            tl.store(counters + AT_TAILS, tl.load(counters + AT_TAILS) + is_right)
+            tl.store(counters + AT_WASTED_HEADS, tl.load(counters + AT_WASTED_HEADS) + 1 - is_right)
             if is_right == 0:
-                tl.store(slot_of + early, -1)
-                tl.store(expert_in + early_slot, -1)
-                held = tl.where(slots == early_slot, -1, held)
+                tl.store(slot_of + early, NO_EXPERT)
+                tl.store(expert_in + early_slot, NO_EXPERT)
+                held = tl.where(slots == early_slot, NO_EXPERT, held)
         if said > 0:  # of all guesses for this step
             right, expected = tl.load(trust), tl.load(trust + 1)
             tl.store(trust, right * memory + num_right)
@@ -126,7 +133,7 @@ def plan_ids(  # noqa: ANN201
                 evicted = tl.sum(tl.where(here, held, 0), 0)
                 num_wasted += tl.sum(tl.where(here, unused, 0), 0)
                 if evicted >= 0:
-                    tl.store(slot_of + evicted, -1)
+                    tl.store(slot_of + evicted, NO_EXPERT)
                 tl.store(slot_of + wanted, slot)
                 copied = tl.where(at == first, wanted, copied)
                 placed = tl.where(at == first, slot, placed)
@@ -137,9 +144,9 @@ def plan_ids(  # noqa: ANN201
                 unused = tl.where(here, 1 if IS_PREFETCH else 0, unused)
                 num_copies += 1
         tl.store(expert_in + slots, held, mask=is_slot)
-        kind = counters + (2 if IS_PREFETCH else 1)
+        kind = counters + (AT_PREFETCHES if IS_PREFETCH else AT_MISSES)
         tl.store(kind, tl.load(kind) + num_copies)
-        tl.store(counters + 3, tl.load(counters + 3) + num_wasted)
+        tl.store(counters + AT_WASTED, tl.load(counters + AT_WASTED) + num_wasted)
     tl.store(copies + at, copied, mask=at < NUM_IDS)
     tl.store(copies + NUM_IDS + at, placed, mask=copied >= 0)
     tl.store(copies + 2 * NUM_IDS + at, part, mask=copied >= 0)
