@@ -324,7 +324,7 @@ def routing(shape: Shape) -> dict[str, float]:
 
     found = {"norm, router, top-k and plan, apart": microseconds(apart)}
     for rows, warps in ((1, 4), (2, 4), (1, 8), (2, 8)):
-        with tiles(route_module, ROWS=rows, WARPS=warps):
+        with tiles(route_module, ROWS=rows, NORM_WARPS=warps):
             label = f"one launch, {rows} rows, {warps} warps"
             found[f"norm, router and top-k, {label}"] = microseconds(
                 lambda i: route(state, routers[i % count], norm)

@@ -104,8 +104,8 @@ class DeviceLayer:
             [T, D].
         """
         planned = self._routed(expert_ids, gate_weights)
-        router_input = settled(router_input).contiguous()
-        expert_ids, gate_weights = settled(expert_ids), settled(gate_weights)
+        expert_ids, gate_weights = settled(expert_ids), settled(gate_weights)  # the router first:
+        router_input = settled(router_input).contiguous()  # its launch takes the norm
         guess = self._predict(router_input, expert_ids, gate_weights)
         self._join_prefetch()
         residency, form = self.residency, self._run.form

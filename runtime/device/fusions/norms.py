@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from foreroute.runtime.device.kernels.linear import Norm, normed
+from foreroute.runtime.device.kernels.linear import Norm, normed_reference
 
 EPSILON_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps")
 TOLERANCE = 1e-4
@@ -33,7 +33,7 @@ def fuse_norms(model: nn.Module, undo: ExitStack) -> int:
     """
     found = find_norms(model)
     for module, norm in found:
-        module.forward = partial(normed, norm=norm)
+        module.forward = partial(normed_reference, norm=norm)
         undo.callback(module.__dict__.pop, "forward")
     return len(found)
 
@@ -55,7 +55,7 @@ def _norm_of(module: Any) -> Norm | None:
     for factor in (weight.detach(), weight.detach() + 1):  # type: ignore[union-attr]
         norm = Norm(factor=factor, eps=float(epsilon))
         tolerance = max(TOLERANCE, 4 * torch.finfo(sample.dtype).eps)
-        got = normed(sample, norm).float()
+        got = normed_reference(sample, norm).float()
         if torch.allclose(got, expected, atol=tolerance, rtol=tolerance):
             return norm
     return None

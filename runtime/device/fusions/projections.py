@@ -17,6 +17,7 @@ from foreroute.runtime.device.kernels.linear import (
     Norm,
     can_multiply,
     normed,
+    normed_reference,
     products,
 )
 
@@ -173,7 +174,8 @@ class ProductNorm(Source):
 
     def compute(self) -> Tensor:
         """The normed results, [.., D] with what is normed last."""
-        return normed(self.product.value().view(-1, len(self.norm.factor)), self.norm)
+        heads = self.product.value().view(-1, len(self.norm.factor))
+        return normed_reference(heads, self.norm)
 
 
 def defer_norms(

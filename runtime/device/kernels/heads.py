@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foreroute.runtime.device.kernels.cache import store_token_reference
-from foreroute.runtime.device.kernels.linear import Norm, normed
+from foreroute.runtime.device.kernels.linear import Norm, normed_reference
 from foreroute.runtime.device.kernels.rotary import rotate_reference, turn
 
 
@@ -162,7 +162,7 @@ def place_heads_reference(
 
     def taken(start: int, count: int, dim: int, norm: Norm | None) -> Tensor:
         x = heads.states[:, start : start + count * dim].unflatten(1, (count, dim)).unsqueeze(2)
-        return x if norm is None else normed(x, norm)
+        return x if norm is None else normed_reference(x, norm)
 
     dim, (at_query, at_key, at_value) = keys.shape[3], heads.starts
     query = taken(at_query, heads.query_heads, dim, heads.query_norm)  # [B, H, 1, d]

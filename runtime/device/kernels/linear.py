@@ -18,8 +18,9 @@ from torch import Tensor
 MOST_TOKENS = 4
 """More are multiplied faster by matrix products that reuse what they read."""
 MOST_MATRICES = 3
-WIDEST = 4096
-"""Elements of a row that a program reads at once, at most."""
+NARROWEST, WIDEST = 1024, 4096
+"""Elements of a row that a program reads at once, at least and at most."""
+NORM_WARPS = 8
 # Fastest of those tried on an H100: elements that a program and a thread of it read at once.
 TILE, PER_THREAD = 8192, 64
 
@@ -31,12 +32,6 @@ class Norm:
     factor: Tensor
     """[D], what the normed state is multiplied with."""
     eps: float
-
-
-def normed(state: Tensor, norm: Norm) -> Tensor:
-    """The state's norm by PyTorch's own launch, [.., D]."""
-    result: Tensor = torch.nn.functional.rms_norm(state, norm.factor.shape, norm.factor, norm.eps)
-    return result
 
 
 @triton.jit
@@ -60,6 +55,52 @@ def norm_scale(state, depth, eps, COLUMNS: tl.constexpr):  # noqa: ANN201
         x = tl.load(state + columns, mask=columns < depth, other=0.0).to(tl.float32)
         square += x * x
     return tl.rsqrt(tl.sum(square, 0) / depth + eps)
+
+
+@triton.jit
+def _norm_kernel(state, factor, output, depth, eps, COLUMNS: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    scale = norm_scale(state + token * depth, depth, eps, COLUMNS)
+    for start in range(0, depth, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        x = load_state(state + token * depth, factor, scale, columns, columns < depth, True)
+        where = output + token * depth + columns
+        tl.store(where, x.to(output.dtype.element_ty), mask=columns < depth)
+
+
+def normed(state: Tensor, norm: Norm) -> Tensor:
+    """The state's norm by a launch of its own, bit for bit as `route` takes it.
+
+    Args:
+        state: [T, D], contiguous.
+        norm: Of D numbers.
+    """
+    output, depth = torch.empty_like(state), state.shape[-1]
+    _norm_kernel[(len(state),)](
+        state,
+        norm.factor,
+        output,
+        depth,
+        norm.eps,
+        COLUMNS=columns_of(depth),
+        num_warps=NORM_WARPS,
+    )
+    return output
+
+
+def normed_reference(state: Tensor, norm: Norm) -> Tensor:
+    """The same in plain PyTorch, of a state of any shape [.., D]."""
+    result: Tensor = torch.nn.functional.rms_norm(state, norm.factor.shape, norm.factor, norm.eps)
+    return result
+
+
+def columns_of(depth: int) -> int:
+    """Elements of a row that a program reads at once.
+
+    More than there are experts or slots: tiles of one size share a layout inside a kernel, and
+    another layout would sum in another order.
+    """
+    return max(NARROWEST, min(WIDEST, int(triton.next_power_of_2(depth))))
 
 
 @triton.jit
@@ -182,7 +223,7 @@ def products(
     """
     num_tokens, depth = state.shape
     rows = [len(weight) for weight in weights]
-    columns = min(WIDEST, triton.next_power_of_2(depth))
+    columns = columns_of(depth)
     rows_each = max(1, TILE // columns)
     spare = [weights[0]] * (MOST_MATRICES - len(weights))
     output = state.new_empty(num_tokens, sum(rows))
@@ -221,7 +262,7 @@ def products_reference(
     residual: Tensor | None = None,
 ) -> Tensor:
     """What `products` computes, in plain PyTorch."""
-    state = state if norm is None else normed(state, norm)
+    state = state if norm is None else normed_reference(state, norm)
     every = [
         torch.nn.functional.linear(state, weight, None if biases is None else biases[i])
         for i, weight in enumerate(weights)

@@ -13,11 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from foreroute.runtime.device.kernels.linear import (
-    WIDEST,
+    NORM_WARPS,
     Norm,
+    columns_of,
     load_state,
     norm_scale,
-    normed,
+    normed_reference,
     products_reference,
 )
 from foreroute.runtime.device.kernels.plan import (
@@ -34,7 +35,7 @@ from foreroute.runtime.device.kernels.top_k import (
 )
 from foreroute.runtime.policies.eviction import ScoreRule
 
-ROWS, WARPS = 1, 8  # fastest of those tried on an H100
+ROWS = 1  # fastest of those tried on an H100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,8 +254,8 @@ def route(
         AT_ONCE=min(AT_ONCE, plan["EXPERTS"]),
         TOKENS=num_tokens,
         ROWS=ROWS,
-        COLUMNS=min(WIDEST, triton.next_power_of_2(depth)),
-        num_warps=WARPS,
+        COLUMNS=columns_of(depth),
+        num_warps=NORM_WARPS,
         **plan,
     )
     return Choice(router_input=router_input, logits=logits, gate_weights=gates, expert_ids=ids)
@@ -267,7 +268,7 @@ def route_reference(
     demand: DemandPlan | None = None,
 ) -> Choice:
     """What `route` does, in plain PyTorch."""
-    state = state if norm is None else normed(state, norm)
+    state = state if norm is None else normed_reference(state, norm)
     biases = None if router.bias is None else [router.bias]
     logits = products_reference(state, [router.weight], biases)
     weights, ids = softmax_top_k_reference(
