@@ -54,11 +54,6 @@ class ModelSize:
     dtype_bytes: int
     """Per value, as the checkpoint has it."""
 
-    @property
-    def all_expert_params(self) -> int:
-        """Of all experts of all layers."""
-        return self.num_layers * self.num_experts * self.expert_params
-
 
 def measure_model(name: str, **hub: Unpack[HubSettings]) -> ModelSize:
     """Build a model without memory and count.
