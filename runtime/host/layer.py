@@ -156,7 +156,7 @@ class HostLayer:
     def _for_host(
         self, predictor: HostPredictor, true_ids: Tensor, ranked: Tensor, logits: Tensor
     ) -> Tensor:
-        """True ids [T, any], the ranking [T, M] and, for a budget, its chances, side by side."""
+        """True ids [T, any], the ranking [T, M] and, where a chooser decides, its chances."""
         columns = [true_ids, ranked]
         if self._run.chooser is not None:
             chances = predictor.probabilities(self.layer_idx, logits)  # [T, E]
@@ -247,13 +247,13 @@ class HostLayer:
     def expect(self, prediction: Prediction) -> None:
         """Load experts predicted for this layer, and remember the prediction."""
         self._prediction = prediction
-        cache, budget = self.residency.cache, self._run.chooser
+        cache, chooser = self.residency.cache, self._run.chooser
         wanted = most_wanted(prediction.rows, cache.num_slots)
-        if budget is None:
+        if chooser is None:
             self.residency.prefetch(wanted, kept=wanted)
             return
         guesses = prediction.chance_of_any().items()
-        chosen = budget.choose(
+        chosen = chooser.choose(
             self.layer_idx, cache.state, guesses, kept=wanted, ahead=self.seen_from
         )
         self.residency.prefetch(chosen, kept=wanted)
