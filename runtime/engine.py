@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
+import weakref
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from foreroute.data.adapters import routed_through
 from foreroute.data.adapters.seam import SEAM_NAME
@@ -22,6 +24,7 @@ from foreroute.runtime.slot_plan import plan_slots, read_recording
 from foreroute.runtime.stats import RuntimeStats
 from foreroute.runtime.store.offload import OffloadedModel, load_offloaded
 from foreroute.runtime.streamer import TimingStreamer
+from foreroute.runtime.turns import Turns, serialised
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +62,13 @@ class Engine:
         """Decides which experts are where, on the host or on the GPU."""
         if recording is not None:
             self.driver.warm(list(zip(*recording.rows(), strict=True)))
-        self._attachments = contextlib.ExitStack()
-        self._attach()
+        self.turns = Turns(offloaded, self.driver)
+        """Makes calls wait for each other; from threads, they are answered one after the other."""
+        attachments = contextlib.ExitStack()
+        # nothing that is attached holds the engine, so that one dropped without `close` detaches
+        self._detach = weakref.finalize(self, attachments.close)
+        self._detach.atexit = False
+        self._attach(attachments)
 
     @classmethod
     def from_pretrained(
@@ -124,39 +132,48 @@ class Engine:
         """Slots per MoE layer; the mean where layers have different ones."""
         return round(sum(self.slots_per_layer) / len(self.slots_per_layer))
 
-    def _attach(self) -> None:
+    def _attach(self, undo: contextlib.ExitStack) -> None:
         if self.model.get_experts_implementation() == {"": SEAM_NAME}:
             raise ValueError("This model is attached to another engine; close that one first.")
         moe_layers = self.offloaded.moe.layers
         handlers = {m.experts: own for m, own in zip(moe_layers, self.driver.layers, strict=True)}
-        self._attachments.enter_context(routed_through(self.model, handlers))
-        self.driver.attach(self._attachments)
-        handle = self.model.register_forward_pre_hook(self._begin_forward, with_kwargs=True)
-        self._attachments.callback(handle.remove)
+        undo.callback(self.driver.close)
+        undo.enter_context(routed_through(self.model, handlers))
+        self.driver.attach(undo)
+        self.turns.attach(undo)
 
-    def _begin_forward(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tokens = args[0] if args else kwargs.get("input_ids")
-        self.driver.begin_forward(kwargs["inputs_embeds"] if tokens is None else tokens)
-
+    @serialised
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One forward pass of the model, through the engine."""
         with self._must_really_run(), torch.no_grad():
             return self.model(*args, **kwargs)
 
-    def generate(self, *args: Any, streamer: Any = None, **kwargs: Any) -> Any:
+    @serialised
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate tokens; takes what transformers' `generate` takes and returns what it returns.
 
         Inputs are moved to the engine's device. Times go into `stats()` (not with beam search,
-        which hands out no tokens while it runs).
+        which hands out no tokens while it runs). Calls from several threads are answered one after
+        the other: put prompts that shall run together into one batch.
         """
-        args = tuple(self._on_device(value) for value in args)
-        kwargs = {name: self._on_device(value) for name, value in kwargs.items()}
-        kwargs.setdefault("disable_compile", True)  # the host decides between layers
-        if not _uses_beams(kwargs):
-            streamer = TimingStreamer(self.driver.run.stats, streamer)
-            kwargs |= self.driver.decoding(kwargs, streamer)
+        given = inspect.signature(self.model.generate).bind_partial(*args, **kwargs)
+        settings = given.arguments | given.arguments.pop("kwargs", {})
+        settings = {name: self._on_device(value) for name, value in settings.items()}
+        settings.setdefault("disable_compile", True)  # the host decides between layers
+        self.turns.settle()
+        if not self._uses_beams(settings):
+            streamer = TimingStreamer(self.driver.run.stats, settings.get("streamer"))
+            settings["streamer"] = streamer
+            settings |= self.driver.decoding(settings, streamer)
         with self._must_really_run():
-            return self.model.generate(*args, streamer=streamer, **kwargs)
+            return self.model.generate(**settings)
+
+    def _uses_beams(self, settings: dict[str, Any]) -> bool:
+        """Whether `generate` will search with beams: as its own rule finds the number."""
+        given = settings.get("num_beams"), settings.get("generation_config")
+        configs = [config for config in (given[1], self.model.generation_config) if config]
+        numbers = [given[0], *(config.num_beams for config in configs)]
+        return next((int(number) for number in numbers if number is not None), 1) > 1
 
     def _on_device(self, value: Any) -> Any:
         return value.to(self.device) if isinstance(value, Tensor) else value
@@ -164,6 +181,10 @@ class Engine:
     @contextlib.contextmanager
     def _must_really_run(self) -> Any:
         """Fail if the model's experts went past the engine."""
+        if not self._detach.alive:
+            raise ValueError(
+                "This engine was closed; Engine(engine.offloaded, config) is a new one."
+            )
         before = [layer.num_calls for layer in self.driver.layers]
         implementations = set(self.model.get_experts_implementation().values())
         if implementations != {SEAM_NAME}:
@@ -184,14 +205,17 @@ class Engine:
         """Counters and times since the start or the last `reset_stats`; live, not a copy."""
         return self.driver.stats()
 
+    @serialised
     def reset_stats(self) -> None:
         """Start counting anew; resident experts stay."""
         self.driver.reset_stats()
 
+    @serialised
     def fill_slots(self) -> None:
         """Make as many experts resident as fit, lowest ids first, not counted in the statistics."""
         self.driver.fill_slots()
 
+    @serialised
     def check_integrity(self) -> None:
         """Check every layer's slots: tables consistent, and each slot equal to its host row.
 
@@ -200,10 +224,10 @@ class Engine:
         """
         self.driver.check_integrity()
 
+    @serialised
     def close(self) -> None:
         """Detach from the model; its experts stay in the store, for another engine."""
-        self.driver.close()
-        self._attachments.close()
+        self._detach()
 
     def __enter__(self) -> Self:
         return self
@@ -228,9 +252,3 @@ def _make_driver(
             return DeviceDriver(offloaded, config, slots_per_layer, ahead)
         logger.info("Decoding is driven by the host: %s.", reason)
     return HostDriver(offloaded, config, slots_per_layer, ahead)
-
-
-def _uses_beams(settings: dict[str, Any]) -> bool:
-    """Whether the arguments of `generate` ask for beam search."""
-    config = settings.get("generation_config")
-    return int(settings.get("num_beams") or getattr(config, "num_beams", None) or 1) > 1

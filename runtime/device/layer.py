@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from foreroute.data.adapters import is_adapted
 from foreroute.runtime.device.kernels.products import expert_products
 from foreroute.runtime.device.prefill import StreamedPrefill
 from foreroute.runtime.device.residency import DeviceResidency
@@ -54,10 +55,17 @@ class DeviceLayer:
             [T, D].
         """
         self.num_calls += 1
+        is_adapted(experts, router_input.device)  # refused: the host's weights are not here
         if self._run.is_prefill:
             states = router_input, expert_ids, gate_weights
             return self._prefill.run(self.residency, experts, *states)
         return self._decode(router_input.contiguous(), expert_ids, gate_weights)
+
+    def forget(self) -> None:
+        """Empty the slots, and drop what a broken forward pass left."""
+        self.residency.tables.forget()
+        self.residual = self.router_input = None
+        self._arriving, self._read_ahead = None, ()
 
     def _decode(self, router_input: Tensor, expert_ids: Tensor, gate_weights: Tensor) -> Tensor:
         guess = self._predict(router_input, expert_ids, gate_weights)

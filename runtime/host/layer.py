@@ -11,6 +11,7 @@ from foreroute.data.adapters import (
     ExpertsView,
     MoELayer,
     combine,
+    is_adapted,
     stock_experts_function,
     unweighted_outputs,
 )
@@ -71,6 +72,8 @@ class HostLayer:
             [T, D].
         """
         self.num_calls += 1
+        if is_adapted(experts, router_input.device):  # the host's weights, and no slot
+            return self._per_token(experts, router_input, expert_ids, gate_weights)
         if self._run.config.cache == "none":
             self.residency.cache.clear()
         if self._run.is_prefill:
@@ -83,6 +86,12 @@ class HostLayer:
         if self._run.policy.likely_bonus:
             self._expect_next(expert_ids.shape[-1])
         return output
+
+    def forget(self) -> None:
+        """Empty the slots, and drop what a broken forward pass left."""
+        self.residency.forget()
+        self._prediction = None
+        self.residual = self.router_input = self.layer_input = self.router_logits = None
 
     def _expect_next(self, top_k: int) -> None:
         """Credit what the router nearly chose: the next token may."""
