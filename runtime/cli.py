@@ -156,8 +156,9 @@ def bench(
     from foreroute.estimators.artifacts import package_versions, write_json
     from foreroute.export.bundle import load_bundle
     from foreroute.runtime import bench as measure
-    from foreroute.runtime.config import EngineConfig, parse_slots
-    from foreroute.runtime.slot_plan import plan_slots
+    from foreroute.runtime.config import EngineConfig
+    from foreroute.runtime.planning.slot_plan import plan_slots
+    from foreroute.runtime.policies.slots import parse_slots
     from foreroute.runtime.store.checkpoint import Checkpoint
     from foreroute.runtime.store.offload import offload
 
@@ -241,7 +242,7 @@ def doctor(
     """
     from rich.console import Console
 
-    from foreroute.runtime.doctor import diagnose, report
+    from foreroute.runtime.planning.doctor import diagnose, report
 
     found = diagnose(model, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
     Console().print(report(found))
@@ -432,6 +433,7 @@ def main() -> None:
     """Entry point of `foreroute`."""
     from foreroute.data.cli import collect
     from foreroute.export.report.cli import report
+    from foreroute.runtime.serving.cli import serve
 
     run_command(
         "foreroute",
@@ -444,6 +446,7 @@ def main() -> None:
             "plan": plan,
             "profile": profile,
             "report": report,
+            "serve": serve,
         },
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import logging
 import weakref
@@ -10,17 +11,17 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from foreroute.data.adapters import routed_through
-from foreroute.data.adapters.seam import SEAM_NAME
+from foreroute.data.adapters.seam import is_taken_over
 from foreroute.estimators.stack import EstimatorStack
 from foreroute.export.bundle import load_bundle
 from foreroute.runtime.config import EngineConfig
 from foreroute.runtime.driver import Driver
 from foreroute.runtime.host.driver import HostDriver
 from foreroute.runtime.look_ahead import LookAhead
-from foreroute.runtime.slot_plan import plan_slots, read_recording
+from foreroute.runtime.planning.slot_plan import plan_slots, read_recording
 from foreroute.runtime.stats import RuntimeStats
 from foreroute.runtime.store.offload import OffloadedModel, load_offloaded
 from foreroute.runtime.streamer import TimingStreamer
@@ -132,8 +133,12 @@ class Engine:
         """Slots per MoE layer; the mean where layers have different ones."""
         return round(sum(self.slots_per_layer) / len(self.slots_per_layer))
 
+    @property
+    def _experts(self) -> list[nn.Module]:
+        return [layer.experts for layer in self.offloaded.moe.layers]
+
     def _attach(self, undo: contextlib.ExitStack) -> None:
-        if self.model.get_experts_implementation() == {"": SEAM_NAME}:
+        if any(map(is_taken_over, self._experts)):
             raise ValueError("This model is attached to another engine; close that one first.")
         moe_layers = self.offloaded.moe.layers
         handlers = {m.experts: own for m, own in zip(moe_layers, self.driver.layers, strict=True)}
@@ -141,6 +146,26 @@ class Engine:
         undo.enter_context(routed_through(self.model, handlers))
         self.driver.attach(undo)
         self.turns.attach(undo)
+        self._lend_generate(undo)
+
+    def _lend_generate(self, undo: contextlib.ExitStack) -> None:
+        """Let `model.generate` be the engine's, for whoever is handed the model alone."""
+        lent = weakref.WeakMethod(self.generate)
+
+        @functools.wraps(self._own_generate)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            run = lent()
+            if run is None:
+                raise RuntimeError("The engine of this model is gone. Make a new engine.")
+            return run(*args, **kwargs)
+
+        self.model.generate = generate
+        undo.callback(delattr, self.model, "generate")
+
+    @property
+    def _own_generate(self) -> Any:
+        """The model's own `generate`, as its class has it."""
+        return functools.partial(type(self.model).generate, self.model)
 
     @serialised
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -152,28 +177,22 @@ class Engine:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate tokens; takes what transformers' `generate` takes and returns what it returns.
 
-        Inputs are moved to the engine's device. Times go into `stats()` (not with beam search,
-        which hands out no tokens while it runs). Calls from several threads are answered one after
-        the other: put prompts that shall run together into one batch.
+        While the engine is attached, `engine.model.generate` is this. Inputs are moved to the
+        engine's device. Times go into `stats()` (not with beam search, which hands out no tokens
+        while it runs). Calls from several threads are answered one after the other: put prompts
+        that shall run together into one batch.
         """
-        given = inspect.signature(self.model.generate).bind_partial(*args, **kwargs)
-        settings = given.arguments | given.arguments.pop("kwargs", {})
-        settings = {name: self._on_device(value) for name, value in settings.items()}
-        settings.setdefault("disable_compile", True)  # the host decides between layers
+        names = inspect.signature(self._own_generate).parameters
+        given = dict(zip(names, args, strict=False)) | kwargs
+        given = {name: self._on_device(value) for name, value in given.items()}
+        given.setdefault("disable_compile", True)  # the host decides between layers
         self.turns.settle()
-        if not self._uses_beams(settings):
-            streamer = TimingStreamer(self.driver.run.stats, settings.get("streamer"))
-            settings["streamer"] = streamer
-            settings |= self.driver.decoding(settings, streamer)
+        asked = _asked_of(self.model, given)
+        if asked.get("num_beams", 1) == 1:
+            given["streamer"] = TimingStreamer(self.driver.run.stats, given.get("streamer"))
+            given |= self.driver.decoding(asked, given["streamer"])
         with self._must_really_run():
-            return self.model.generate(**settings)
-
-    def _uses_beams(self, settings: dict[str, Any]) -> bool:
-        """Whether `generate` will search with beams: as its own rule finds the number."""
-        given = settings.get("num_beams"), settings.get("generation_config")
-        configs = [config for config in (given[1], self.model.generation_config) if config]
-        numbers = [given[0], *(config.num_beams for config in configs)]
-        return next((int(number) for number in numbers if number is not None), 1) > 1
+            return self._own_generate(**given)
 
     def _on_device(self, value: Any) -> Any:
         return value.to(self.device) if isinstance(value, Tensor) else value
@@ -186,11 +205,11 @@ class Engine:
                 "This engine was closed; Engine(engine.offloaded, config) is a new one."
             )
         before = [layer.num_calls for layer in self.driver.layers]
-        implementations = set(self.model.get_experts_implementation().values())
-        if implementations != {SEAM_NAME}:
+        if not all(map(is_taken_over, self._experts)):
+            set_to = sorted(set(map(str, self.model.get_experts_implementation().values())))
             raise RuntimeError(
                 f"The model's experts do not go through foreroute any more (they are set to "
-                f"{', '.join(sorted(map(str, implementations)))}). Make a new engine."
+                f"{', '.join(set_to)}). Make a new engine."
             )
         yield
         idle = [
@@ -222,6 +241,7 @@ class Engine:
         Raises:
             RuntimeError: If not.
         """
+        self.turns.settle()
         self.driver.check_integrity()
 
     @serialised

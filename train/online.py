@@ -8,6 +8,7 @@ from foreroute.data.adapters import discover, load_model, load_tokenizer, resolv
 from foreroute.data.collect import CollectRequest
 from foreroute.data.live_traces import BUFFER_BYTES, LiveTraces
 from foreroute.data.manifest import MANIFEST_FILE
+from foreroute.data.opening import open_traces
 from foreroute.data.traces import Traces
 from foreroute.estimators import InputKind
 from foreroute.estimators.artifacts import require_free
@@ -24,6 +25,7 @@ def open_live_traces(
     out: Path,
     *,
     model: str,
+    revision: str | None = None,
     dataset: str,
     tokens: int,
     record: str = "",
@@ -40,6 +42,7 @@ def open_live_traces(
     Args:
         out: Folder of the run; manifest and anchors, which export needs, go beside it.
         model: `bundled`, a local folder or a Hub id.
+        revision: Branch, tag or commit of a Hub id, for weights and tokenizer.
         dataset: As `collect-traces` takes it.
         tokens: Tokens to train on and to measure by, all together.
         record: Optional trace fields to record, a comma list; `RECORDED_FOR` has an input's.
@@ -54,10 +57,11 @@ def open_live_traces(
     """
     folder = out.with_name(out.name + LIVE_SUFFIX)
     if resume and (folder / MANIFEST_FILE).is_file():
-        return Traces.open(folder)
+        return open_traces(folder)
     request = CollectRequest(
         out=folder,
         model=model,
+        revision=revision,
         dataset=dataset,
         tokens=tokens,
         record=record,
@@ -65,10 +69,11 @@ def open_live_traces(
     )
     require_free(out, overwrite=overwrite)
     require_free(folder, overwrite=overwrite)
-    moe = discover(load_model(model, device=resolve_device(device)), model)
+    loaded = load_model(model, device=resolve_device(device), revision=revision)
+    moe = discover(loaded, model)
     return LiveTraces.begin(
         moe,
-        load_tokenizer(model),
+        load_tokenizer(model, revision=revision),
         request.manifest(moe),
         folder,
         buffer_bytes=buffer_bytes,

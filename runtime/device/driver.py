@@ -41,10 +41,10 @@ from foreroute.runtime.device.run_state import DeviceRun
 from foreroute.runtime.device.sampling import decode_loop
 from foreroute.runtime.hooks import watch_source_states
 from foreroute.runtime.look_ahead import LookAhead
-from foreroute.runtime.planning.planner import prefill_group
 from foreroute.runtime.policies import GiveUp, find_policy
 from foreroute.runtime.policies.give_up import LOOK_AHEAD, ON_DEMAND
 from foreroute.runtime.policies.prefetching import PRIOR_PREFETCHES
+from foreroute.runtime.policies.slots import prefill_group
 from foreroute.runtime.stats import PhaseStats, RuntimeStats
 from foreroute.runtime.store.offload import OffloadedModel
 
@@ -180,6 +180,12 @@ class DeviceDriver:
     def begin_forward(self, tokens: Tensor) -> None:
         """A forward pass begins; see `RunState.begin_forward`."""
         run = self.run
+        model_dtype = self._offloaded.moe.model.dtype
+        if torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") != model_dtype:
+            raise ValueError(
+                f"torch.autocast cannot cast inside this engine's kernels: load the model with "
+                f"dtype={str(torch.get_autocast_dtype('cuda'))[6:]}, or decide_on='host'."
+            )
         run.begin_forward(tokens)
         run.stats.steps_ahead += (
             not run.is_prefill and run.predictor is not None and run.is_looking_ahead

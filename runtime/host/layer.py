@@ -15,13 +15,14 @@ from foreroute.data.adapters import (
     stock_experts_function,
     unweighted_outputs,
 )
+from foreroute.data.routes import GUESSES_PER_EXPERT
+from foreroute.estimators.selection import nearly_chosen
 from foreroute.runtime.host.predictor import HostPredictor, Prediction, distinct, most_wanted
 from foreroute.runtime.host.residency import HostResidency
 from foreroute.runtime.host.run_state import HostRun
 from foreroute.runtime.host.slot_cache import EMPTY
 from foreroute.runtime.host.speculation import gate_weights_of, without_missing
 
-NEARLY_CHOSEN = 2  # experts credited per expert chosen
 GATHER_LIMIT_BYTES = 64 * 2**20  # batched_mm copies a token's experts: bound what one call copies
 
 
@@ -96,8 +97,8 @@ class HostLayer:
     def _expect_next(self, top_k: int) -> None:
         """Credit what the router nearly chose: the next token may."""
         assert self.router_logits is not None  # the engine hooks the router under this policy
-        chances = self.router_logits.float().softmax(-1).mul(top_k).clamp(max=1).amax(0)  # [E]
-        best = chances.topk(min(NEARLY_CHOSEN * top_k, len(chances)))
+        chances = nearly_chosen(self.router_logits, top_k).amax(0)  # [E], of any of the tokens
+        best = chances.topk(min(GUESSES_PER_EXPERT * top_k, len(chances)))
         self.residency.cache.state.expect(best.indices.tolist(), best.values.tolist())
 
     def _decode(self, router_input: Tensor, expert_ids: Tensor, gate_weights: Tensor) -> Tensor:
@@ -185,6 +186,8 @@ class HostLayer:
         """Compute these experts for these tokens, fetching what is missing."""
         needed = distinct(expert for row in id_rows for expert in row)
         cache = self.residency.cache
+        if _is_cast(router_input):
+            return self._run_by_tokens(router_input, expert_ids, id_rows, gate_weights, onward)
         copied_bytes = expert_ids.numel() * self.residency.expert_bytes
         is_one_call = copied_bytes <= GATHER_LIMIT_BYTES and not self._is_grouped(expert_ids)
         if len(needed) > cache.num_slots or not is_one_call:
@@ -218,6 +221,38 @@ class HostLayer:
             for pairs in self._chunks((slot_of_pair != EMPTY).nonzero().squeeze(1)):
                 outputs[pairs] = self._pair_outputs(router_input, pairs, top_k, slot_of_pair)
         return combine(outputs, gate_weights)
+
+    def _run_by_tokens(
+        self,
+        router_input: Tensor,
+        expert_ids: Tensor,
+        id_rows: list[list[int]],
+        gate_weights: Tensor,
+        onward: Prediction | None,
+    ) -> Tensor:
+        """Compute as many whole tokens at once as slots allow.
+
+        Under autocast what an expert puts out is rounded before its gate weight comes, by rules of
+        each model's own: only the stock function, called for whole tokens, rounds as it does.
+        """
+        cache, outputs, start = self.residency.cache, [], 0
+        while start < len(id_rows):
+            needed: list[int] = []
+            end = start
+            while end < len(id_rows):
+                more = distinct([*needed, *id_rows[end]])
+                if len(more) > cache.num_slots:
+                    break
+                needed, end = more, end + 1
+            for ticket in self.residency.fetch(needed):
+                ticket.wait()
+            slot_ids = cache.slot_ids(id_rows[start:end], router_input.device)
+            tokens = slice(start, end)
+            states = router_input[tokens], slot_ids, gate_weights[tokens]
+            outputs.append(self._per_token(self._view, *states))
+            start = end
+        self._prefetch_onward(onward)
+        return torch.cat(outputs)
 
     def _is_grouped(self, expert_ids: Tensor) -> bool:
         """Whether pairs are sorted by expert and multiplied together: prompts on a GPU.
@@ -300,6 +335,12 @@ class HostLayer:
         weights = without_missing(gate_weights, mask, self._run.gate_family)
         slot_ids = self.residency.cache.slot_ids(rows, router_input.device)
         return self._per_token(self._view, router_input, slot_ids, weights)
+
+
+def _is_cast(states: Tensor) -> bool:
+    """Whether autocast computes with these states in another dtype than theirs."""
+    kind = states.device.type
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != states.dtype
 
 
 def _on_host(columns: Tensor, ranked: Tensor, logits: Tensor) -> tuple[list[list[int]], Prediction]:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from foreroute.data.adapters import load_config
+from foreroute.data.adapters.model_class import auto_class
 from foreroute.data.adapters.seam import is_experts_module
+from foreroute.runtime.policies.slots import cache_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,7 @@ class ModelSize:
     head_params: int
     """Of those, what a token reads once: the output head."""
     cache_values: int
-    """Keys and values kept per token of context, all layers, if every layer attends to all."""
+    """Keys and values kept per token of context, in all layers."""
     dtype_bytes: int
     """Per value, as the checkpoint has it."""
 
@@ -54,14 +56,14 @@ def measure_model(name: str, *, trust_remote_code: bool = False) -> ModelSize:
         FileNotFoundError: If there is no such model.
         ValueError: If it cannot be read, or has no experts.
     """
-    from transformers import AutoModelForCausalLM
-
     path = Path(name).expanduser()
     folder = str(path.parent) if path.is_file() and path.name == "config.json" else name
     config = load_config(folder, trust_remote_code=trust_remote_code)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = auto_class(config, name).from_config(
+                config, trust_remote_code=trust_remote_code
+            )
     except ValueError as error:
         first_line = str(error).splitlines()[0]
         raise ValueError(f"{name} cannot be planned for: {first_line}") from error
@@ -90,7 +92,7 @@ def measure_model(name: str, *, trust_remote_code: bool = False) -> ModelSize:
         other_params=other,
         layer_params=max(0, other - outside) // layers,
         head_params=head_params,
-        cache_values=_cache_values(text, layers),
+        cache_values=cache_values(text, layers),
         dtype_bytes=_dtype_bytes(config),
     )
 
@@ -107,17 +109,6 @@ def _top_k(text: Any) -> int:
     raise ValueError(
         f"The configuration of {text.model_type} does not say how many experts a token uses."
     )
-
-
-def _cache_values(text: Any, layers: int) -> int:
-    """Values per token of context: keys and values of every layer, or MLA's compressed ones."""
-    rank = getattr(text, "kv_lora_rank", None)
-    if rank:
-        return layers * int(rank + getattr(text, "qk_rope_head_dim", 0))
-    heads = int(getattr(text, "num_attention_heads", 1))
-    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
-    width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
-    return 2 * layers * kv_heads * width
 
 
 def _dtype_bytes(config: Any) -> int:
