@@ -109,8 +109,12 @@ def generate(
         sampling: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature}
-        streamer = TextStreamer(tokenizer, skip_prompt=False, skip_special_tokens=True)
-        engine.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
+        settings = inputs | sampling | {"max_new_tokens": max_new_tokens}
+        if (engine.model.generation_config.num_beams or 1) == 1:
+            streamer = TextStreamer(tokenizer, skip_prompt=False, skip_special_tokens=True)
+            engine.generate(**settings, streamer=streamer)
+        else:  # beams are not known before the end
+            print(tokenizer.decode(engine.generate(**settings)[0], skip_special_tokens=True))
         print(_cost_line(engine), file=sys.stderr)
 
 
@@ -329,6 +333,7 @@ def _table(title: str, *columns: str) -> Table:
 
 def _cost_line(engine: Engine) -> str:
     stats = engine.stats()
+    ttft_ms = stats.ttft_ms[-1] if stats.ttft_ms else float("nan")  # beams have no first token
     kind = "exact" if engine.config.is_exact else f"SPECULATIVE, agreement {stats.agreement:.3f}"
     if engine.offloaded.expert_dtype != "auto":
         kind += f" with experts in {engine.offloaded.expert_dtype}"
@@ -336,7 +341,7 @@ def _cost_line(engine: Engine) -> str:
         kind += f", given up (looked ahead in {stats.steps_ahead} of {stats.decode.forwards} steps)"
     return (
         f"[{engine.geometry.describe()}; prefetch {engine.config.prefetch}, {kind}; "
-        f"{engine.num_slots} slots a layer; TTFT {stats.ttft_ms[-1]:.0f} ms, "
+        f"{engine.num_slots} slots a layer; TTFT {ttft_ms:.0f} ms, "
         f"TPOT {stats.tpot_ms:.2f} ms, hit rate {stats.hit_rate:.3f}, "
         f"{stats.bytes_per_token / 1e6:.2f} MB/token, "
         f"wasted {stats.wasted_bytes_per_token / 1e6:.2f} MB/token]"

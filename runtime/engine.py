@@ -39,6 +39,7 @@ class Engine:
         >>> engine.stats().hit_rate                                         # doctest: +SKIP
     """
 
+    @torch.inference_mode(False)  # what is allocated here is changed outside of it too
     def __init__(
         self, offloaded: OffloadedModel, config: EngineConfig, stack: EstimatorStack | None = None
     ) -> None:
@@ -272,3 +273,13 @@ def _make_driver(
             return DeviceDriver(offloaded, config, slots_per_layer, ahead)
         logger.info("Decoding is driven by the host: %s.", reason)
     return HostDriver(offloaded, config, slots_per_layer, ahead)
+
+
+def _asked_of(model: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """What a call of `generate` asks for: by its arguments, else its config, else the model's."""
+    configs = (model.generation_config, given.get("generation_config"), given)
+    asked: dict[str, Any] = {}
+    for config in configs:
+        values = config if isinstance(config, dict) else vars(config) if config else {}
+        asked |= {name: value for name, value in values.items() if value is not None}
+    return asked

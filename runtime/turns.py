@@ -8,12 +8,17 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from foreroute.data.adapters.seam import is_experts_module
 from foreroute.runtime.driver import Driver
 from foreroute.runtime.store.offload import OffloadedModel
 
+CPU = torch.device("cpu")
+ADAPTER_REFUSAL = (
+    "The adapter has weights for the experts, which are in host memory or stored in fewer bits"
+)
 ADAPTER_STATE = ("merged_adapters", "_disable_adapters", "_active_adapter", "scaling")
 """What peft's modules keep of which adapters are in use."""
 
@@ -81,8 +86,26 @@ class Turns:
             self._is_broken = True
             self._offloaded.take_in()
             self._driver.forget()
+            self._require_no_adapter_elsewhere()
             self._seen = _looks(self._model)
             self._is_broken = False
+
+    def _require_no_adapter_elsewhere(self) -> None:
+        """Refuse adapters for experts whose weights are not where, or as, they add to them."""
+        for module in self._model.modules():
+            base = module._modules.get("base_layer")
+            is_idle = module.__dict__.get("merged_adapters") or module.__dict__.get(
+                "_disable_adapters"
+            )
+            if base is None or is_idle or not is_experts_module(base):
+                continue
+            if any(weight.device != CPU for weight in base.parameters(recurse=False)):
+                raise ValueError(f"{ADAPTER_REFUSAL}: merge it into the checkpoint first.")
+            if self._offloaded.device != CPU:
+                raise ValueError(
+                    f"{ADAPTER_REFUSAL}: PeftModel.from_pretrained(engine.model, adapter)"
+                    ".merge_and_unload() merges it."
+                )
 
 
 def serialised(call: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,12 +18,6 @@ SEAM_NAME = "foreroute"
 HANDLER_ATTRIBUTE = "_foreroute_handler"
 MARKER_ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
 
-ADAPTER_REFUSAL = (
-    "The adapter has weights for the experts, which lie elsewhere than the rest of the model: "
-    "merge it, PeftModel.from_pretrained(engine.model, adapter).merge_and_unload(), or, where "
-    "experts are stored in fewer bits, merge it into the checkpoint first."
-)
-
 ExpertsFunction = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 """(experts, router_input [T, D], expert_ids [T, K], gate_weights [T, K]) -> output [T, D]."""
 
@@ -33,20 +27,9 @@ def is_experts_module(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in MARKER_ATTRIBUTES)
 
 
-def is_adapted(experts: nn.Module, device: torch.device) -> bool:
-    """Whether an adapter adds to the weights of this experts module while it runs.
-
-    Raises:
-        ValueError: If so, and the module's weights are not on the device it runs on.
-    """
-    if "parametrizations" not in experts._modules:
-        return False
-    if any(weight.device != device for weight in experts.parameters(recurse=False)):
-        raise ValueError(ADAPTER_REFUSAL)
-    for weights in experts.parametrizations.values():  # type: ignore[operator]
-        if weights.original.device != device:
-            raise ValueError(ADAPTER_REFUSAL)
-    return True
+def is_adapted(experts: nn.Module) -> bool:
+    """Whether an adapter adds to the weights of this experts module while it runs."""
+    return "parametrizations" in experts._modules
 
 
 def stock_experts_function(name: str, experts: nn.Module) -> ExpertsFunction:

@@ -252,6 +252,7 @@ class DeviceDriver:
         self.run.stats.steps_ahead += self._has_look_ahead and variant == LOOK_AHEAD
         return variant
 
+    @torch.inference_mode(False)  # its cache outlives the call
     def graph_for(self, batch: int, length: int) -> DecodeStep:
         """The step for so many sequences of at most this length; captured when needed.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from foreroute.data.adapters import is_adapted
 from foreroute.runtime.device.kernels.products import expert_products
 from foreroute.runtime.device.prefill import StreamedPrefill
 from foreroute.runtime.device.residency import DeviceResidency
@@ -55,7 +54,6 @@ class DeviceLayer:
             [T, D].
         """
         self.num_calls += 1
-        is_adapted(experts, router_input.device)  # refused: the host's weights are not here
         if self._run.is_prefill:
             states = router_input, expert_ids, gate_weights
             return self._prefill.run(self.residency, experts, *states)

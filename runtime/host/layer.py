@@ -73,7 +73,7 @@ class HostLayer:
             [T, D].
         """
         self.num_calls += 1
-        if is_adapted(experts, router_input.device):  # the host's weights, and no slot
+        if is_adapted(experts):  # the host's weights, and no slot
             return self._per_token(experts, router_input, expert_ids, gate_weights)
         if self._run.config.cache == "none":
             self.residency.cache.clear()

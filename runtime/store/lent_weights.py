@@ -45,7 +45,7 @@ class LentWeights:
         self.is_shown_decoded = True
         """Whether the module's state has numbers where weights are stored in fewer bits."""
         if layout.encoded:
-            experts.register_state_dict_post_hook(self._decode)
+            experts.register_state_dict_post_hook(lambda *state: self._decode(*state))
 
     def _decode(self, _: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
         if self.is_shown_decoded:

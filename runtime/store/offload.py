@@ -8,7 +8,8 @@ from typing import Any, Unpack
 import torch
 
 from foreroute.data.adapters import MoEModel, discover, resolve_device
-from foreroute.data.adapters.loading import HubSettings
+from foreroute.data.adapters.loading import HubSettings, loading_alone
+from foreroute.data.adapters.weightless import load_awaited_adapter
 from foreroute.runtime.store.checkpoint import Checkpoint
 from foreroute.runtime.store.encodings import encoder_named
 from foreroute.runtime.store.host_store import HostExpertStore
@@ -47,6 +48,7 @@ class OffloadedModel:
         layers = zip(moe.layers, store.layouts, store.rows, strict=True)
         lent = tuple(LentWeights(layer.experts, layout, rows) for layer, layout, rows in layers)
         WholeModel(moe.model, lent, device)
+        load_awaited_adapter(moe.model)
         return cls(moe, store, device, expert_dtype, lent)
 
     def take_in(self) -> None:
@@ -81,8 +83,9 @@ def offload(
     encoder = encoder_named(expert_dtype)
     moe = discover(model, model_name)
     experts = [layer.experts for layer in moe.layers]
-    store = HostExpertStore(experts, is_pinned=device.type == "cuda", encoder=encoder)
-    return OffloadedModel.whole(moe, store, device, expert_dtype)
+    with torch.inference_mode(False):
+        store = HostExpertStore(experts, is_pinned=device.type == "cuda", encoder=encoder)
+        return OffloadedModel.whole(moe, store, device, expert_dtype)
 
 
 def load_offloaded(
@@ -108,6 +111,7 @@ def load_offloaded(
         ValueError: If it cannot be read, is no MoE that is supported, or does not fit in memory.
     """
     target = resolve_device(device)
-    checkpoint = Checkpoint.open(name, dtype=dtype, expert_dtype=expert_dtype, **hub)
-    moe, store = load_with_host_experts(checkpoint, is_pinned=target.type == "cuda")
-    return OffloadedModel.whole(moe, store, target, expert_dtype)
+    with loading_alone():
+        checkpoint = Checkpoint.open(name, dtype=dtype, expert_dtype=expert_dtype, **hub)
+        moe, store = load_with_host_experts(checkpoint, is_pinned=target.type == "cuda")
+        return OffloadedModel.whole(moe, store, target, expert_dtype)
