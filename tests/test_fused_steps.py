@@ -182,6 +182,7 @@ class ExpertsInSlots:
             predictor=None,
             ahead=None,  # type: ignore[arg-type]
             head_words=torch.zeros(1, dtype=torch.int32),
+            num_whole=torch.zeros(1, dtype=torch.int32),
             trust=torch.ones(2),
             prompt_weight=0.0,
         )

@@ -359,9 +359,10 @@ def test_the_device_predicts_from_the_routers_input_where_the_experts_read_anoth
             return predict(source, router_input=router_input, **states)
 
         run.predictor.predict = watched
-        cache = engine(input_ids=prompt()[:, :9], use_cache=True).past_key_values
+        tokens = prompt() % offloaded.moe.model.config.vocab_size
+        cache = engine(input_ids=tokens[:, :9], use_cache=True).past_key_values
         with RoutingRecorder(moe) as recorder:
-            engine(input_ids=prompt()[:, 9:10], past_key_values=cache, use_cache=True)
+            engine(input_ids=tokens[:, 9:10], past_key_values=cache, use_cache=True)
             records = recorder.take()
     assert len(seen) == len(stack.source_layers)
     assert all(torch.equal(state, records[source].router_input.to(CUDA)) for source, state in seen)

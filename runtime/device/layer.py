@@ -85,6 +85,12 @@ class DeviceLayer:
         experts_of = _DeferredExperts(self, (router_input, expert_ids, gate_weights))
         return Deferred(experts_of, router_input.shape, router_input.dtype, router_input.device)
 
+    def forget(self) -> None:
+        """Empty the slots, and drop what a broken forward pass left."""
+        self.residency.tables.forget()
+        self.residual = self.router_input = None
+        self._arriving, self._read_ahead = None, ()
+
     def decode(
         self,
         router_input: Tensor,

@@ -134,11 +134,12 @@ def plan_head(
     """Choose what is copied early, if anything is likely enough; one launch.
 
     The likeliest absent experts are copied whole, as many as there is time for, and of the next one
-    its head. Each one's confidence counts less the more earlier ones came to nothing
-    (`ResidencyTables.trust`). A copy saves its share of an expert's; its victim, if needed, costs a
-    whole one: true experts that no guess names are feared among the residents that no guess names,
-    and the copy must save more. Predicted experts are never victims. The layer's next demand
-    (`plan`) settles the head.
+    its head. The more earlier ones came to nothing, the less a confidence counts
+    (`ResidencyTables.trust`). A copy must save more than it risks. It saves its share of a whole
+    one, if its expert is needed. It risks a whole one, if its victim is needed. How likely that is:
+    the layer will use some experts that no guess names, and each resident that no guess names may
+    be one of them. Experts that a guess names are never victims. The layer's next demand (`plan`)
+    settles the head.
 
     Args:
         expert_ids: Predicted, [..] with N elements, any integer dtype.

@@ -157,9 +157,12 @@ def plan_ids(  # noqa: ANN201
         tl.store(progress, tl.where(tl.max(is_copied.to(tl.int32), 0) > 0, COPIERS, 0))
         tl.store(progress + 1, 0)
         is_id = at < NUM_IDS
-        is_here = (is_id & (is_late == 0)).to(tl.int32)
-        rank_here, rank_late = tl.cumsum(is_here, 0) - 1, tl.cumsum(is_late, 0) - 1
-        rank = tl.where(is_late == 1, tl.sum(is_here, 0) + rank_late, rank_here)
+        # late ones last; of either kind those of one expert after each other, to be read once
+        is_same = (ids[:, None] == ids[None, :]) & is_id[None, :]
+        first_same = tl.min(tl.where(is_same, at[None, :], IDS), 1)
+        key = (is_late * IDS + first_same) * IDS + at
+        all_keys = tl.where(is_id, key, 4 * IDS * IDS)
+        rank = tl.sum((all_keys[None, :] < key[:, None]).to(tl.int32), 1)
         tl.store(places + at, tl.where(is_late == 1, -1 - place, place), mask=is_id)
         tl.store(places + NUM_IDS + rank, at, mask=is_id)
     if IS_RECENCY:
@@ -306,7 +309,8 @@ def plan(
             slot to copy it to, and whether that is all of it (0) or what its head left (2).
         places: Written, [2, N] int32, if the copies are made by the launch that needs them
             (`demand.py`; no id may be -1 then): each id's slot, or -1 - slot where a copy must
-            arrive; and the ids in the order to work on them, late ones last.
+            arrive; and the ids in the order to work on them, late ones last, those of one expert
+            after each other.
         is_prefetch: Whether the experts are predicted, not yet needed.
         behind: `progress` of another layer's tables, whose demand is to be copied first.
     """
@@ -391,7 +395,7 @@ def _place(ids: list[int], tables: ResidencyTables, copies: Tensor, places: Tens
     tables.progress.copy_(torch.tensor([DEMAND_PROGRAMS if late else 0, 0]))
     slots = [int(tables.slot_of[e]) for e in ids]
     codes = [-1 - slot if e in late else slot for e, slot in zip(ids, slots, strict=True)]
-    order = sorted(range(len(ids)), key=lambda i: (ids[i] in late, i))
+    order = sorted(range(len(ids)), key=lambda i: (ids[i] in late, ids.index(ids[i]), i))
     places.copy_(torch.tensor([codes, order]))
 
 
