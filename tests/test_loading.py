@@ -13,6 +13,7 @@ from tiny_models import SUPPORTED, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, conversion_mapping
 from transformers.core_model_loading import Interleave, Transpose, WeightConverter
 
+from foreroute.data.adapters.adapted import checkpoint_name
 from foreroute.data.adapters.model_class import auto_class
 from foreroute.data.adapters.weightless import parameter_shapes
 from foreroute.estimators import host_memory
@@ -39,7 +40,7 @@ def assert_same_weights(offloaded, stock):
     store = offloaded.store
     for layer, layout, rows in zip(offloaded.moe.layers, store.layouts, store.rows, strict=True):
         for name, view in layout.views(rows).items():
-            weight = expected.pop(f"{layer.name}.{name}")
+            weight = expected.pop(f"{layer.name}.{checkpoint_name(layer.experts, name)}")
             assert view.dtype == weight.dtype
             assert torch.equal(view, weight), f"{layer.name}.{name}"
     assert not set(expected) - {"lm_head.weight"}  # tied to the embeddings
