@@ -76,7 +76,15 @@ def _hold_themselves(experts: Any) -> bool:
         experts.register_parameter(name, module.weight)
     experts.__dict__[NAMES_ATTRIBUTE] = {"gate_up_proj": "fc1.weight", "down_proj": "fc2.weight"}
     experts.num_experts, experts.act_fn = len(own["fc1.weight"]), nn.SiLU()
+    experts.register_state_dict_post_hook(_name_as_before)
     return True
+
+
+def _name_as_before(experts: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Let a model's state, and so what is saved of it, have the names of its checkpoint."""
+    for name, saved in experts.__dict__[NAMES_ATTRIBUTE].items():
+        if prefix + name in state:
+            state[prefix + saved] = state.pop(prefix + name)
 
 
 def _take(model: nn.Module, experts: Any, kind: type[nn.Module], *, is_transposed: bool) -> None:

@@ -15,12 +15,13 @@ from torch import nn
 from foreroute.data.adapters import MoELayer, MoEModel
 from foreroute.data.adapters.discovery import discover_outline
 from foreroute.data.adapters.exceptions import is_hash_routed, why_not_captured
+from foreroute.estimators.forms import FREE_FORMS
 from foreroute.runtime.device.expert_form import why_no_form
 from foreroute.runtime.store.checkpoint import Checkpoint
 from foreroute.runtime.store.host_store import RowLayout
 
 YES = "yes"
-FREE_FORMS = "only estimators without an anchor (linear, mlp-free) can be trained"
+FREE_FORMS_ONLY = f"only estimators without an anchor ({', '.join(FREE_FORMS)}) can be trained"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +38,11 @@ class Diagnosis:
     num_experts: int
     top_k: int
     dtype: str = ""
-    """Of the parameters, or how a low-bit checkpoint stores its experts."""
+    """Dtype of the parameters, or how a low-bit checkpoint stores its experts."""
     hash_routed: tuple[int, ...]
     """Decoder layer index of each layer whose experts follow from the token alone."""
     expert_bytes: int
-    """Of one expert, in that dtype."""
+    """Size of one expert, in that dtype."""
     all_experts_bytes: int
     """What the host holds."""
     other_bytes: int
@@ -168,7 +169,9 @@ def _diagnosis(name: str, moe: MoEModel, sizes: dict[str, Any]) -> Diagnosis:
         top_k=geometry.top_k,
         router=f"{type(router).__name__}, {rule}",
         norm=_norm(last),
-        recording=YES if not moe.anchors_problem else f"{YES}; {FREE_FORMS}: {moe.anchors_problem}",
+        recording=YES
+        if not moe.anchors_problem
+        else f"{YES}; {FREE_FORMS_ONLY}: {moe.anchors_problem}",
         exact=YES,
         speculative=f"skip only: {problem}" if problem else YES,
         **sizes,
