@@ -10,6 +10,7 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import Tensor
 
 from foreroute.data.manifest import MANIFEST_FILE
@@ -252,6 +253,7 @@ def _run_trainer(
         log_every_n_steps=LOG_STEPS,
         enable_model_summary=False,
         enable_progress_bar=show_progress,
+        plugins=[LightningEnvironment()],  # one process, also where SLURM has asked for several
     )
     resume_from = checkpoint if checkpoint.is_file() else None
     try:
