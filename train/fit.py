@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning import Trainer
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import Tensor
 
 from foreroute.data.manifest import MANIFEST_FILE
