@@ -71,6 +71,7 @@ def collect(
     dtype: str = "auto",
     states_dtype: str = "auto",
     device: str = "auto",
+    device_map: str | None = None,
     batch_size: int = 8,
     shard_tokens: int = 16384,
     max_bytes: str | None = None,
@@ -112,6 +113,8 @@ def collect(
         dtype: auto, float32, bfloat16 or float16.
         states_dtype: auto, float32, bfloat16, float16 or int8.
         device: auto, cpu or cuda.
+        device_map: Spread the layers over GPUs that hold the whole model: auto, balanced,
+            sequential.
         batch_size: Sequences per forward pass; sequences of a batch share the slots.
         shard_tokens: Tokens per shard.
         max_bytes: Stop cleanly before the traces exceed this.
@@ -143,6 +146,8 @@ def collect(
             f"--on-miss {on_miss} speculates while the model generates, not while it reads text: "
             "give --source generated, or --on-miss fetch."
         )
+    if device_map is not None:
+        raise ValueError("--device-map is for models without an engine: leave out --expert-slots.")
     speculation, expert_slots = None, expert_slots or "25%"
     if bundle is not None and not (bundle / MANIFEST_FILE).is_file():
         raise FileNotFoundError(f"{bundle} holds no bundle: it has no {MANIFEST_FILE}.")
