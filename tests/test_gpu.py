@@ -196,6 +196,37 @@ def test_graph_matches_stock_transformers(offloaded: OffloadedModel, stock: Any)
     assert (got - expected).abs().max() <= STOCK_TOLERANCE * expected.abs().max()
 
 
+@pytest.mark.parametrize("slots", ["6", "13"])
+def test_batches_that_look_ahead_give_the_all_resident_logits_bit_for_bit(
+    offloaded: OffloadedModel, slots: str
+) -> None:
+    tokens = torch.cat([prompt().roll(shift, dims=1) for shift in (0, 7, 19)])
+    with graph_engine(offloaded, EngineConfig(expert_slots="100%")) as engine:
+        engine.fill_slots()
+        expected = graph_logits(engine, tokens, steps=40)
+    config = EngineConfig(expert_slots=slots, prefetch="auto")
+    with graph_engine(offloaded, config) as engine:
+        assert torch.equal(graph_logits(engine, tokens, steps=40), expected)
+        engine.check_integrity()
+        assert engine.stats().decode.misses > 0
+
+
+def test_joined_launches_are_as_near_to_float32_as_separate_ones(
+    offloaded: OffloadedModel, stock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = step_logits(copy.deepcopy(stock).float(), prompt(), steps=20)[1:]
+    errors = {}
+    for defers in (True, False):
+        monkeypatch.setattr(DecodeStep, "defers", defers)
+        with graph_engine(offloaded, EngineConfig(expert_slots="100%")) as engine:
+            engine.fill_slots()
+            errors[defers] = (graph_logits(engine, prompt(), steps=20).float() - exact).norm()
+            fused = graph_for(engine, 1, 60).fused
+        assert (fused["plans in routers"] == len(offloaded.moe.layers)) == defers
+    # both round where bfloat16 rounds; sums in another order are as good as those before
+    assert errors[True] <= 1.25 * errors[False]
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_graph_generates_what_the_kernels_generate_step_by_step(
     offloaded: OffloadedModel, batch: int

@@ -31,7 +31,7 @@ def run_script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def test_a_route_file_is_read_and_folded_to_another_shape(tmp_path: Path) -> None:
     header = "turn,phase,step,layer,slot,expert,weight,residency,expert_bytes"
-    rows = [(1, 0, (5, 9)), (1, 1, (2, 6)), (2, 0, (1, 3)), (2, 1, (0, 4)), (3, 0, (7, 7))]
+    rows = [(1, 0, (5, 9)), (1, 1, (2, 6)), (2, 0, (1, 3)), (2, 1, (0, 4)), (3, 0, (7, 8))]
     lines = [f"0,1,{s},{la},{i},{e},0.5,0,1" for s, la, es in rows for i, e in enumerate(es)]
     path = tmp_path / "route.csv"
     path.write_text("\n".join(["# a comment", header, "0,0,0,0,0,1,1,0,1", *lines]) + "\n")
@@ -44,6 +44,9 @@ def test_a_route_file_is_read_and_folded_to_another_shape(tmp_path: Path) -> Non
     fitted = replayed_routing.fit_routes(routes, moe, batch=2)
     assert fitted[0, :, 0].tolist() == [[1, 0], [2, 0]]  # 5 and 9 are both expert 1 of 4
     assert torch.equal(fitted[0, :, 1], fitted[17 % 2, :, 0])
+    moe.geometry.num_layers = 5  # more than the recording has
+    deeper = replayed_routing.fit_routes(routes, moe, batch=2)
+    assert torch.equal(deeper, fitted[:, [0, 1, 0, 1, 0]])
 
 
 @pytest.mark.parametrize("recall", [0.5, 1.0])

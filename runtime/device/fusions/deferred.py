@@ -63,9 +63,10 @@ class Known(Source):
         """Remember them.
 
         Args:
-            state: [T, D].
+            state: [T, D], contiguous.
             counts: See `Source`.
         """
+        assert state.is_contiguous()  # the kernels take no strides
         self.counts, self._known = counts, state
         self._version = state._version
 

@@ -212,7 +212,7 @@ def _deferring(
             return Deferred(ProductNorm(source, norm), x.shape, x.dtype, x.device)
         if x.numel() > MOST_TOKENS * depth or not is_known:
             return forward(settled(x))
-        state = Known(settled(x).reshape(-1, depth), counts)
+        state = Known(settled(x).reshape(-1, depth).contiguous(), counts)
         return Deferred(Normed(state, norm), x.shape, x.dtype, x.device)
 
     return deferred
