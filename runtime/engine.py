@@ -7,6 +7,7 @@ import functools
 import inspect
 import logging
 import weakref
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,9 +23,9 @@ from foreroute.runtime.driver import Driver
 from foreroute.runtime.host.driver import HostDriver
 from foreroute.runtime.look_ahead import LookAhead
 from foreroute.runtime.planning.slot_plan import plan_slots, read_recording
-from foreroute.runtime.pretrained import sort_arguments, take_over
 from foreroute.runtime.stats import RuntimeStats
 from foreroute.runtime.store.offload import OffloadedModel, load_offloaded
+from foreroute.runtime.store.pretrained import sort_arguments, take_over
 from foreroute.runtime.streamer import TimingStreamer
 from foreroute.runtime.turns import Turns, serialised
 
@@ -109,7 +110,8 @@ class Engine:
                 argument of transformers has no meaning here; says what to do instead.
             FileNotFoundError: If the model or the bundle is missing.
         """
-        given = sort_arguments(settings, device=device, dtype=dtype)
+        names = [field.name for field in fields(EngineConfig)]
+        given = sort_arguments(settings, names, device=device, dtype=dtype)
         config = EngineConfig(
             expert_slots=str(expert_slots),
             prefetch=prefetch or ("auto" if bundle else "none"),  # type: ignore[arg-type]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Collection
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
@@ -10,7 +11,6 @@ import torch
 
 from foreroute.data.adapters import resolve_device, resolve_dtype
 from foreroute.data.adapters.loading import HubSettings
-from foreroute.runtime.config import EngineConfig
 from foreroute.runtime.store.offload import OffloadedModel, offload
 
 HUB_NAMES = tuple(HubSettings.__annotations__)
@@ -51,13 +51,14 @@ class PretrainedArguments:
     model: dict[str, Any]
     """Of `load_offloaded`, besides."""
     config: dict[str, Any]
-    """Of `EngineConfig`."""
+    """Of an engine's configuration."""
     device: str | torch.device
     dtype: str | torch.dtype
 
 
 def sort_arguments(
     settings: dict[str, Any],
+    config_names: Collection[str],
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -66,6 +67,7 @@ def sort_arguments(
 
     Args:
         settings: Keyword arguments of `Engine.from_pretrained`.
+        config_names: Fields of an engine's configuration.
         device: Asked for, `auto` if None.
         dtype: Asked for, `auto` if None.
 
@@ -80,20 +82,19 @@ def sort_arguments(
     if left.get("use_safetensors") is False:
         raise ValueError("use_safetensors=False: weights are read from safetensors files only.")
     sorted_out: list[dict[str, Any]] = []
-    own = tuple(field.name for field in fields(EngineConfig))
-    for names in (HUB_NAMES, MODEL_NAMES, own):
+    for names in (HUB_NAMES, MODEL_NAMES, config_names):
         sorted_out.append({name: left.pop(name) for name in names if name in left})
     for name, value in left.items():
         if name not in NO_OPS and value not in (None, False):
-            raise ValueError(_unknown(name, own))
+            raise ValueError(_unknown(name, config_names))
     hub, model, config = sorted_out
     return PretrainedArguments(hub, model, config, device, dtype)  # type: ignore[arg-type]
 
 
-def _unknown(name: str, own: tuple[str, ...]) -> str:
+def _unknown(name: str, config_names: Collection[str]) -> str:
     if name in INSTEAD:
         return f"{name} has no meaning here: {INSTEAD[name]}."
-    known = (*own, *HUB_NAMES, *MODEL_NAMES, "device", "dtype", "bundle")
+    known = (*config_names, *HUB_NAMES, *MODEL_NAMES, "device", "dtype", "bundle")
     near = get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(known))}."
     return f"Unknown argument {name}{hint}"
