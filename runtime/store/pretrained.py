@@ -49,9 +49,9 @@ class PretrainedArguments:
 
     hub: HubSettings
     model: dict[str, Any]
-    """Of `load_offloaded`, besides."""
+    """What `load_offloaded` takes besides."""
     config: dict[str, Any]
-    """Of an engine's configuration."""
+    """Fields of the engine's configuration."""
     device: str | torch.device
     dtype: str | torch.dtype
 
