@@ -172,6 +172,7 @@ def load_model(
     *,
     dtype: str = "auto",
     device: torch.device | str = "cpu",
+    device_map: str | None = None,
     **hub: Unpack[HubSettings],
 ) -> Any:
     """Load a model that writes text in eval mode, with its default experts implementation.
@@ -179,12 +180,15 @@ def load_model(
     Args:
         name: `bundled`, a local folder, or a Hub id.
         dtype: As `resolve_dtype` takes it.
-        device: Where the whole model goes.
+        device: Where the whole model goes, unless a map says it.
+        device_map: How its layers are spread over the host's GPUs (`auto`, `balanced`,
+            `sequential`), by accelerate.
         **hub: See `HubSettings`.
 
     Raises:
         FileNotFoundError: If a local path does not exist.
-        ValueError: If the model cannot be read; one line says why.
+        ValueError: If the model cannot be read, or the GPUs of a map cannot hold it; one line says
+            why.
     """
     weights_dtype = resolve_dtype(dtype)
     source = resolve_model(name, hub.get("subfolder", ""))
@@ -194,11 +198,35 @@ def load_model(
         find_weight_files(source, config, **settings)  # says what is wrong with a file, in one line
         try:
             model = auto_class(config, name).from_pretrained(
-                source, config=config, dtype=weights_dtype, use_safetensors=True, **settings
+                source,
+                config=config,
+                dtype=weights_dtype,
+                use_safetensors=True,
+                device_map=device_map,
+                **settings,
             )
-        except (OSError, RuntimeError, ValueError) as error:
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
             raise ValueError(_unreadable(name, error)) from error
-    return model.eval().requires_grad_(False).to(device)
+    model.eval().requires_grad_(False)
+    if device_map is None:
+        return model.to(device)
+    _require_no_offload(model, name)
+    return model
+
+
+def _require_no_offload(model: Any, name: str) -> None:
+    """Refuse a map that leaves part of a model to the host: accelerate copies that at every pass.
+
+    Raises:
+        ValueError: If it does; names the first such part.
+    """
+    places = getattr(model, "hf_device_map", None) or {}
+    on_host = [part for part, place in places.items() if str(place) in ("cpu", "disk", "meta")]
+    if on_host and len(on_host) < len(places):
+        raise ValueError(
+            f"The GPUs cannot hold {name}: {on_host[0]} and more would stay on the host. Give "
+            "--expert-slots instead, which keeps the experts there and fetches what is needed."
+        )
 
 
 def load_tokenizer(name: str, **hub: Unpack[HubSettings]) -> Any:

@@ -271,7 +271,8 @@ class DeviceDriver:
                 self.run.stats = stats
                 for tensor, value in zip(learnt, before, strict=True):
                     tensor.copy_(value)
-            graph.choose_variant = self._before_step
+            if isinstance(graph, DecodeGraph):  # other steps are counted by `begin_forward`
+                graph.choose_variant = self._before_step
             self._graph = graph
         return graph
 
