@@ -68,8 +68,12 @@ def loading_alone() -> Iterator[None]:
                 logging.enable_progress_bar()
 
 
-def resolve_model(name: str) -> str:
+def resolve_model(name: str, subfolder: str = "") -> str:
     """The folder or Hub id behind a model's name.
+
+    Args:
+        name: `bundled`, a local folder or a Hub id.
+        subfolder: Of the folder, that holds the model.
 
     Raises:
         FileNotFoundError: If it looks like a local path and there is none.
@@ -81,8 +85,13 @@ def resolve_model(name: str) -> str:
         return str(folder)
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"{path} holds no model: it has no config.json.")
+        if not (path / subfolder / "config.json").is_file():
+            has_adapter = (path / subfolder / "adapter_config.json").is_file()
+            what = ", but an adapter: load its base model, then" if has_adapter else ":"
+            how = " PeftModel.from_pretrained(engine.model, folder)" if has_adapter else ""
+            raise FileNotFoundError(
+                f"{path / subfolder} holds no model{what}{how or ' it has no config.json'}."
+            )
         return str(path)
     if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise FileNotFoundError(
@@ -141,7 +150,10 @@ def load_config(name: str, **hub: Unpack[HubSettings]) -> Any:
     from transformers import AutoConfig  # lazily: transformers' auto classes import scikit-learn
     from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 
-    source, settings = resolve_model(name), hub | {"revision": hub.get("revision") or "main"}
+    source, settings = (
+        resolve_model(name, hub.get("subfolder", "")),
+        hub | {"revision": hub.get("revision") or "main"},
+    )
     trusted = settings.pop("trust_remote_code", False)
     try:
         file = cached_file(source, CONFIG_NAME, **settings)
@@ -187,7 +199,8 @@ def load_model(
             why.
     """
     weights_dtype = resolve_dtype(dtype)
-    source, config = resolve_model(name), load_config(name, **hub)
+    source = resolve_model(name, hub.get("subfolder", ""))
+    config = load_config(name, **hub)
     settings = hub | {"revision": hub.get("revision") or "main"}
     with loading_alone():
         find_weight_files(source, config, **settings)  # says what is wrong with a file, in one line
@@ -237,7 +250,7 @@ def load_tokenizer(name: str, **hub: Unpack[HubSettings]) -> Any:
     """
     from transformers import AutoTokenizer
 
-    source = resolve_model(name)
+    source = resolve_model(name, hub.get("subfolder", ""))
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source, **(hub | {"revision": hub.get("revision") or "main"})
