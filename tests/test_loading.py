@@ -10,7 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import SUPPORTED, tiny_config, tiny_model
-from transformers import AutoModelForCausalLM, conversion_mapping
+from transformers import (
+    AutoModelForCausalLM,
+    conversion_mapping,
+)
 from transformers.core_model_loading import Interleave, Transpose, WeightConverter
 
 from foreroute.data.adapters.adapted import open_experts
