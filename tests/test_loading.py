@@ -13,6 +13,7 @@ from tiny_images import image_prompt
 from tiny_models import SUPPORTED, tiny_config, tiny_model
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     conversion_mapping,
 )
 from transformers.core_model_loading import Interleave, Transpose, WeightConverter
