@@ -40,6 +40,7 @@ from foreroute.runtime.device.prefill import StreamedPrefill
 from foreroute.runtime.device.residency import FETCH_BLOCKS, DeviceResidency
 from foreroute.runtime.device.run_state import DeviceRun
 from foreroute.runtime.device.sampling import decode_loop
+from foreroute.runtime.device.streams import borrow_stream
 from foreroute.runtime.look_ahead import LookAhead
 from foreroute.runtime.policies import find_policy
 from foreroute.runtime.policies.give_up import LOOK_AHEAD, ON_DEMAND
@@ -118,7 +119,7 @@ class DeviceDriver:
             rule=self._policy.device_rule(),
             form=form,
             predictor=DevicePredictor(ahead, offloaded.moe.model.dtype) if ahead else None,
-            ahead=torch.cuda.Stream(device=device, priority=-1),
+            ahead=borrow_stream(device, self, priority=-1),
             head_words=torch.zeros(1, dtype=torch.int32, device=device),
             num_whole=torch.zeros(1, dtype=torch.int32, device=device),
             trust=torch.full((2,), PRIOR_PREFETCHES, device=device),
