@@ -21,7 +21,7 @@ ANOTHER_KIND = (
 
 def main() -> None:
     """Print one table per model, the learning curves, and text of another kind."""
-    found = read_json(RESULTS)
+    found = read_json(RESULTS, dict)
     rows: list[dict[str, Any]] = found["rows"]
     for model, tested_on in (("bundled", CODE), ("12x64 top-8", CODE), ("12x64 top-8", PROSE)):
         chosen = [

@@ -381,7 +381,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def save(path: Path, rows: list[dict[str, Any]], curve: list[dict[str, Any]], device: str) -> None:
     """Replace the rows of the same key in the results file, keep the others."""
-    content = read_json(path) if path.is_file() else {"rows": [], "learning_curve": []}
+    content = read_json(path, dict) if path.is_file() else {"rows": [], "learning_curve": []}
     new = {tuple(row[name] for name in KEY) for row in rows}
     kept = [row for row in content["rows"] if tuple(row[name] for name in KEY) not in new]
     models = {row["model"] for row in curve}

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foreroute.estimators.console import run_command
+from foreroute.estimators.console import plain_console, run_command
 
 if TYPE_CHECKING:
     from foreroute.data.manifest import TraceManifest
@@ -20,11 +20,20 @@ ENGINE_FLAGS = ("bundle", "on_miss", "weights", "expert_slots")
 def main() -> None:
     """Entry point of the console script."""
     from foreroute.data.collect import collect_traces
+    from foreroute.data.recording_run import ShardsElsewhere
+    from foreroute.estimators.ranks import joined_ranks
 
     @functools.wraps(collect_traces)
     def command(**arguments: Any) -> None:
-        prepare_process()
-        show_traces(collect_traces(**arguments))
+        with joined_ranks() as ranks:
+            prepare_process(is_quiet=not ranks.is_first)
+            try:
+                traces = collect_traces(**arguments)
+            except ShardsElsewhere as problem:
+                logging.getLogger(__name__).info("%s", problem)
+                return
+            if ranks.is_first:
+                show_traces(traces)
 
     run_command("collect-traces", command)
 
@@ -141,19 +150,22 @@ def collect(
         show_traces(collect_from(engine.offloaded.moe, tokenizer, request))
 
 
-def prepare_process() -> None:
-    """Keep freed memory, and print what is logged."""
+def prepare_process(*, is_quiet: bool = False) -> None:
+    """Keep freed memory, and print what is logged.
+
+    Args:
+        is_quiet: Leave the printing to another process.
+    """
     from foreroute.data.allocator import keep_freed_memory
 
     keep_freed_memory()
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
-    logging.getLogger("foreroute").setLevel(logging.INFO)
+    logging.getLogger("foreroute").setLevel(logging.WARNING if is_quiet else logging.INFO)
 
 
 def show_traces(traces: Traces) -> None:
     """Print what finished traces hold, and last their folder."""
     import torch
-    from rich.console import Console
     from rich.table import Table
 
     from foreroute.data.layout import DECODE
@@ -177,7 +189,7 @@ def show_traces(traces: Traces) -> None:
     table = Table(show_header=False)
     for name, value in rows.items():
         table.add_row(name, value)
-    Console().print(table)
+    plain_console().print(table)
     print(traces.folder)
 
 
@@ -186,3 +198,7 @@ def _source_of(manifest: TraceManifest) -> str:
         return manifest.source
     given = manifest.speculation
     return f"generated under speculation ({given.on_miss}, {given.expert_slots} slots)"
+
+
+if __name__ == "__main__":
+    main()

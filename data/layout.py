@@ -131,6 +131,11 @@ def shard_layouts(
     return layouts
 
 
+def bytes_of(layout: Layout) -> int:
+    """Bytes of a file's tensors, without its header."""
+    return sum(stored.num_bytes for stored in layout.values())
+
+
 def shard_bytes(
     geometry: MoEGeometry,
     states_dtype: torch.dtype,
@@ -140,7 +145,4 @@ def shard_bytes(
 ) -> int:
     """Bytes that a shard takes at most, all its files together; arguments as `shard_layouts`."""
     layouts = shard_layouts(geometry, states_dtype, num_sequences, num_tokens, recorded)
-    return sum(
-        HEADER_BYTES + sum(stored.num_bytes for stored in layout.values())
-        for layout in layouts.values()
-    )
+    return sum(HEADER_BYTES + bytes_of(layout) for layout in layouts.values())

@@ -20,10 +20,9 @@ from foreroute.data.adapters import (
 )
 from foreroute.data.collection import Collection
 from foreroute.data.layout import Layout, shard_bytes, tokens_path
-from foreroute.data.manifest import MANIFEST_FILE, ShardEntry, TraceManifest
+from foreroute.data.manifest import ShardEntry, TraceManifest, read_manifest
 from foreroute.data.trace_writer import ShardRows
 from foreroute.data.traces import Traces
-from foreroute.estimators.artifacts import write_json
 from foreroute.estimators.byte_sizes import format_bytes
 from foreroute.estimators.types import LayerAnchors
 
@@ -105,19 +104,20 @@ class LiveTraces(Traces):
             )
         per_shard = min(manifest.shard_sequences, buffer_bytes // one // 2)
         manifest = dataclasses.replace(manifest, shard_sequences=per_shard)
-        collection = Collection(moe, tokenizer, manifest, folder)
-        prompts = list(collection.prompts(skip=0))
-        collection.prepare_readout()
+        prompts = list(Collection(moe, tokenizer, manifest, folder).prompts(skip=0))
         shards = tuple(_entries(manifest, len(prompts)))
         is_whole = sum(shard.num_tokens for shard in shards) >= manifest.tokens
         manifest = dataclasses.replace(
-            collection.begin(overwrite=overwrite).manifest,
+            manifest,
             live_sha256=_digest(prompts),
             shards=shards,
             is_complete=True,
             stop_reason="tokens-reached" if is_whole else "dataset-exhausted",
         )
-        write_json(folder / MANIFEST_FILE, manifest.to_dict())
+        collection = Collection(moe, tokenizer, manifest, folder)
+        collection.prepare_readout()
+        collection.begin(overwrite=overwrite)
+        manifest = read_manifest(folder)
         return cls(folder, manifest, moe.found_anchors, collection, prompts, buffer_bytes)
 
     @classmethod
@@ -143,7 +143,8 @@ class LiveTraces(Traces):
                 "Train again."
             )
         traces = cls(folder, manifest, anchors, collection, prompts, BUFFER_BYTES)
-        collection.prepare_readout(traces.readout_vectors)
+        is_read = "readout" in manifest.record
+        collection.prepare_readout(traces.readout_vectors() if is_read else None)
         return traces
 
     def _read_shard(

@@ -6,7 +6,10 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
@@ -34,18 +37,31 @@ def run_command(
     typed = list(arguments) if arguments is not None else None
     try:
         auto_cli(command, args=typed, prog=name, as_positional=False, parser_class=_parser_class())
-    except (
-        ValueError,
-        ImportError,
-        FileNotFoundError,
-        NotADirectoryError,
-        PermissionError,
-    ) as error:
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _fail(name, _of_system(error))
+    except (ValueError, ImportError) as error:
         _fail(name, str(error))
     except KeyboardInterrupt as stopped:
         hint = str(stopped) or "the same command goes on where it stopped."
         print(f"{name}: interrupted; {hint}", file=sys.stderr)
         sys.exit(INTERRUPTED_EXIT_CODE)
+
+
+def plain_console(*, stderr: bool = False) -> Console:
+    """A console that prints what it is given: brackets and colons in names are no markup."""
+    from rich.console import Console
+
+    return Console(markup=False, emoji=False, stderr=stderr)
+
+
+def _of_system(error: OSError) -> str:
+    """What the system refused, and where; as it is if it was raised by hand."""
+    if error.strerror is None or error.filename is None:
+        return str(error)
+    names = [str(path) for path in (error.filename, error.filename2) if path is not None]
+    return f"{' -> '.join(names)}: {error.strerror}."
 
 
 def _fail(name: str, message: str) -> NoReturn:

@@ -9,9 +9,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
+
+from foreroute.estimators.artifacts import Count
 
 GateFamily = Literal[
     "softmax-topk",
@@ -22,6 +25,12 @@ GateFamily = Literal[
     "other",
 ]
 NormKind = Literal["rms", "layer", "none"]
+MOST_EXPERTS = 32767
+"""Per layer: ids are stored as int16."""
+MOST_FEATURES = 1 << 20
+"""Larger hidden sizes than any model has are damage, not models."""
+MOST_LAYERS = 1 << 14
+"""The same of decoder layers."""
 InputKind = Literal[
     "router-input", "residual", "quasi-hidden", "attention-readout", "pre-attention"
 ]
@@ -58,6 +67,26 @@ class MoEGeometry:
     """Factor on all gate weights."""
     model_name: str = field(default="", compare=False)
     """What the user called the model (folder, Hub id or `bundled`); for messages only."""
+
+    def __post_init__(self) -> None:
+        """Check that the numbers fit each other.
+
+        Raises:
+            ValueError: If they do not describe a model.
+        """
+        layers = self.layer_indices
+        if not layers or layers[0] < 0 or any(b <= a for a, b in pairwise(layers)):
+            raise ValueError(f"expected ascending layer_indices, got {list(layers)[:9]}")
+        if not 1 <= self.top_k <= self.num_experts <= MOST_EXPERTS:
+            raise ValueError(
+                f"expected top_k of 1 to num_experts, and that to be at most {MOST_EXPERTS}, got "
+                f"{self.top_k} of {self.num_experts}"
+            )
+        if not 1 <= self.hidden_size <= MOST_FEATURES or layers[-1] > MOST_LAYERS:
+            raise ValueError(
+                f"expected hidden_size of 1 to {MOST_FEATURES} and layers up to {MOST_LAYERS}, got "
+                f"{self.hidden_size} and {layers[-1]}"
+            )
 
     @property
     def num_layers(self) -> int:
@@ -102,13 +131,8 @@ class MoEGeometry:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form; `from_dict` reverses it."""
+        """JSON-ready form, which `read_json` rebuilds."""
         return dataclasses.asdict(self) | {"layer_indices": list(self.layer_indices)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> MoEGeometry:
-        """Rebuild from `to_dict`'s output."""
-        return cls(**(values | {"layer_indices": tuple(values["layer_indices"])}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,11 +213,11 @@ class EstimatorSpec:
     """Name of a form in `foreroute.estimators.forms`."""
     input_kind: InputKind = "quasi-hidden"
     """State at the source layer that the estimator reads."""
-    horizon: int = 1
+    horizon: Count = 1
     """Distance from source to target layer, in MoE layers; 0 with `pre-attention` input only."""
-    rank: int = 32
+    rank: Count = 32
     """Rank of the correction (`low-rank` and `ridge` only)."""
-    width: int = 256
+    width: Count = 256
     """Hidden units (`mlp`, `mlp-free` and `shared-mlp` only)."""
     target_layers: tuple[int, ...] = ()
     """Decoder layer index of each predicted layer, ascending, length P."""
@@ -211,10 +235,5 @@ class EstimatorSpec:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form; `from_dict` reverses it."""
+        """JSON-ready form, which `read_json` rebuilds."""
         return dataclasses.asdict(self) | {"target_layers": list(self.target_layers)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> EstimatorSpec:
-        """Rebuild from `to_dict`'s output."""
-        return cls(**(values | {"target_layers": tuple(values["target_layers"])}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from foreroute.estimators.console import run_command
+from foreroute.estimators.console import plain_console, run_command
 from foreroute.estimators.expected_cost import FetchCosts
 from foreroute.export.bundle import BundleManifest
 
@@ -51,7 +51,6 @@ def export(
 
 def _print_table(manifest: BundleManifest) -> None:
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
 
     top_k, fitted = manifest.geometry.top_k, manifest.calibration
@@ -82,7 +81,7 @@ def _print_table(manifest: BundleManifest) -> None:
             manifest.specs[pair.stack].input_kind,
             *(f"{figure:.3f}" for figure in figures),
         )
-    Console().print(table)
+    plain_console().print(table)
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foreroute.estimators.console import run_command
+from foreroute.estimators.console import plain_console, run_command
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -149,11 +149,10 @@ def bench(
             int8 or int4.
         trust_remote_code: Run code that came with the checkpoint.
     """
-    from rich.console import Console
     from rich.progress import Progress
 
     from foreroute.data.adapters import discover, load_model, load_tokenizer, resolve_device
-    from foreroute.estimators.artifacts import package_versions, write_json
+    from foreroute.estimators.artifacts import package_versions, require_file_place, write_json
     from foreroute.export.bundle import load_bundle
     from foreroute.runtime import bench as measure
     from foreroute.runtime.config import EngineConfig, parse_slots
@@ -163,6 +162,7 @@ def bench(
 
     if min(num_prompts, prompt_tokens, repeats) < 1 or new_tokens < 8:
         raise ValueError("bench needs at least 1 prompt of 1 token, 1 repeat and 8 new tokens.")
+    require_file_place(json)
     target = resolve_device(device)
     loaded = load_bundle(bundle) if bundle else None
     require_room_for_whole(Source(name=model, dtype=dtype, trust_remote_code=trust_remote_code))
@@ -188,7 +188,7 @@ def bench(
         budget=budget,
         can_speculate=geometry.gate_family != "other",
     )
-    console = Console()
+    console = plain_console()
     with Progress(console=console) as progress:
         task = progress.add_task("stock", total=measure.num_ticks(modes, work))
 
@@ -238,12 +238,10 @@ def doctor(
         dtype: In which sizes are given: auto, float32, bfloat16 or float16.
         trust_remote_code: Run code that came with the checkpoint.
     """
-    from rich.console import Console
-
     from foreroute.runtime.doctor import diagnose, report
 
     found = diagnose(model, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
-    Console().print(report(found))
+    plain_console().print(report(found))
 
 
 def _sequences(tokenizer: Any, dataset: str, count: int, length: int) -> list[Tensor]:

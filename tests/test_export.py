@@ -142,7 +142,7 @@ def test_an_existing_bundle_is_not_overwritten(run, tmp_path) -> None:
 
 
 def test_traces_that_moved_can_be_pointed_to(run, tiny_traces, tmp_path) -> None:
-    plan = read_json(run / "run.json")
+    plan = read_json(run / "run.json", dict)
     write_json(run / "run.json", plan | {"traces": str(tmp_path / "gone")})
     with pytest.raises(FileNotFoundError, match="--traces"):
         export_estimator(run, tmp_path / "bundle")

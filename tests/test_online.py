@@ -156,7 +156,7 @@ def test_the_command_trains_without_traces_and_export_runs_the_model_again(
     main()
     printed = capsys.readouterr().out
     assert "none on the disk" in printed
-    metrics = read_json(tmp_path / "run" / "metrics.json")
+    metrics = read_json(tmp_path / "run" / "metrics.json", dict)
     assert metrics["num_held_out_tokens"] == 3 * 512
     assert isinstance(Traces.open(tmp_path / "run.live"), LiveTraces)
     manifest = export_estimator(tmp_path / "run", tmp_path / "bundle")

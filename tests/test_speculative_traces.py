@@ -1,13 +1,13 @@
 """Traces of a running engine: states that its speculation produced, routing of the true router."""
 
 import inspect
-import json
 
 import pytest
 import torch
 
 from foreroute.data.cli import ENGINE_FLAGS, collect
 from foreroute.data.collect import CollectRequest, collect_traces
+from foreroute.data.manifest import read_manifest
 from foreroute.data.traces import Traces
 from foreroute.estimators import EstimatorSpec
 from foreroute.estimators.console import run_command
@@ -102,8 +102,7 @@ def test_the_manifest_says_under_what_it_was_generated(arguments, bundle):
     assert len(manifest.speculation.bundle_sha256) == 64
     assert manifest.command.startswith("foreroute collect ")
     assert f"--bundle {bundle} --on-miss predicted" in manifest.command
-    written = json.loads((arguments["out"] / "manifest.json").read_text())
-    assert type(manifest).from_dict(written) == manifest
+    assert read_manifest(arguments["out"]) == manifest
 
 
 def test_an_early_readout_is_recorded_under_speculation_too(arguments):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from foreroute.estimators import InputKind
-from foreroute.estimators.console import run_command
+from foreroute.estimators.console import plain_console, run_command
 from foreroute.train.losses import LossName
 from foreroute.train.run import DeviceChoice, FitConfig, InitName
 
@@ -71,58 +71,60 @@ def train(
     from foreroute.data.manifest import read_manifest
     from foreroute.estimators import EstimatorSpec, parse_layers
     from foreroute.estimators.byte_sizes import format_bytes, parse_bytes
+    from foreroute.estimators.output import claim
     from foreroute.train.fit import train_estimator
     from foreroute.train.online import open_live_traces
 
     if (traces is None) == (model is None):
         raise ValueError("Give either --traces, or --model to train while a model runs.")
     source: Any = traces
-    buffer_bytes = None
-    if traces is not None:
-        geometry = read_manifest(traces).geometry
-    else:
-        assert model is not None
-        buffer_bytes = parse_bytes(buffer)
-        source = open_live_traces(
-            out,
-            model=model,
-            dataset=dataset,
-            tokens=tokens,
+    with claim(out):
+        buffer_bytes = None
+        if traces is not None:
+            geometry = read_manifest(traces).geometry
+        else:
+            assert model is not None
+            buffer_bytes = parse_bytes(buffer)
+            source = open_live_traces(
+                out,
+                model=model,
+                dataset=dataset,
+                tokens=tokens,
+                input_kind=input,
+                device=device,
+                buffer_bytes=buffer_bytes,
+                overwrite=overwrite,
+                resume=resume,
+            )
+            geometry = source.geometry
+        targets = parse_layers(layers, geometry, horizon)
+        spec = EstimatorSpec(
+            form=form,
             input_kind=input,
+            horizon=horizon,
+            rank=rank,
+            width=width,
+            target_layers=targets,
+        )
+        config = FitConfig(
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            loss=loss,
+            init=init,
+            kept_gain=kept_gain,
+            seed=seed,
+        )
+        metrics = train_estimator(
+            source,
+            spec,
+            config,
+            out,
             device=device,
-            buffer_bytes=buffer_bytes,
             overwrite=overwrite,
             resume=resume,
+            memory_bytes=buffer_bytes,
         )
-        geometry = source.geometry
-    targets = parse_layers(layers, geometry, horizon)
-    spec = EstimatorSpec(
-        form=form,
-        input_kind=input,
-        horizon=horizon,
-        rank=rank,
-        width=width,
-        target_layers=targets,
-    )
-    config = FitConfig(
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        loss=loss,
-        init=init,
-        kept_gain=kept_gain,
-        seed=seed,
-    )
-    metrics = train_estimator(
-        source,
-        spec,
-        config,
-        out,
-        device=device,
-        overwrite=overwrite,
-        resume=resume,
-        memory_bytes=buffer_bytes,
-    )
     _print_tables(metrics)
     if traces is None:
         print(
@@ -167,7 +169,6 @@ def _print_table(
 ) -> None:
     """Print one row per layer and a row of means; a column is a name, its values, their mean."""
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(
@@ -185,7 +186,7 @@ def _print_table(
         table.add_row(str(layer), *(f"{values[row]:.3f}" for _, values, _ in columns))
     table.add_section()
     table.add_row("mean", *(f"{mean:.3f}" for _, _, mean in columns))
-    Console().print(table)
+    plain_console().print(table)
 
 
 def main() -> None:

@@ -22,7 +22,9 @@ from foreroute.estimators import (
     default_budgets,
 )
 from foreroute.estimators.artifacts import read_json, sha256_of
+from foreroute.estimators.output import claim
 from foreroute.train.baselines import baseline_fields, build_baselines, build_stack
+from foreroute.train.checkpoints import WholeCheckpoints, require_whole
 from foreroute.train.choose import settle_pairs
 from foreroute.train.datamodule import RoutingDataModule, Shards
 from foreroute.train.measure import measure, predictor_of
@@ -79,25 +81,25 @@ def train_estimator(
     start = time.monotonic()
     chosen = choose_device(device)
     traces = source if isinstance(source, Traces) else Traces.open(source)
-    plan = plan_run(traces, spec, config)
-    vectors = train_default_vectors(traces, plan)
-    torch.manual_seed(config.seed)
-    stack = build_stack(traces, spec, vectors, chosen)
-    traces.read(stack.source_layers[0], 0, SOURCE_FIELDS[spec.input_kind])  # is it recorded?
-    traces.verify()
-    open_run(out, plan, overwrite=overwrite, resume=resume)
-    if (out / METRICS_NAME).is_file():
-        return read_json(out / METRICS_NAME)
-    fitted = fit_stack(stack, traces, plan, out, memory_bytes)
-    metrics = measure_run(stack, traces, plan, vectors, chosen)
-    metrics |= {
-        "form": spec.form,
-        "num_train_tokens": fitted.num_tokens,
-        "kept_shares": fitted.kept_shares,
-        "seconds": round(time.monotonic() - start, 1),
-    }
-    finish_run(out, stack, metrics)
-    return metrics
+    with claim(out):
+        plan = plan_run(traces, spec, config)
+        vectors = train_default_vectors(traces, plan)
+        torch.manual_seed(config.seed)
+        stack = build_stack(traces, spec, vectors, chosen)
+        traces.read(stack.source_layers[0], 0, SOURCE_FIELDS[spec.input_kind])  # is it recorded?
+        traces.verify()
+        open_run(out, plan, overwrite=overwrite, resume=resume, inputs=[traces.folder])
+        if (out / METRICS_NAME).is_file():
+            return read_json(out / METRICS_NAME, dict[str, Any])
+        fitted = fit_stack(stack, traces, plan, out, memory_bytes)
+        metrics = measure_run(stack, traces, plan, vectors, chosen)
+        metrics |= {
+            "form": spec.form,
+            "num_train_tokens": fitted.num_tokens,
+            "kept_shares": fitted.kept_shares,
+            "seconds": round(time.monotonic() - start, 1),
+        }
+        return finish_run(out, stack, metrics)
 
 
 def choose_device(device: DeviceChoice) -> torch.device:
@@ -246,6 +248,7 @@ def _run_trainer(
         max_epochs=epochs,
         logger=CSVLogger(out, name="logs"),
         callbacks=[keep_last],
+        plugins=[WholeCheckpoints()],
         num_sanity_val_steps=0,
         reload_dataloaders_every_n_epochs=1,
         log_every_n_steps=LOG_STEPS,
@@ -253,6 +256,8 @@ def _run_trainer(
         enable_progress_bar=show_progress,
     )
     resume_from = checkpoint if checkpoint.is_file() else None
+    if resume_from:
+        require_whole(resume_from)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
     except SystemExit as ended:  # Lightning's answer to Ctrl+C

@@ -10,7 +10,7 @@ from foreroute.data.live_traces import BUFFER_BYTES, LiveTraces
 from foreroute.data.manifest import MANIFEST_FILE
 from foreroute.data.traces import Traces
 from foreroute.estimators import InputKind
-from foreroute.estimators.artifacts import require_free
+from foreroute.estimators.output import claim, require_free
 
 RECORDED_FOR: dict[InputKind, str] = {
     "attention-readout": "readout",
@@ -63,8 +63,9 @@ def open_live_traces(
         record=RECORDED_FOR.get(input_kind, ""),
         overwrite=overwrite,
     )
-    require_free(out, overwrite=overwrite)
-    require_free(folder, overwrite=overwrite)
+    with claim(out), claim(folder):
+        require_free(out, "run", overwrite=overwrite, inputs=(model, dataset))
+        require_free(folder, "traces", overwrite=overwrite, inputs=(model, dataset))
     moe = discover(load_model(model, device=resolve_device(device)), model)
     return LiveTraces.begin(
         moe,

@@ -6,7 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from foreroute.estimators.artifacts import require_file_place, write_json
 from foreroute.estimators.byte_sizes import parse_bytes
+from foreroute.estimators.console import plain_console
 from foreroute.runtime.planning.machine import find_profile
 from foreroute.runtime.planning.model_size import ModelSize, measure_model
 from foreroute.runtime.planning.planner import PlanChoice, assumptions, command_line, plan_choices
@@ -32,16 +34,15 @@ def run_plan(
         FileNotFoundError: If there is no such model.
         ValueError: If something cannot be read.
     """
-    from rich.console import Console
-
     if context < 1:
         raise ValueError(f"context must be at least 1 token, not {context}.")
+    require_file_place(json)
     machine = find_profile(profile)
     size = measure_model(model, trust_remote_code=trust_remote_code)
     memory = {"gpu_bytes": parse_bytes(gpu_memory), "host_bytes": parse_bytes(host_memory)}
     choices = plan_choices(size, machine, **memory, context=context)
     notes = assumptions(size, machine, context)
-    console = Console()
+    console = plain_console()
     console.print(_table(size, choices))
     for note in notes:
         console.print(f"- {note}", soft_wrap=True)
@@ -94,9 +95,6 @@ def _verdict(model: ModelSize, choices: list[PlanChoice], gpu_memory: str, host_
 
 
 def _write(path: Path, model: ModelSize, choices: list[PlanChoice], notes: list[str]) -> None:
-    from foreroute.estimators.artifacts import write_json
-
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = [
         dataclasses.asdict(c) | {"fits": c.fits, "command": command_line(model, c)} for c in choices
     ]

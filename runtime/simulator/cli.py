@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from foreroute.data.routes import READERS, ReadOptions, Route, RouteReader, read_route
+from foreroute.estimators.artifacts import package_versions, require_file_place, write_json
+from foreroute.estimators.console import plain_console
 from foreroute.runtime.simulator.calibration import Calibration, margins_of
 from foreroute.runtime.simulator.predictions import Predictions, SimulatedPredictor
 
@@ -272,11 +274,11 @@ def run_simulate(**given: Any) -> None:
         FileNotFoundError: If there is no recording.
         ValueError: If something cannot be read or does not fit.
     """
-    from rich.console import Console
-
     from foreroute.estimators.byte_sizes import parse_bytes
     from foreroute.runtime.planning.machine import find_profile
 
+    if given["json"] is not None:
+        require_file_place(Path(given["json"]))
     profile = find_profile(given["profile"])
     options = ReadOptions(num_experts=given["num_experts"], prompt_tokens=given["prompt_tokens"])
     route = read_any(Path(given["routes"]), options)
@@ -293,10 +295,12 @@ def run_simulate(**given: Any) -> None:
         "warm_route": _warm_route(given["warm_start"], route, options),
     }
     rows = simulate_all(route, predictions, profile, settings, lists, given["horizon"])
-    console = Console()
+    console = plain_console()
     console.print(table(rows, route.describe()))
     console.print(f"Machine: {profile.describe()}", soft_wrap=True)
-    console.print(f"Predictor: {who}. Slots are filled from: {given['warm_start']}.", soft_wrap=True)
+    console.print(
+        f"Predictor: {who}. Slots are filled from: {given['warm_start']}.", soft_wrap=True
+    )
     if given["json"] is not None:
         _write(Path(given["json"]), rows, route, profile, who, given)
         console.print(str(given["json"]), soft_wrap=True)
@@ -359,9 +363,6 @@ def _write(
     who: str,
     given: dict[str, Any],
 ) -> None:
-    from foreroute.estimators.artifacts import package_versions, write_json
-
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "routes": route.describe(),
         "profile": profile.to_dict(),
