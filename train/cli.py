@@ -25,6 +25,7 @@ def train(
     horizon: int = 1,
     rank: int = 32,
     width: int = 256,
+    depth: int = 1,
     epochs: int = FitConfig.epochs,
     batch_size: int = FitConfig.batch_size,
     learning_rate: float = FitConfig.learning_rate,
@@ -51,12 +52,14 @@ def train(
             (collect-traces --record readout,layer-input).
         horizon: Distance from source to target layer, in MoE layers; 0 with pre-attention only.
         rank: Rank of the correction (low-rank and ridge only).
-        width: Hidden units (mlp, mlp-free and shared-mlp only).
+        width: Hidden units of a layer (mlp, mlp-free and shared-mlp only).
+        depth: Hidden layers (shared-mlp only).
         epochs: Passes over the training tokens.
         batch_size: Tokens per optimizer step.
         learning_rate: At the first step; follows a cosine to zero.
         loss: What training makes small: kl to the routers' distribution; boundary, kl and how far
-            soft membership in the top K is off; gate-mass, kl to the gate weights of the top K.
+            soft membership in the top K is off; gate-mass, kl to the gate weights of the top K;
+            bce, cross-entropy with which experts were chosen.
         init: Where low-rank starts: ridge (closed form), or zero (the next router alone).
         kept_gain: Share of the gain over the next router to keep when corrections are shrunk, which
             makes them hold on text of other kinds; 1 gives up nothing on text of this kind.
@@ -73,7 +76,7 @@ def train(
     from foreroute.estimators.byte_sizes import format_bytes, parse_bytes
     from foreroute.estimators.output import claim
     from foreroute.train.fit import train_estimator
-    from foreroute.train.online import open_live_traces
+    from foreroute.train.online import RECORDED_FOR, open_live_traces
 
     if (traces is None) == (model is None):
         raise ValueError("Give either --traces, or --model to train while a model runs.")
@@ -90,7 +93,7 @@ def train(
                 model=model,
                 dataset=dataset,
                 tokens=tokens,
-                input_kind=input,
+                record=RECORDED_FOR.get(input, ""),
                 device=device,
                 buffer_bytes=buffer_bytes,
                 overwrite=overwrite,
@@ -104,6 +107,7 @@ def train(
             horizon=horizon,
             rank=rank,
             width=width,
+            depth=depth,
             target_layers=targets,
         )
         config = FitConfig(

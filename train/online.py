@@ -26,7 +26,7 @@ def open_live_traces(
     model: str,
     dataset: str,
     tokens: int,
-    input_kind: InputKind,
+    record: str = "",
     device: str = "auto",
     buffer_bytes: int = BUFFER_BYTES,
     overwrite: bool = False,
@@ -42,7 +42,7 @@ def open_live_traces(
         model: `bundled`, a local folder or a Hub id.
         dataset: As `collect-traces` takes it.
         tokens: Tokens to train on and to measure by, all together.
-        input_kind: What the estimators read.
+        record: Optional trace fields to record, a comma list; `RECORDED_FOR` has an input's.
         device: auto, cpu or cuda.
         buffer_bytes: Most bytes of shards in memory.
         overwrite: Replace the folder of another run.
@@ -60,7 +60,7 @@ def open_live_traces(
         model=model,
         dataset=dataset,
         tokens=tokens,
-        record=RECORDED_FOR.get(input_kind, ""),
+        record=record,
         overwrite=overwrite,
     )
     with claim(out), claim(folder):
