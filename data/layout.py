@@ -20,7 +20,9 @@ ANCHOR_TENSORS = ("router_weight", "router_bias", "norm_weight", "norm_bias")
 READOUT_VECTORS = "readout_vectors"
 SUM_TENSORS = ("expert_output_sum", "expert_count")
 HEADER_BYTES = 1024
-"""What a safetensors file of ours holds besides its tensors, at most."""
+"""What a safetensors file of ours holds besides its tensors, about."""
+MOST_HEADER_BYTES = 1 << 14
+"""And at most."""
 
 
 class Stored(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from foreroute.data.layout import (
-    HEADER_BYTES,
+    MOST_HEADER_BYTES,
     OPTIONAL_FIELDS,
     bytes_of,
     layer_path,
@@ -242,7 +242,7 @@ class TraceManifest:
                 for name in sorted({*shard.sha256, *shard.file_bytes, *layouts})
                 if name not in layouts
                 or name not in shard.sha256
-                or not 0 <= shard.file_bytes.get(name, -1) - layouts[name] <= HEADER_BYTES
+                or not 0 <= shard.file_bytes.get(name, -1) - layouts[name] <= MOST_HEADER_BYTES
             ),
             "",
         )

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from foreroute.estimators.artifacts import Count
+from foreroute.estimators.fingerprint import is_same_checkpoint
 
 GateFamily = Literal[
     "softmax-topk",
@@ -60,7 +61,7 @@ class MoEGeometry:
     hidden_size: int
     """D, width of the router's input."""
     router_fingerprint: str
-    """sha256 over all router weights, rounded to bfloat16, in layer order: names the checkpoint."""
+    """Names the checkpoint, whatever dtype it is loaded in: `fingerprint_of` its routers."""
     gate_family: GateFamily = field(default="other", compare=False)
     """How gate weights follow from router logits, as verified on the model."""
     gate_scale: float = field(default=1.0, compare=False)
@@ -125,7 +126,9 @@ class MoEGeometry:
         Raises:
             ValueError: If the two differ; the message describes both.
         """
-        if self != other:
+        rounded = dataclasses.replace(self, router_fingerprint=other.router_fingerprint)
+        near = is_same_checkpoint(self.router_fingerprint, other.router_fingerprint)
+        if rounded != other or not near:
             raise ValueError(
                 f"{what} made for {self.describe()}; this model is {other.describe()}. {remedy}"
             )
