@@ -12,6 +12,7 @@ from torch import Tensor
 
 from foreroute.data.collection import Collection
 from foreroute.data.manifest import REMEDY, ShardEntry, read_manifest
+from foreroute.data.packing import TokenSequence
 from foreroute.data.prompt_file import PromptFile
 from foreroute.data.trace_writer import (
     PENDING,
@@ -73,7 +74,7 @@ class _RecordingRun:
     def __init__(self, collection: Collection, ranks: Ranks, held: contextlib.ExitStack) -> None:
         self._collection, self._ranks, self._held = collection, ranks, held
         self._out = collection.out
-        self._prompts: PromptFile | Iterator[list[int]] | None = None
+        self._prompts: PromptFile | Iterator[TokenSequence] | None = None
 
     def run(self, byte_limit: int | None, *, overwrite: bool) -> Traces:
         """See `run_collection`."""
@@ -162,7 +163,7 @@ class _RecordingRun:
 
     def _shards(
         self, writer: TraceWriter, num_shards: int
-    ) -> tuple[Iterable[tuple[int, list[list[int]]]], int | None]:
+    ) -> tuple[Iterable[tuple[int, list[TokenSequence]]], int | None]:
         """The shards that this process records, and how many there are in all if that is known."""
         ranks, prompts = self._ranks, self._prompts
         if not isinstance(prompts, PromptFile):

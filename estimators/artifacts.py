@@ -121,6 +121,15 @@ def parse_json(text: bytes, schema: type[Built], name: str, remedy: str = "") ->
         raise ValueError(f"{name} is damaged ({error}). {remedy}".strip()) from error
 
 
+def from_values(values: Any, schema: type[Built]) -> Built:
+    """Rebuild an object from its JSON-ready form in memory.
+
+    Raises:
+        ValueError: If a value is none that the schema allows; names the field.
+    """
+    return msgspec.convert(values, schema, dec_hook=_build_range)
+
+
 def read_versioned(path: Path, version: int, schema: type[Built], remedy: str) -> Built:
     """Read a manifest that states its format version.
 

@@ -430,6 +430,7 @@ def main() -> None:
     """Entry point of `foreroute`."""
     from foreroute.data.cli import collect
     from foreroute.export.report.cli import report
+    from foreroute.runtime.serving.cli import serve
 
     run_command(
         "foreroute",
@@ -442,6 +443,7 @@ def main() -> None:
             "plan": plan,
             "profile": profile,
             "report": report,
+            "serve": serve,
         },
     )
 

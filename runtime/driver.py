@@ -83,7 +83,7 @@ class Driver(Protocol):
         """What else transformers' `generate` is called with, to decode in this driver's way.
 
         Args:
-            settings: The arguments of `generate` so far.
+            settings: What `generate` was asked for: its arguments, else its config's fields.
             streamer: Gets the tokens.
         """
         ...

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import logging
+import weakref
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from foreroute.data.adapters import routed_through
-from foreroute.data.adapters.seam import SEAM_NAME
+from foreroute.data.adapters.seam import is_taken_over
 from foreroute.estimators.stack import EstimatorStack
 from foreroute.export.bundle import load_bundle
 from foreroute.runtime.config import EngineConfig
@@ -124,8 +127,12 @@ class Engine:
         """Slots per MoE layer; the mean where layers have different ones."""
         return round(sum(self.slots_per_layer) / len(self.slots_per_layer))
 
+    @property
+    def _experts(self) -> list[nn.Module]:
+        return [layer.experts for layer in self.offloaded.moe.layers]
+
     def _attach(self) -> None:
-        if self.model.get_experts_implementation() == {"": SEAM_NAME}:
+        if any(map(is_taken_over, self._experts)):
             raise ValueError("This model is attached to another engine; close that one first.")
         moe_layers = self.offloaded.moe.layers
         handlers = {m.experts: own for m, own in zip(moe_layers, self.driver.layers, strict=True)}
@@ -133,6 +140,26 @@ class Engine:
         self.driver.attach(self._attachments)
         handle = self.model.register_forward_pre_hook(self._begin_forward, with_kwargs=True)
         self._attachments.callback(handle.remove)
+        self._lend_generate()
+
+    def _lend_generate(self) -> None:
+        """Let `model.generate` be the engine's, for whoever is handed the model alone."""
+        lent = weakref.WeakMethod(self.generate)
+
+        @functools.wraps(self._own_generate)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            run = lent()
+            if run is None:
+                raise RuntimeError("The engine of this model is gone. Make a new engine.")
+            return run(*args, **kwargs)
+
+        self.model.generate = generate
+        self._attachments.callback(delattr, self.model, "generate")
+
+    @property
+    def _own_generate(self) -> Any:
+        """The model's own `generate`, as its class has it."""
+        return functools.partial(type(self.model).generate, self.model)
 
     def _begin_forward(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = args[0] if args else kwargs.get("input_ids")
@@ -143,20 +170,23 @@ class Engine:
         with self._must_really_run(), torch.no_grad():
             return self.model(*args, **kwargs)
 
-    def generate(self, *args: Any, streamer: Any = None, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate tokens; takes what transformers' `generate` takes and returns what it returns.
 
-        Inputs are moved to the engine's device. Times go into `stats()` (not with beam search,
-        which hands out no tokens while it runs).
+        While the engine is attached, `engine.model.generate` is this. Inputs are moved to the
+        engine's device. Times go into `stats()` (not with beam search, which hands out no tokens
+        while it runs).
         """
-        args = tuple(self._on_device(value) for value in args)
-        kwargs = {name: self._on_device(value) for name, value in kwargs.items()}
-        kwargs.setdefault("disable_compile", True)  # the host decides between layers
-        if not _uses_beams(kwargs):
-            streamer = TimingStreamer(self.driver.run.stats, streamer)
-            kwargs |= self.driver.decoding(kwargs, streamer)
+        names = inspect.signature(self._own_generate).parameters
+        given = dict(zip(names, args, strict=False)) | kwargs
+        given = {name: self._on_device(value) for name, value in given.items()}
+        given.setdefault("disable_compile", True)  # the host decides between layers
+        asked = _asked_of(self.model, given)
+        if asked.get("num_beams", 1) == 1:
+            given["streamer"] = TimingStreamer(self.driver.run.stats, given.get("streamer"))
+            given |= self.driver.decoding(asked, given["streamer"])
         with self._must_really_run():
-            return self.model.generate(*args, streamer=streamer, **kwargs)
+            return self._own_generate(**given)
 
     def _on_device(self, value: Any) -> Any:
         return value.to(self.device) if isinstance(value, Tensor) else value
@@ -165,11 +195,11 @@ class Engine:
     def _must_really_run(self) -> Any:
         """Fail if the model's experts went past the engine."""
         before = [layer.num_calls for layer in self.driver.layers]
-        implementations = set(self.model.get_experts_implementation().values())
-        if implementations != {SEAM_NAME}:
+        if not all(map(is_taken_over, self._experts)):
+            set_to = sorted(set(map(str, self.model.get_experts_implementation().values())))
             raise RuntimeError(
                 f"The model's experts do not go through foreroute any more (they are set to "
-                f"{', '.join(sorted(map(str, implementations)))}). Make a new engine."
+                f"{', '.join(set_to)}). Make a new engine."
             )
         yield
         idle = [
@@ -230,7 +260,11 @@ def _make_driver(
     return HostDriver(offloaded, config, slots_per_layer, ahead)
 
 
-def _uses_beams(settings: dict[str, Any]) -> bool:
-    """Whether the arguments of `generate` ask for beam search."""
-    config = settings.get("generation_config")
-    return int(settings.get("num_beams") or getattr(config, "num_beams", None) or 1) > 1
+def _asked_of(model: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """What a call of `generate` asks for: by its arguments, else its config, else the model's."""
+    configs = (model.generation_config, given.get("generation_config"), given)
+    asked: dict[str, Any] = {}
+    for config in configs:
+        values = config if isinstance(config, dict) else vars(config) if config else {}
+        asked |= {name: value for name, value in values.items() if value is not None}
+    return asked

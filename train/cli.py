@@ -16,6 +16,7 @@ def train(
     traces: Path | None = None,
     out: Path,
     model: str | None = None,
+    revision: str | None = None,
     dataset: str = "python-stdlib",
     tokens: int = 200_000,
     buffer: str = "1GiB",
@@ -43,6 +44,7 @@ def train(
         traces: Folder that collect-traces wrote; without it, give --model.
         out: Folder of the run, made new.
         model: Train while this model runs, and store nothing of it: bundled, a folder or a Hub id.
+        revision: Branch, tag or commit of a Hub id, for that model and its tokenizer.
         dataset: Text that model runs on, as collect-traces takes it.
         tokens: Tokens of it, to train on and to measure by.
         buffer: Most memory for its states; the model runs again over what does not fit.
@@ -91,6 +93,7 @@ def train(
             source = open_live_traces(
                 out,
                 model=model,
+                revision=revision,
                 dataset=dataset,
                 tokens=tokens,
                 record=RECORDED_FOR.get(input, ""),

@@ -24,6 +24,7 @@ def open_live_traces(
     out: Path,
     *,
     model: str,
+    revision: str | None = None,
     dataset: str,
     tokens: int,
     record: str = "",
@@ -40,6 +41,7 @@ def open_live_traces(
     Args:
         out: Folder of the run; manifest and anchors, which export needs, go beside it.
         model: `bundled`, a local folder or a Hub id.
+        revision: Branch, tag or commit of a Hub id, for weights and tokenizer.
         dataset: As `collect-traces` takes it.
         tokens: Tokens to train on and to measure by, all together.
         record: Optional trace fields to record, a comma list; `RECORDED_FOR` has an input's.
@@ -58,6 +60,7 @@ def open_live_traces(
     request = CollectRequest(
         out=folder,
         model=model,
+        revision=revision,
         dataset=dataset,
         tokens=tokens,
         record=record,
@@ -66,10 +69,11 @@ def open_live_traces(
     with claim(out), claim(folder):
         require_free(out, "run", overwrite=overwrite, inputs=(model, dataset))
         require_free(folder, "traces", overwrite=overwrite, inputs=(model, dataset))
-    moe = discover(load_model(model, device=resolve_device(device)), model)
+    loaded = load_model(model, device=resolve_device(device), revision=revision)
+    moe = discover(loaded, model)
     return LiveTraces.begin(
         moe,
-        load_tokenizer(model),
+        load_tokenizer(model, revision=revision),
         request.manifest(moe),
         folder,
         buffer_bytes=buffer_bytes,

@@ -12,6 +12,7 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 
+from foreroute.data.adapters.model_class import auto_class, writing_part
 from foreroute.data.adapters.weight_files import find_weight_files
 
 BUNDLED = "bundled"
@@ -117,7 +118,7 @@ def resolve_device(name: str | torch.device) -> torch.device:
 
 
 def load_config(name: str, **hub: Unpack[HubSettings]) -> Any:
-    """The configuration of a causal language model.
+    """The configuration of a model that writes text.
 
     Args:
         name: `bundled`, a local folder, or a Hub id.
@@ -125,7 +126,7 @@ def load_config(name: str, **hub: Unpack[HubSettings]) -> Any:
 
     Raises:
         ValueError: If it is missing, its architecture is unknown to this transformers, or
-            transformers has no causal language model for it.
+            transformers has no model of it that writes text.
     """
     from transformers import AutoConfig  # lazily: transformers' auto classes import scikit-learn
 
@@ -136,29 +137,9 @@ def load_config(name: str, **hub: Unpack[HubSettings]) -> Any:
         )
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(_unreadable(name, error)) from error
-    require_causal_lm(config, name)
+    config = writing_part(config)
+    auto_class(config, name)  # or it raises
     return config
-
-
-def require_causal_lm(config: Any, name: str) -> None:
-    """Refuse a model that transformers does not build with AutoModelForCausalLM.
-
-    Args:
-        config: The model's.
-        name: What the user calls it, for the message.
-
-    Raises:
-        ValueError: If it is for images, translation or another task.
-    """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    brings_own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if brings_own or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return
-    raise ValueError(
-        f"{name} ({config.model_type}) is not supported: transformers has no AutoModelForCausalLM "
-        "for it (models that also take images or speech are often of another class)."
-    )
 
 
 def load_model(
@@ -168,7 +149,7 @@ def load_model(
     device: torch.device | str = "cpu",
     **hub: Unpack[HubSettings],
 ) -> Any:
-    """Load a causal language model in eval mode, with its default experts implementation.
+    """Load a model that writes text in eval mode, with its default experts implementation.
 
     Args:
         name: `bundled`, a local folder, or a Hub id.
@@ -181,14 +162,12 @@ def load_model(
         ValueError: If the model cannot be read; one line says why.
     """
     weights_dtype = resolve_dtype(dtype)
-    from transformers import AutoModelForCausalLM
-
     source, config = resolve_model(name), load_config(name, **hub)
     settings = hub | {"revision": hub.get("revision") or "main"}
     with loading_alone():
         find_weight_files(source, config, **settings)  # says what is wrong with a file, in one line
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model = auto_class(config, name).from_pretrained(
                 source, config=config, dtype=weights_dtype, use_safetensors=True, **settings
             )
         except (OSError, RuntimeError, ValueError) as error:
@@ -204,19 +183,25 @@ def load_tokenizer(name: str, **hub: Unpack[HubSettings]) -> Any:
         **hub: See `HubSettings`.
 
     Raises:
-        ValueError: If there is none.
+        FileNotFoundError: If a local path does not exist.
+        ValueError: If there is none, or it cannot be read; one line says why.
     """
     from transformers import AutoTokenizer
 
     source = resolve_model(name)
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             source, **(hub | {"revision": hub.get("revision") or "main"})
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # damaged files end in exceptions of every kind
         raise ValueError(
             f"{name} has no tokenizer that can be read: {_first_line(error)}"
         ) from error
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        # What transformers makes for some models where there are no files: no text has any tokens.
+        files = ", ".join(tokenizer.vocab_files_names.values())
+        raise ValueError(f"{name} has no tokenizer: none of its files ({files}) is there.")
+    return tokenizer
 
 
 def _unreadable(name: str, error: Exception) -> str:

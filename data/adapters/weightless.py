@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from foreroute.data.adapters.model_class import auto_class
 from foreroute.data.adapters.seam import is_experts_module
 
 SHAPES_ATTRIBUTE = "_foreroute_shapes"
@@ -47,14 +48,12 @@ def outline(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False)
     Raises:
         ValueError: If transformers cannot build a model from it.
     """
-    from transformers import AutoModelForCausalLM  # lazily: it imports scikit-learn
-
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         del config.quantization_config
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = auto_class(config).from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
     except (TypeError, AttributeError, KeyError, IndexError) as error:

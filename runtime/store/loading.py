@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from foreroute.data.adapters import MoEModel, discover
@@ -105,7 +104,7 @@ def fill_store(store: HostExpertStore, moe: MoEModel, checkpoint: Checkpoint) ->
 
 @contextlib.contextmanager
 def _byte_progress(what: str, num_bytes: int) -> Iterator[Progress]:
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
