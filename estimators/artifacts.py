@@ -27,6 +27,8 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 PARTIAL_SUFFIX = ".partial"
 MOST_JSON_BYTES = 1 << 28
 """Larger files are not JSON of ours."""
+MOST_SAID = 300
+"""Characters of another library's message about a damaged file, which may repeat its content."""
 VERSIONED_PACKAGES = ("foreroute", "torch", "transformers", "datasets", "lightning", "safetensors")
 
 
@@ -118,7 +120,7 @@ def parse_json(text: bytes, schema: type[Built], name: str, remedy: str = "") ->
     try:
         return msgspec.json.decode(text, type=schema, dec_hook=_build_range)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OverflowError) as error:
-        raise ValueError(f"{name} is damaged ({error}). {remedy}".strip()) from error
+        raise ValueError(f"{name} is damaged ({str(error)[:MOST_SAID]}). {remedy}".strip()) from error
 
 
 def from_values(values: Any, schema: type[Built]) -> Built:
@@ -188,6 +190,28 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         partial.chmod(mode)
 
 
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file; whatever is wrong with it is one line."""
+    _require_regular(path)
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError, RuntimeError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({str(error)[:MOST_SAID]}). Make it again.") from error
+
+
+def tensor_names(path: Path) -> list[str]:
+    """The names of a safetensors file's tensors.
+
+    Raises:
+        ValueError: If the file is damaged; the message names it.
+        FileNotFoundError: If there is no such file.
+    """
+    with _opened(path) as file:
+        return list(file.keys())
+
+
 def read_tensors(path: Path, names: tuple[str, ...] | None = None) -> dict[str, Tensor]:
     """Read all (or the named) tensors of a safetensors file, on the CPU.
 
@@ -195,12 +219,8 @@ def read_tensors(path: Path, names: tuple[str, ...] | None = None) -> dict[str, 
         ValueError: If the file is damaged or lacks a tensor; the message names it.
         FileNotFoundError: If there is no such file.
     """
-    _require_regular(path)
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in names or tuple(file.keys())}
-    except (SafetensorError, OSError, RuntimeError, TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"{path} is damaged ({error}). Make it again.") from error
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in names or tuple(file.keys())}
 
 
 def require_finite(tensors: Mapping[str, Tensor], path: Path, remedy: str) -> None:

@@ -312,9 +312,9 @@ def _clear_leftovers(real: Path) -> None:
 
 
 def _is_hardly_begun(folder: Path) -> bool:
-    """Whether a folder holds nothing but, perhaps, a mark of which nothing is written yet."""
-    files = list(folder.iterdir())
-    return all(f.name.startswith(COMMAND_FILE) and not f.stat().st_size for f in files)
+    """Whether a folder holds nothing but, perhaps, a mark that did not get its name."""
+    unfinished = f"{COMMAND_FILE}{PARTIAL_SUFFIX}-"
+    return all(entry.name.startswith(unfinished) for entry in folder.iterdir())
 
 
 def _remove(folder: Path) -> None:

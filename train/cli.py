@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +78,18 @@ def train(
     from foreroute.estimators import EstimatorSpec, parse_layers
     from foreroute.estimators.byte_sizes import format_bytes, parse_bytes
     from foreroute.estimators.output import claim
-    from foreroute.train.fit import train_estimator
+    from foreroute.estimators.ranks import joined_ranks
+    from foreroute.train.fit import LIVE_IS_ALONE, train_estimator
     from foreroute.train.online import RECORDED_FOR, open_live_traces
 
     if (traces is None) == (model is None):
         raise ValueError("Give either --traces, or --model to train while a model runs.")
     source: Any = traces
-    with claim(out):
+    with contextlib.ExitStack() as held:
+        ranks = held.enter_context(joined_ranks())
+        if model is not None and not ranks.is_alone:
+            raise ValueError(LIVE_IS_ALONE)
+        ranks.first(lambda: held.enter_context(claim(out)))
         buffer_bytes = None
         if traces is not None:
             geometry = read_manifest(traces).geometry
@@ -132,6 +138,8 @@ def train(
             resume=resume,
             memory_bytes=buffer_bytes,
         )
+    if not ranks.is_first:
+        return
     _print_tables(metrics)
     if traces is None:
         print(

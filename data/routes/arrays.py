@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -10,11 +11,10 @@ from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
 
 from foreroute.data.routes.assemble import ReadOptions, route_of
 from foreroute.data.routes.route import Route
-from foreroute.estimators.artifacts import read_tensors
+from foreroute.estimators.artifacts import read_tensors, tensor_names
 
 SUFFIXES = (".npy", ".npz", ".safetensors")
 NAME = "routed_experts"
@@ -39,7 +39,7 @@ def read_arrays(path: Path, options: ReadOptions) -> Route:
     try:
         return route_of(path, _READ[path.suffix](path), options)
     except UNREADABLE as error:
-        raise ValueError(f"{path} cannot be read as an array: {error}") from error
+        raise ValueError(f"{path} cannot be read as an array: {str(error)[:200]}") from error
 
 
 UNREADABLE = (
@@ -53,7 +53,8 @@ UNREADABLE = (
     MemoryError,  # of a header's nesting: sizes are checked before anything is read
     NotImplementedError,
     RuntimeError,
-    UnicodeDecodeError,
+    ValueError,
+    tokenize.TokenError,
     zipfile.BadZipFile,
     zlib.error,
 )
@@ -77,8 +78,7 @@ def _read_npz(path: Path) -> Ids:
 
 
 def _read_safetensors(path: Path) -> Ids:
-    with safe_open(path, "np") as file:
-        name = _wanted(path, list(file.keys()))
+    name = _wanted(path, tensor_names(path))
     return read_tensors(path, (name,))[name].numpy()
 
 
