@@ -440,7 +440,7 @@ def main() -> int:
     with results.phase("train model"):
         if not (folder / "training.json").is_file():
             train_model(args, folder)
-    training = read_json(folder / "training.json", dict)
+    training = read_json(folder / "training.json")
     results.set(model=training["model"], loss=training["loss"])
     run = {k: training["training"][k] for k in ("steps", "tokens", "epochs", "tokens_per_second")}
     print(f"model: {training['model']['num_parameters']:,} parameters, {run}", flush=True)

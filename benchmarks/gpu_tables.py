@@ -42,7 +42,7 @@ def print_table(header: list[str], lines: list[list[str]]) -> None:
 def main() -> None:
     """All tables."""
     groups: dict[tuple[str, int], list[Row]] = defaultdict(list)
-    for row in read_json(RESULTS / "decode_gpu.json", dict)["rows"]:
+    for row in read_json(RESULTS / "decode_gpu.json")["rows"]:
         groups[row["shape"], row["batch"]].append(row)
     for (shape, batch), rows in groups.items():
         print(f"### {shape}, batch {batch}\n")
@@ -54,7 +54,7 @@ def main() -> None:
             measured = [megabytes, f"{row['hit_rate']:.3f}", f"{floor:.1f}", str(row["tokens"])]
             lines.append(common_cells(row, rows) + measured)
         print_table([*COMMON, "MB/token", "hit rate", "floor", "tokens"], lines)
-    rows = read_json(RESULTS / "end_to_end_gpu.json", dict)["rows"]
+    rows = read_json(RESULTS / "end_to_end_gpu.json")["rows"]
     lines = []
     for row in rows:
         megabytes = [f"{row[n] / 1e6:.1f}" for n in ("bytes_per_token", "wasted_bytes_per_token")]
@@ -62,7 +62,7 @@ def main() -> None:
         lines.append([*common_cells(row, rows), f"{row['ttft_ms']:.0f}", *megabytes, hit_rate])
     print(f"### {rows[0]['shape']}\n")
     print_table([*COMMON, "TTFT", "MB/token", "wasted MB", "hit rate"], lines)
-    rows = read_json(RESULTS / "ttft_gpu.json", dict)["rows"]
+    rows = read_json(RESULTS / "ttft_gpu.json")["rows"]
     lines = []
     for row in rows:
         times = [f"{row['ttft_ms']:.0f}", f"{row['x_resident']:.1f}"]

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, overload
 
 import msgspec
 import torch
@@ -89,13 +89,28 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         partial.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def read_json(path: Path, schema: type[Built], remedy: str = "Make it again.") -> Built:
+def write_text(path: Path, text: str) -> None:
+    """Write text so that a reader never sees half of it; its folder exists."""
+    with new_file(path) as partial:
+        partial.write_text(text)
+
+
+@overload
+def read_json(path: Path) -> dict[str, Any]: ...
+
+
+@overload
+def read_json(path: Path, schema: type[Built], remedy: str = ...) -> Built: ...
+
+
+def read_json(path: Path, schema: Any = dict[str, Any], remedy: str = "Make it again.") -> Any:
     """Read JSON of a known form.
 
     Args:
         path: A regular file.
         schema: What it must hold: a dataclass, whose own checks are made too, a TypedDict, or any
-            other annotation. Fields that the schema does not know are passed over.
+            other annotation; any object if it is left out. Fields that it does not know are passed
+            over.
         remedy: What the user can do about a file that cannot be read, one sentence.
 
     Raises:
@@ -120,7 +135,9 @@ def parse_json(text: bytes, schema: type[Built], name: str, remedy: str = "") ->
     try:
         return msgspec.json.decode(text, type=schema, dec_hook=_build_range)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OverflowError) as error:
-        raise ValueError(f"{name} is damaged ({str(error)[:MOST_SAID]}). {remedy}".strip()) from error
+        raise ValueError(
+            f"{name} is damaged ({str(error)[:MOST_SAID]}). {remedy}".strip()
+        ) from error
 
 
 def from_values(values: Any, schema: type[Built]) -> Built:

@@ -31,12 +31,14 @@ from foreroute.estimators.artifacts import (
 if sys.platform != "win32":
     import fcntl
 
-OutputKind = Literal["traces", "run", "bundle", "report"]
+OutputKind = Literal["traces", "run", "bundle", "report", "comparison", "trace set"]
 OWN_NAMES: dict[OutputKind, tuple[str, ...]] = {
-    "traces": ("manifest.json", "*.safetensors", "prompts.json", "tokens", "layer_*", "pending"),
+    "traces": ("manifest.json", "*.safetensors", "tokens", "layer_*", "pending"),
     "run": ("run.json", "metrics.json", "*.safetensors", "checkpoints", "logs", "parts"),
-    "bundle": ("manifest.json", "*.safetensors", "README.md"),
+    "bundle": ("manifest.json", "*.safetensors"),
     "report": ("index.html", "report.json", "*.png"),
+    "comparison": ("*.json", "truth", "rows", "predictions", "traces*", "*.html", "*.png"),
+    "trace set": ("README.md", "*.json", "*.safetensors", "*.parquet"),
 }
 """What a folder of each kind holds; one that holds anything else is never replaced."""
 COMMAND_FILE = "command.txt"

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from foreroute.data.manifest import MANIFEST_FILE
+from foreroute.data.opening import open_traces
 from foreroute.data.traces import Traces
 from foreroute.estimators.artifacts import sha256_of
 from foreroute.estimators.calibration import uncalibrated
@@ -22,10 +23,10 @@ from foreroute.export.bundle import (
     save_manifest,
 )
 from foreroute.export.choose import Choice, choose
-from foreroute.train.calibrate import split_held_out
 from foreroute.train.measure import Probabilities, judge, measure, predictor_of
 from foreroute.train.run import FinishedRun, load_run
 from foreroute.train.shards import PairedShards
+from foreroute.train.split import split_held_out
 
 RECALL_TOLERANCE = 1e-3
 """How far recall may be from the run's: another device rounds otherwise."""
@@ -72,7 +73,7 @@ def _fill_bundle(
     """Choose among the runs, and write and measure the bundle."""
     runs = load_comparable(folders)
     finished = next(iter(runs.values()))
-    traces = open_traces(finished, traces_path)
+    traces = traces_of(finished, traces_path)
     for name, other in runs.items():
         check_claims(other, traces, name)
     parts = split_held_out(finished.plan.split.held_out)
@@ -95,7 +96,7 @@ def _fill_bundle(
     return manifest
 
 
-def open_traces(finished: FinishedRun, traces_path: Path | None) -> Traces:
+def traces_of(finished: FinishedRun, traces_path: Path | None) -> Traces:
     """Open the traces a run was trained on.
 
     Raises:
@@ -104,7 +105,7 @@ def open_traces(finished: FinishedRun, traces_path: Path | None) -> Traces:
     """
     path = traces_path or Path(finished.plan.traces)
     try:
-        traces = Traces.open(path)
+        traces = open_traces(path)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error} Say where the run's traces are with --traces.") from error
     if sha256_of(path / MANIFEST_FILE) != finished.plan.traces_sha256:

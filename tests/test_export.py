@@ -13,11 +13,11 @@ from foreroute.estimators.artifacts import read_json, sha256_of, write_json, wri
 from foreroute.export.bundle import load_bundle
 from foreroute.export.cli import export
 from foreroute.export.export import export_estimator
-from foreroute.train.calibrate import split_held_out
 from foreroute.train.fit import train_estimator
 from foreroute.train.measure import measure, predictor_of
 from foreroute.train.run import FitConfig, load_run
 from foreroute.train.shards import PairedShards
+from foreroute.train.split import split_held_out
 
 SPEC = EstimatorSpec(form="low-rank", rank=8, target_layers=(1, 2, 3))
 
@@ -150,7 +150,7 @@ def test_an_existing_bundle_is_not_overwritten(run, tmp_path) -> None:
 
 
 def test_traces_that_moved_can_be_pointed_to(run, tiny_traces, tmp_path) -> None:
-    plan = read_json(run / "run.json", dict)
+    plan = read_json(run / "run.json")
     write_json(run / "run.json", plan | {"traces": str(tmp_path / "gone")})
     with pytest.raises(FileNotFoundError, match="--traces"):
         export_estimator(run, tmp_path / "bundle")

@@ -76,7 +76,7 @@ def test_the_page_loads_nothing_from_elsewhere(folder) -> None:
 
 
 def test_all_forms_baselines_and_the_floor_are_measured_on_the_same_tokens(folder) -> None:
-    numbers = read_json(folder / "report.json", dict)
+    numbers = read_json(folder / "report.json")
     rows = {row["name"]: row for row in numbers["rows"]}
     assert set(rows) >= {
         "low-rank, quasi-hidden",
@@ -102,7 +102,7 @@ def test_all_forms_baselines_and_the_floor_are_measured_on_the_same_tokens(folde
 
 
 def test_the_curve_has_both_forms_at_growing_numbers_of_tokens(folder) -> None:
-    points = read_json(folder / "report.json", dict)["learning_curve"]
+    points = read_json(folder / "report.json")["learning_curve"]
     for form in ("ridge", "low-rank"):
         tokens = [point["num_train_tokens"] for point in points if point["form"] == form]
         assert len(tokens) == 5

@@ -14,7 +14,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
+from foreroute.data.adapters import resolve_device
 from foreroute.data.manifest import MANIFEST_FILE
+from foreroute.data.opening import open_traces
 from foreroute.data.traces import Traces
 from foreroute.estimators import (
     SOURCE_FIELDS,
@@ -92,8 +94,8 @@ def train_estimator(
     start = time.monotonic()
     with contextlib.ExitStack() as held:
         ranks = held.enter_context(joined_ranks())
-        chosen = ranks.device(choose_device(device))
-        traces = source if isinstance(source, Traces) else Traces.open(source)
+        chosen = ranks.device(resolve_device(device))
+        traces = source if isinstance(source, Traces) else open_traces(source)
         if traces.manifest.live_sha256 and not ranks.is_alone:
             raise ValueError(LIVE_IS_ALONE)
         ranks.first(lambda: held.enter_context(claim(out)))
@@ -107,7 +109,7 @@ def train_estimator(
             lambda: open_run(out, plan, overwrite=overwrite, resume=resume, inputs=[traces.folder])
         )
         if ranks.first((out / METRICS_NAME).is_file):
-            return ranks.first(lambda: read_json(out / METRICS_NAME, dict[str, Any]))
+            return ranks.first(lambda: read_json(out / METRICS_NAME))
         mine = dataclasses.replace(plan, spec=stack.spec)
         fitted = fit_stack(stack, traces, mine, _folder_of(out, stack, ranks), memory_bytes, ranks)
         measured = measure_part(stack, traces, mine, vectors, chosen)
@@ -128,19 +130,6 @@ def _folder_of(out: Path, stack: EstimatorStack, ranks: Ranks) -> Path:
         return out
     first, last = stack.target_layers[0], stack.target_layers[-1]
     return out / PARTS / f"layers_{first:03d}_{last:03d}"
-
-
-def choose_device(device: DeviceChoice) -> torch.device:
-    """Turn the user's choice into a device.
-
-    Raises:
-        ValueError: If a GPU is asked for and there is none.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch finds no CUDA device here. Use --device cpu.")
-    return torch.device(device)
 
 
 def plan_run(traces: Traces, spec: EstimatorSpec, config: FitConfig) -> RunPlan:

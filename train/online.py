@@ -8,6 +8,7 @@ from foreroute.data.adapters import discover, load_model, load_tokenizer, resolv
 from foreroute.data.collect import CollectRequest
 from foreroute.data.live_traces import BUFFER_BYTES, LiveTraces
 from foreroute.data.manifest import MANIFEST_FILE
+from foreroute.data.opening import open_traces
 from foreroute.data.traces import Traces
 from foreroute.estimators import InputKind
 from foreroute.estimators.output import claim, require_free
@@ -30,6 +31,8 @@ def open_live_traces(
     record: str = "",
     device: str = "auto",
     buffer_bytes: int = BUFFER_BYTES,
+    sequence_length: int = CollectRequest.sequence_length,
+    batch_size: int = CollectRequest.batch_size,
     overwrite: bool = False,
     resume: bool = False,
 ) -> Traces:
@@ -47,6 +50,8 @@ def open_live_traces(
         record: Optional trace fields to record, a comma list; `RECORDED_FOR` has an input's.
         device: auto, cpu or cuda.
         buffer_bytes: Most bytes of shards in memory.
+        sequence_length: Tokens of a sequence.
+        batch_size: Sequences that the model runs over together.
         overwrite: Replace the folder of another run.
         resume: Go on with the traces of a run that was killed, if there are any.
 
@@ -56,7 +61,7 @@ def open_live_traces(
     """
     folder = out.with_name(out.name + LIVE_SUFFIX)
     if resume and (folder / MANIFEST_FILE).is_file():
-        return Traces.open(folder)
+        return open_traces(folder)
     request = CollectRequest(
         out=folder,
         model=model,
@@ -64,6 +69,8 @@ def open_live_traces(
         dataset=dataset,
         tokens=tokens,
         record=record,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
         overwrite=overwrite,
     )
     with claim(out), claim(folder):

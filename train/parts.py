@@ -13,7 +13,7 @@ from foreroute.estimators import EstimatorSpec, EstimatorStack, MoEGeometry, Rec
 from foreroute.estimators.forms import find_form
 from foreroute.estimators.forms.base import EstimatorForm
 from foreroute.estimators.ranks import Ranks
-from foreroute.train.baselines import build_stack
+from foreroute.train.stacks import build_stack
 
 
 def part_of(spec: EstimatorSpec, ranks: Ranks) -> EstimatorSpec:

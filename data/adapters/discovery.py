@@ -19,6 +19,7 @@ from foreroute.data.adapters.gates import find_gate_rule
 from foreroute.data.adapters.made_up import keep_one_layer_of_each_kind, make_up_numbers
 from foreroute.data.adapters.probe import Observed, is_same_memory, probe
 from foreroute.data.adapters.weightless import experts_by_path
+from foreroute.estimators.forms import FREE_FORMS
 from foreroute.estimators.types import GateFamily, LayerAnchors, MoEGeometry
 
 
@@ -79,7 +80,7 @@ class MoEModel:
             raise ValueError(
                 f"Training-free prediction is not available for {self.geometry.model_name} "
                 f"({self.geometry.model_type}): {self.anchors_problem}. Use prefetch=none, or "
-                "the bundle of a form without an anchor (linear, mlp-free)."
+                f"the bundle of a form without an anchor ({', '.join(FREE_FORMS)})."
             )
         return self.found_anchors
 
@@ -150,7 +151,9 @@ def discover_outline(model: Any, model_name: str = "") -> MoEModel:
         make_up_numbers(model, but_not=all_experts.values())
     try:
         return discover(model, model_name)
-    except (RuntimeError, TypeError, IndexError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # whatever values that cannot be end in
         raise ValueError(
             f"{model_name} ({model.config.model_type}) cannot be followed without its weights: its "
             f"forward pass fails on made-up numbers ({error}). Load it with Engine.from_pretrained."

@@ -48,17 +48,19 @@ def outline(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False)
     Raises:
         ValueError: If transformers cannot build a model from it.
     """
+    model_class = auto_class(config)
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         del config.quantization_config
     try:
         with torch.device("meta"):
-            model = auto_class(config).from_config(
+            model = model_class.from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
-    except (TypeError, AttributeError, KeyError, IndexError) as error:
+    except Exception as error:  # whatever a value that cannot be ends in
+        said = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"Transformers cannot build a {config.model_type} model from this config: {error}."
+            f"Transformers cannot build a {config.model_type} model from this config: {said}."
         ) from error
     finally:
         if quantization is not None:
@@ -86,6 +88,12 @@ def weightless(model_class: type[Any], tensors: Mapping[str, Any]) -> type[Any]:
                 experts._parameters.clear()
                 # or transformers would initialise what is not there
                 experts.__dict__["_is_hf_initialized"] = True
+
+        def initialize_weights(self) -> None:
+            with contextlib.ExitStack() as undo:  # some blocks initialise their experts' weights
+                for experts in experts_by_path(self).values():
+                    undo.enter_context(parameters_on_meta(experts))
+                super().initialize_weights()
 
         @staticmethod
         def _load_pretrained_model(
@@ -117,7 +125,9 @@ def parameters_on_meta(experts: nn.Module) -> Iterator[None]:
     try:
         for name, (shape, dtype) in parameter_shapes(experts).items():
             empty = torch.empty(shape, dtype=dtype, device="meta")
-            experts.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+            parameter = nn.Parameter(empty, requires_grad=False)
+            parameter.__dict__["_is_hf_initialized"] = True  # or transformers would fill it
+            experts.register_parameter(name, parameter)
         yield
     finally:
         experts._parameters.clear()

@@ -6,15 +6,15 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from foreroute.data.adapters import resolve_device
 from foreroute.estimators.artifacts import write_json
 from foreroute.estimators.output import COMMAND_FILE, new_folder
 from foreroute.export.bundle import load_bundle
-from foreroute.export.export import load_comparable, open_traces
+from foreroute.export.export import load_comparable, traces_of
 from foreroute.export.report.gather import gather
 from foreroute.export.report.learning_curve import fit_curve
 from foreroute.export.report.page import render
 from foreroute.export.report.plots import draw
-from foreroute.train.fit import choose_device
 from foreroute.train.run import DeviceChoice
 
 PAGE_NAME = "index.html"
@@ -51,13 +51,13 @@ def write_report(
         FileNotFoundError: If a run, its traces or the bundle are missing.
         ValueError: If something is damaged, or does not belong together.
     """
-    chosen = choose_device(device)
+    chosen = resolve_device(device)
     inputs = (run, *also, bundle, traces_path)
     with new_folder(out, "report", overwrite=overwrite, inputs=inputs) as partial:
         command = (partial / COMMAND_FILE).read_text()
         runs = load_comparable([run, *also])
         first = runs[run.name]
-        traces = open_traces(first, traces_path)
+        traces = traces_of(first, traces_path)
         loaded = None if bundle is None else load_bundle(bundle)
         measured = gather(runs, traces, chosen, loaded)
         curve = fit_curve(first.plan, traces, chosen) if learning_curve else []

@@ -7,19 +7,15 @@ from dataclasses import dataclass
 
 from foreroute.runtime.planning.machine import MachineProfile
 from foreroute.runtime.planning.model_size import ModelSize
+from foreroute.runtime.policies.slots import (
+    PREFILL_BYTES,
+    PREFILL_GROUP,
+    RESERVE_BYTES,
+    auto_slots,
+)
 
-RESERVE_BYTES = int(1.5 * 2**30)
-"""Device memory left for CUDA itself, activations and fragmentation."""
 HOST_RESERVE_BYTES = 4 * 2**30
 """Host memory left for the system and the Python process."""
-PREFILL_GROUP = 16
-"""Experts of a prompt's layer that are copied and multiplied together; fewer if they are large."""
-PREFILL_BYTES = 256 << 20
-"""Of a group as it is copied, unless one expert is larger; two are held."""
-DECODING_BYTES = 1 << 30
-"""Device memory for decoding a group that is stored in fewer bits; within what is reserved."""
-DECODING_BYTES_PER_WEIGHT = 16
-"""Codes, indices and float32 numbers at once."""
 HIT_RATES = (
     (0.05, 0.379),
     (0.10, 0.598),
@@ -35,8 +31,6 @@ PREFETCH_OF_STALL = 0.15
 """What prefetch takes off the stall: .15 to .31 was measured on an H100, recall .89, 10 to 60 %."""
 PREFETCH_OF_COMPUTE = 0.8
 """And at most that share of compute, behind which it hides (.81 where most was missing)."""
-EXPERT_DTYPES = (("auto", 0.0), ("int8", 1.0), ("int4", 0.5625))
-"""What `--expert-dtype` takes, and bytes per parameter, scales included (0: the checkpoint's)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,54 +58,6 @@ class PlanChoice:
         return self.fits_host and self.slots > 0
 
 
-def prefill_group(expert_bytes: int, num_experts: int, decoded_weights: int = 0) -> int:
-    """Experts of a prompt's layer that are copied, and multiplied, together.
-
-    Args:
-        expert_bytes: Of one expert, as it is copied.
-        num_experts: E.
-        decoded_weights: Weights of an expert that are decoded first; 0 if they are used as stored.
-    """
-    that_fit = PREFILL_BYTES // expert_bytes
-    if decoded_weights:
-        that_fit = min(that_fit, DECODING_BYTES // (DECODING_BYTES_PER_WEIGHT * decoded_weights))
-    return max(1, min(PREFILL_GROUP, num_experts, that_fit))
-
-
-def auto_slots(
-    free_bytes: int,
-    *,
-    expert_bytes: int,
-    num_layers: int,
-    num_experts: int,
-    top_k: int,
-    reserve_bytes: int = RESERVE_BYTES,
-) -> int:
-    """Slots per layer that fit: what `--expert-slots auto` means.
-
-    Args:
-        free_bytes: Device memory that is free once everything but the experts is loaded.
-        expert_bytes: One expert as copied.
-        num_layers: L, MoE layers.
-        num_experts: E.
-        top_k: K, the fewest slots.
-        reserve_bytes: To leave free; prefill's buffers come on top.
-
-    Raises:
-        ValueError: If not even `top_k` slots fit; says how much is missing.
-    """
-    buffers = 2 * prefill_group(expert_bytes, num_experts) * expert_bytes
-    room = free_bytes - reserve_bytes - buffers
-    slots = min(num_experts, room // (num_layers * expert_bytes)) if room > 0 else 0
-    if slots < top_k:
-        needed = top_k * num_layers * expert_bytes + buffers + reserve_bytes
-        raise ValueError(
-            f"{free_bytes / 2**30:.1f} GiB are free on the device; {top_k} slots in each of "
-            f"{num_layers} layers need {needed / 2**30:.1f} GiB, working space included."
-        )
-    return int(slots)
-
-
 def plan_choices(
     model: ModelSize,
     profile: MachineProfile,
@@ -131,10 +77,7 @@ def plan_choices(
     """
     choices = []
     fixed = (model.other_params + context * model.cache_values) * model.dtype_bytes
-    for dtype, width in EXPERT_DTYPES:
-        if width >= model.dtype_bytes:
-            continue
-        size = int(model.expert_params * (width or model.dtype_bytes))
+    for dtype, size in model.expert_bytes.items():
         total = size * model.num_layers * model.num_experts
         shape = {
             "expert_bytes": size,
@@ -206,14 +149,16 @@ def assumptions(model: ModelSize, profile: MachineProfile, context: int) -> list
         f"Prefetch takes {PREFETCH_OF_STALL:.0%} off the stall, but at most "
         f"{PREFETCH_OF_COMPUTE:.0%} of compute, as measured on an H100 with predictions of recall "
         ".89 (simulated; random weights, replayed routing): experts too large for that gain less.",
-        "int8 and int4 experts change the output; their unpacking takes no time here.",
+        "fp8, int8 and int4 experts change the output; unpacking takes no time here.",
     ]
 
 
 def command_line(model: ModelSize, choice: PlanChoice) -> str:
     """What to type."""
+    revision = f"--revision {model.revision} " if model.revision else ""
     dtype = "" if choice.expert_dtype == "auto" else f"--expert-dtype {choice.expert_dtype} "
     return (
-        f"foreroute generate --model {model.name} --expert-slots {choice.slots} {dtype}"
+        f"foreroute generate --model {model.name} {revision}--expert-slots {choice.slots} "
+        f"{dtype}"
         '--prompt "Hello" --max-new-tokens 64'
     )

@@ -1,10 +1,11 @@
-"""What the kernels know about residency: one layer's tables on the device, and scoring rules."""
+"""What the kernels know about residency: one layer's tables on the device."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from foreroute.runtime.policies.prefetching import PRIOR_PREFETCHES, find_prefetch_rule
@@ -14,32 +15,15 @@ HITS, MISSES, PREFETCHES, WASTED, HEADS, TAILS, WASTED_HEADS = range(7)
 NUM_COUNTERS = 7
 WHOLE, HEAD, TAIL = range(3)
 """Parts of an expert that a copy moves."""
+AT_MISSES, AT_PREFETCHES, AT_WASTED, AT_HEADS, AT_TAILS, AT_WASTED_HEADS = map(
+    tl.constexpr, (MISSES, PREFETCHES, WASTED, HEADS, TAILS, WASTED_HEADS)
+)
+"""Where a kernel finds a counter; the hits come first."""
+NO_EXPERT, ONLY_HEAD, ONLY_TAIL = map(tl.constexpr, (EMPTY, HEAD, TAIL))
+"""The same as `EMPTY`, `HEAD` and `TAIL`, for kernels."""
 HEAD_RULE = find_prefetch_rule("head")
 TRUST_MEMORY = 1 - 1 / HEAD_RULE.trust_tokens
 """Kept of what is known about earlier heads, when another one is settled."""
-
-
-@dataclass(frozen=True)
-class ScoreRule:
-    """How an expert's score follows from its uses; the slot with the least score is evicted.
-
-    At each step `score = decay * score`, and `+ 1` for experts in use; or, for recency, the score
-    of experts in use is the step's number.
-    """
-
-    decay: float = 1.0
-    """1 counts uses (LFU); 0.5 ** (1 / h) halves a use's worth every h steps (LRFU)."""
-    is_recency: bool = False
-    """Least recently used goes first."""
-
-
-LRU = ScoreRule(is_recency=True)
-LFU = ScoreRule()
-
-
-def lrfu(half_life_steps: float) -> ScoreRule:
-    """Decayed frequency."""
-    return ScoreRule(decay=0.5 ** (1 / half_life_steps))
 
 
 @dataclass
