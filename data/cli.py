@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foreroute.estimators.console import plain_console, run_command
+from foreroute.estimators.console import one_line_errors, plain_console, run_command
 
 if TYPE_CHECKING:
     from foreroute.data.manifest import TraceManifest
@@ -19,23 +19,24 @@ ENGINE_FLAGS = ("bundle", "on_miss", "weights", "expert_slots")
 
 def main() -> None:
     """Entry point of the console script."""
-    from foreroute.data.collect import collect_traces
-    from foreroute.data.recording_run import ShardsElsewhere
-    from foreroute.estimators.ranks import joined_ranks
+    with one_line_errors("collect-traces"):
+        from foreroute.data.collect import collect_traces
+        from foreroute.data.recording_run import ShardsElsewhere
+        from foreroute.estimators.ranks import joined_ranks
 
-    @functools.wraps(collect_traces)
-    def command(**arguments: Any) -> None:
-        with joined_ranks() as ranks:
-            prepare_process(is_quiet=not ranks.is_first)
-            try:
-                traces = collect_traces(**arguments)
-            except ShardsElsewhere as problem:
-                logging.getLogger(__name__).info("%s", problem)
-                return
-            if ranks.is_first:
-                show_traces(traces)
+        @functools.wraps(collect_traces)
+        def command(**arguments: Any) -> None:
+            with joined_ranks() as ranks:
+                prepare_process(is_quiet=not ranks.is_first)
+                try:
+                    traces = collect_traces(**arguments)
+                except ShardsElsewhere as problem:
+                    logging.getLogger(__name__).info("%s", problem)
+                    return
+                if ranks.is_first:
+                    show_traces(traces)
 
-    run_command("collect-traces", command)
+        run_command("collect-traces", command)
 
 
 def collect(

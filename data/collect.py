@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ from foreroute.estimators.ranks import ALONE, Ranks, joined_ranks
 
 logger = logging.getLogger(__name__)
 
+EXPORTABLE_SEQUENCES = 26
+"""Fewest sequences of which three are held out, which export-estimator needs."""
 LOADING_FLAGS = ("dtype", "device", "trust_remote_code")
 FREE_FORMS_ONLY = (
     f"Only estimators without an anchor ({', '.join(FREE_FORMS)}) can be trained on them."
@@ -275,8 +278,15 @@ def collect_from(
     logger.info("Model: %s", moe.geometry.describe())
     if moe.found_anchors is None:
         logger.info("No copies of its routers: %s. %s", moe.anchors_problem, FREE_FORMS_ONLY)
+    manifest = request.manifest(moe)
+    if math.ceil(manifest.tokens / manifest.stored_length) < EXPORTABLE_SEQUENCES:
+        logger.info(
+            "So few sequences can be trained on, but what is trained cannot be exported: that "
+            "takes at least %d sequences (a tenth is held out, and three of them are needed).",
+            EXPORTABLE_SEQUENCES,
+        )
     byte_limit = None if request.max_bytes is None else parse_bytes(request.max_bytes)
-    collection = Collection(moe, tokenizer, request.manifest(moe), request.out)
+    collection = Collection(moe, tokenizer, manifest, request.out)
     return run_collection(collection, byte_limit, overwrite=request.overwrite, ranks=ranks)
 
 

@@ -151,12 +151,10 @@ class LiveTraces(Traces):
         collection.prepare_readout(traces.readout_vectors() if is_read else None)
         return traces
 
-    def _read_shard(
-        self, name: str, shard_idx: int, shapes: Mapping[str, tuple[int, ...]]
-    ) -> dict[str, Tensor]:
+    def _read_shard(self, name: str, shard_idx: int, layout: Layout) -> dict[str, Tensor]:
         is_of_tokens = name == tokens_path(shard_idx)
         file = self._token_file(shard_idx) if is_of_tokens else self._shard(shard_idx)[name]
-        return {tensor: file.tensors[tensor] for tensor in shapes}
+        return {tensor: file.tensors[tensor] for tensor in layout}
 
     @property
     def buffered_bytes(self) -> int:

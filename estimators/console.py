@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import io
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -42,9 +43,9 @@ def run_command(
     if typed == ["--version"]:
         print(f"{name} {metadata.version('foreroute')}")
         return
-    from jsonargparse import auto_cli
+    with one_line_errors(name):
+        from jsonargparse import auto_cli
 
-    try:
         auto_cli(
             command,
             args=_with_dashes(typed),
@@ -53,6 +54,17 @@ def run_command(
             parser_class=_parser_class(),
         )
         sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def one_line_errors(name: str) -> Iterator[None]:
+    """End the process with one line and an exit code where the body fails as a user can cause it.
+
+    Args:
+        name: The console script's name.
+    """
+    try:
+        yield
     except BrokenPipeError:  # whoever read what is printed has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(CLOSED_PIPE_EXIT_CODE)

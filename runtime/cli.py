@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foreroute.estimators.console import plain_console, run_command
+from foreroute.estimators.console import one_line_errors, plain_console, run_command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -328,31 +328,32 @@ def profile(out: Path, device: str = "auto", name: str = "", overwrite: bool = F
 
 def main() -> None:
     """Entry point of `foreroute`."""
-    from foreroute.data.cli import collect
-    from foreroute.export.compare.cli import compare_predictors, score
-    from foreroute.export.report.cli import report
-    from foreroute.runtime.evaluation.cli import evaluate
-    from foreroute.runtime.serving.cli import serve
-    from foreroute.runtime.tune.cli import tune
+    with one_line_errors("foreroute"):
+        from foreroute.data.cli import collect
+        from foreroute.export.compare.cli import compare_predictors, score
+        from foreroute.export.report.cli import report
+        from foreroute.runtime.evaluation.cli import evaluate
+        from foreroute.runtime.serving.cli import serve
+        from foreroute.runtime.tune.cli import tune
 
-    run_command(
-        "foreroute",
-        {
-            "generate": generate,
-            "collect": collect,
-            "doctor": doctor,
-            "bench": bench,
-            "simulate": simulate,
-            "plan": plan,
-            "profile": profile,
-            "report": report,
-            "compare-predictors": compare_predictors,
-            "score": score,
-            "serve": serve,
-            "evaluate": evaluate,
-            "tune": tune,
-        },
-    )
+        run_command(
+            "foreroute",
+            {
+                "generate": generate,
+                "collect": collect,
+                "doctor": doctor,
+                "bench": bench,
+                "simulate": simulate,
+                "plan": plan,
+                "profile": profile,
+                "report": report,
+                "compare-predictors": compare_predictors,
+                "score": score,
+                "serve": serve,
+                "evaluate": evaluate,
+                "tune": tune,
+            },
+        )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,8 +48,14 @@ from foreroute.train.run import (
     open_run,
 )
 from foreroute.train.shards import PairedShards
-from foreroute.train.split import split_off_validation, split_sequences
+from foreroute.train.split import MIN_SEQUENCES, split_off_validation, split_sequences
 
+logger = logging.getLogger(__name__)
+
+TOO_FEW_TO_EXPORT = (
+    f"Of %d sequences %d are held out; export-estimator needs {MIN_SEQUENCES}. Collect more tokens "
+    "to export what is trained."
+)
 PARTS = "parts"
 """Folder of a run by several processes, of each one's log and checkpoint."""
 LIVE_IS_ALONE = (
@@ -100,6 +107,8 @@ def train_estimator(
             raise ValueError(LIVE_IS_ALONE)
         ranks.first(lambda: held.enter_context(claim(out)))
         plan = plan_run(traces, spec, config)
+        if len(plan.split.held_out) < MIN_SEQUENCES and ranks.is_first:
+            logger.warning(TOO_FEW_TO_EXPORT, traces.num_sequences, len(plan.split.held_out))
         vectors = train_default_vectors(traces, plan)
         stack = build_part(traces, spec, ranks, config.seed, vectors, chosen)
         traces.read(stack.source_layers[0], 0, SOURCE_FIELDS[spec.input_kind])  # is it recorded?
