@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning import Trainer
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
@@ -77,9 +78,9 @@ def train_estimator(
 ) -> dict[str, Any]:
     """Fit an estimator of all the spec's layers, measure it, and write the run's folder.
 
-    A layer's parameters are those after the last epoch, less the part of the correction that costs
-    the rest of `kept_gain`, or those before the first epoch where training did not pay. Training
-    sequences set aside for that decide it: held-out tokens choose nothing.
+    A layer keeps its parameters after the last epoch, with the correction shrunk as far as
+    `kept_gain` of its gain allows. Where training did not pay, it keeps those before the first
+    epoch. Training sequences that are set aside decide both; held-out tokens choose nothing.
 
     Args:
         source: Folder that `collect-traces` wrote, or traces that are open.
@@ -284,6 +285,7 @@ def _run_trainer(
         log_every_n_steps=LOG_STEPS,
         enable_model_summary=False,
         enable_progress_bar=show_progress,
+        plugins=[LightningEnvironment()],  # one process, also where SLURM has asked for several
     )
     resume_from = checkpoint if checkpoint.is_file() else None
     if resume_from:
