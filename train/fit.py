@@ -279,13 +279,13 @@ def _run_trainer(
         max_epochs=epochs,
         logger=CSVLogger(out, name="logs"),
         callbacks=[keep_last],
-        plugins=[WholeCheckpoints()],
+        # one process each, also where SLURM or torchrun have started several
+        plugins=[WholeCheckpoints(), LightningEnvironment()],
         num_sanity_val_steps=0,
         reload_dataloaders_every_n_epochs=1,
         log_every_n_steps=LOG_STEPS,
         enable_model_summary=False,
         enable_progress_bar=show_progress,
-        plugins=[LightningEnvironment()],  # one process, also where SLURM has asked for several
     )
     resume_from = checkpoint if checkpoint.is_file() else None
     if resume_from:
