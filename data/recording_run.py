@@ -36,7 +36,7 @@ class Opened(NamedTuple):
     """What rank 0 found or made, and all go by."""
 
     owner: LockOwner | None
-    """Of the folder, on rank 0's disk."""
+    """Who holds the folder on rank 0's disk."""
     vectors: Tensor | None
     """Default vectors of the readout, [L, E, D], if one is recorded."""
     prompts: str

@@ -59,7 +59,7 @@ class LockOwner:
     foreroute_lock_of: str
     """The folder's name."""
     pid: int
-    """Of the process."""
+    """Its process."""
     host: str
     """That it runs on."""
 

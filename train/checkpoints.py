@@ -18,7 +18,7 @@ class Digests(TypedDict):
     """Hex sha256 of the checkpoints that may lie there."""
 
     sha256: list[str]
-    """Of the last one, and of the one before: a kill may come between."""
+    """The digests of the last one, and of the one before: a kill may come between."""
 
 
 class WholeCheckpoints(TorchCheckpointIO):

@@ -141,7 +141,7 @@ class RunMetrics(TypedDict):
     num_train_tokens: Count
     """It was trained on."""
     tensors_sha256: str
-    """Of the estimators' file."""
+    """The digest of the estimators' file."""
 
 
 def open_run(

@@ -18,7 +18,7 @@ class Record:
     """What one line says."""
 
     step: Count
-    """Of the run."""
+    """Its place in the run."""
     layer: Count
     """Decoder layer index."""
     top_indices: list[list[Count]]
