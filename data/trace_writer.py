@@ -253,6 +253,14 @@ class ShardWriter(ShardRows[ShardFile]):
     def __init__(
         self, folder: Path, manifest: TraceManifest, num_sequences: int, shard_idx: int
     ) -> None:
+        """Begin the files of a shard.
+
+        Args:
+            folder: Where they go.
+            manifest: What is recorded.
+            num_sequences: Sequences that the shard will hold.
+            shard_idx: 0.. in recording order.
+        """
         self._folder = folder
         super().__init__(
             manifest,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -33,6 +34,8 @@ def load_with_host_experts(
     """
     with loading_alone():
         checkpoint.require_host_memory()  # before the files: they may be downloaded
+        checkpoint = checkpoint.settled()
+        checkpoint.require_host_memory()
         moe = discover(_load_the_rest(checkpoint), checkpoint.name)
         experts = [layer.experts for layer in moe.layers]
         store = HostExpertStore(experts, is_pinned=is_pinned, encoder=checkpoint.encoder)
@@ -44,14 +47,14 @@ def _load_the_rest(checkpoint: Checkpoint) -> Any:
     """The model with all its weights but the experts'."""
     from transformers.utils import logging
 
-    model_class, config = type(checkpoint.outline), checkpoint.outline.config
-    quantization = getattr(checkpoint.config, "quantization_config", None)
-    if quantization is not None:
-        config.quantization_config = quantization
+    model_class, config = type(checkpoint.outline), copy.deepcopy(checkpoint.outline.config)
+    for part in (config, config.get_text_config()):  # what is quantised comes decoded
+        for name in ("quantization_config", "compression_config"):
+            part.__dict__.pop(name, None)
     logging.set_verbosity_error()  # it would list every expert's tensor as unexpected
     logging.disable_progress_bar()
     try:
-        model = weightless(model_class, checkpoint.files).from_pretrained(
+        model = weightless(model_class, checkpoint.tensors).from_pretrained(
             checkpoint.source, config=config, dtype=checkpoint.dtype, **checkpoint.settings
         )
     except (OSError, RuntimeError, ValueError) as error:
@@ -91,7 +94,7 @@ def fill_store(store: HostExpertStore, moe: MoEModel, checkpoint: Checkpoint) ->
     num_bytes = sum(math.prod(t.shape) * t.dtype.itemsize for t in targets.values())
     done = 0
     with _byte_progress("experts", num_bytes) as progress:
-        for part in ExpertReader(moe.model, checkpoint.files, targets).parts():
+        for part in ExpertReader(moe.model, checkpoint.expert_tensors, targets).parts():
             writer, name = writers[part.target]
             writer.put(name, part.expert_id, part.row, part.rows)
             done += part.rows.numel()
