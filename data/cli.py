@@ -159,8 +159,8 @@ def collect(
             return
         if on_miss != "fetch" and source != "generated":
             raise ValueError(
-                f"--on-miss {on_miss} speculates while the model generates, not while it reads text: "
-                "give --source generated, or --on-miss fetch."
+                f"--on-miss {on_miss} speculates while the model generates, not while it "
+                "reads text: give --source generated, or --on-miss fetch."
             )
         if device_map is not None:
             raise ValueError(
