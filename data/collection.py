@@ -37,14 +37,7 @@ READOUT_TOKENS = 4096  # that the default vectors of a readout are means over, a
 
 
 class Collection:
-    """What one run of collect-traces records.
-
-    Args:
-        moe: The model, which runs.
-        tokenizer: Its tokenizer.
-        manifest: What to record.
-        out: Where it goes.
-    """
+    """What one run of collect-traces records."""
 
     def __init__(self, moe: MoEModel, tokenizer: Any, manifest: TraceManifest, out: Path) -> None:
         """Say what is collected; nothing runs yet.

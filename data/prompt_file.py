@@ -19,13 +19,15 @@ class PromptFile:
     """Prompts of one length, as int32 in a file that is mapped, not loaded.
 
     Each row is where the prompt ends (`NOT_SAID` if the dataset does not say), then the token ids.
-
-    Args:
-        path: As `write` or `find` gave it.
-        length: Tokens per prompt.
     """
 
     def __init__(self, path: Path, length: int) -> None:
+        """Map a file that `write` or `find` has named.
+
+        Args:
+            path: The file.
+            length: Tokens per prompt.
+        """
         self.path = path
         self._rows = np.memmap(path, dtype="<i4", mode="r").reshape(-1, 1 + length)
 

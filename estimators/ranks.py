@@ -19,15 +19,16 @@ USER_ERROR_EXIT_CODE = 2
 
 
 class Ranks:
-    """One process among several: which of them it is, and how they talk.
-
-    Args:
-        rank: 0.. of this process.
-        num_ranks: Processes in all.
-        local_rank: 0.. among those of this machine.
-    """
+    """One process among several: which of them it is, and how they talk."""
 
     def __init__(self, rank: int = 0, num_ranks: int = 1, local_rank: int = 0) -> None:
+        """Say which process this is.
+
+        Args:
+            rank: 0.. of this process.
+            num_ranks: Processes in all.
+            local_rank: 0.. among those of this machine.
+        """
         self.rank, self.num_ranks, self.local_rank = rank, num_ranks, local_rank
 
     @property
