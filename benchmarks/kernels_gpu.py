@@ -34,7 +34,8 @@ from foreroute.runtime.device.kernels.demand import Demand
 from foreroute.runtime.device.kernels.fetch import fetch
 from foreroute.runtime.device.kernels.head import plan_head
 from foreroute.runtime.device.kernels.heads import ProjectedHeads, place_heads
-from foreroute.runtime.device.kernels.linear import Norm, products
+from foreroute.runtime.device.kernels.linear import products
+from foreroute.runtime.device.kernels.norm import Norm
 from foreroute.runtime.device.kernels.plan import plan
 from foreroute.runtime.device.kernels.predict import predict_logits, rank_experts
 from foreroute.runtime.device.kernels.products import expert_products

@@ -21,7 +21,8 @@ from foreroute.runtime.device.kernels.demand import Demand
 from foreroute.runtime.device.kernels.fetch import BLOCK_WORDS, fetch
 from foreroute.runtime.device.kernels.head import plan_head
 from foreroute.runtime.device.kernels.heads import ProjectedHeads, place_heads
-from foreroute.runtime.device.kernels.linear import Norm, products
+from foreroute.runtime.device.kernels.linear import products
+from foreroute.runtime.device.kernels.norm import Norm, normed
 from foreroute.runtime.device.kernels.plan import plan
 from foreroute.runtime.device.kernels.predict import predict_logits, rank_experts
 from foreroute.runtime.device.kernels.products import expert_products
@@ -142,6 +143,7 @@ def call_everything() -> None:
     for tokens in (hidden, torch.zeros(3, 64, **half)):
         products(tokens, [weight] * 3, [factor] * 3, norm=norm)
         products(tokens, [weight], residual=tokens)
+        normed(tokens, norm)
         for bias, before in ((None, norm), (factor, None)):
             router = RouterProduct(
                 weight=weight,

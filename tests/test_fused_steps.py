@@ -21,8 +21,8 @@ from foreroute.runtime.device import decode_graph
 from foreroute.runtime.device.decode_graph import DecodeStep
 from foreroute.runtime.device.expert_form import find_expert_form
 from foreroute.runtime.device.fusions.deferred import Deferred, Known, settled
+from foreroute.runtime.device.fusions.deferred_norms import defer_norms
 from foreroute.runtime.device.fusions.norms import find_norms
-from foreroute.runtime.device.fusions.projections import defer_norms
 from foreroute.runtime.device.kernels import demand as demand_module
 from foreroute.runtime.device.kernels import plan as plan_module
 from foreroute.runtime.device.kernels import route as route_module
@@ -31,7 +31,8 @@ from foreroute.runtime.device.kernels.heads import (
     place_heads,
     place_heads_reference,
 )
-from foreroute.runtime.device.kernels.linear import Norm, products, products_reference
+from foreroute.runtime.device.kernels.linear import products, products_reference
+from foreroute.runtime.device.kernels.norm import Norm
 from foreroute.runtime.device.kernels.route import (
     DemandPlan,
     RouterProduct,

@@ -34,7 +34,8 @@ from foreroute.runtime.device.kernels.tables import (
     WHOLE,
 )
 from foreroute.runtime.device.layer import DeviceLayer
-from foreroute.runtime.device.ledger import DeviceMark, Trials
+from foreroute.runtime.device.ledger import Trials
+from foreroute.runtime.device.marks import DeviceMark
 from foreroute.runtime.device.predictor import DevicePredictor
 from foreroute.runtime.device.prefill import StreamedPrefill
 from foreroute.runtime.device.residency import FETCH_BLOCKS, DeviceResidency

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
-
-import torch
-from torch import Tensor
+from typing import NamedTuple
 
 from foreroute.runtime.device.kernels.tables import MISSES, PREFETCHES, TAILS, WASTED
+from foreroute.runtime.device.marks import Mark
 from foreroute.runtime.policies.give_up import LOOK_AHEAD, ON_DEMAND, PERIOD_STEPS, Balance
 
 logger = logging.getLogger(__name__)
@@ -18,52 +16,6 @@ BLOCK_STEPS, BLOCKS = 8, 8
 """A trial's steps look ahead for a block, decide on demand for the next one, and so on."""
 TRIAL_STEPS = BLOCK_STEPS * BLOCKS
 LONGEST_PERIOD_STEPS = 8 * PERIOD_STEPS
-
-
-class Mark(Protocol):
-    """A moment on the device, with the counters of that moment."""
-
-    @property
-    def counters(self) -> list[int]:
-        """Summed over layers; of a moment that is past."""
-
-    def is_past(self) -> bool:
-        """Whether the device has come that far."""
-
-    def ms_since(self, earlier: Mark) -> float:
-        """Milliseconds between two moments that are past."""
-
-
-class DeviceMark:
-    """Marks the current stream, without waiting."""
-
-    def __init__(self, counters: Tensor) -> None:
-        """Copy the counters to the host as soon as the device comes here.
-
-        Args:
-            counters: Of all layers, [L, C] int32, on the device.
-        """
-        self._host = torch.empty(counters.shape, dtype=torch.int32, pin_memory=True)
-        self._event = torch.cuda.Event(enable_timing=True)
-        self._event.record()
-        self._host.copy_(counters, non_blocking=True)
-        self._copied = torch.cuda.Event()
-        self._copied.record()
-
-    @property
-    def counters(self) -> list[int]:
-        """Summed over layers."""
-        totals: list[int] = self._host.sum(0).tolist()
-        return totals
-
-    def is_past(self) -> bool:
-        """See `Mark`."""
-        return bool(self._copied.query())
-
-    def ms_since(self, earlier: Mark) -> float:
-        """See `Mark`."""
-        assert isinstance(earlier, DeviceMark)
-        return float(earlier._event.elapsed_time(self._event))
 
 
 class _Means(NamedTuple):

@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from foreroute.runtime.device.fusions.deferred import Deferred, Source
-from foreroute.runtime.device.fusions.projections import Product, ProductNorm
+from foreroute.runtime.device.fusions.deferred_norms import ProductNorm
+from foreroute.runtime.device.fusions.projections import Product
 from foreroute.runtime.device.kernels.heads import ProjectedHeads, place_heads
-from foreroute.runtime.device.kernels.linear import Norm
+from foreroute.runtime.device.kernels.norm import Norm
 from foreroute.runtime.device.kernels.rotary import rotate
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from foreroute.runtime.device.kernels.linear import Norm, normed_reference
+from foreroute.runtime.device.kernels.norm import Norm, normed_reference
 
 EPSILON_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps")
 TOLERANCE = 1e-4

@@ -2,43 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from foreroute.runtime.device.fusions.deferred import Deferred, Known, Source, rule_for, settled
-from foreroute.runtime.device.kernels.linear import (
-    MOST_MATRICES,
-    MOST_TOKENS,
-    Norm,
-    can_multiply,
-    normed,
-    normed_reference,
-    products,
-)
-
-
-class Normed(Source):
-    """A state's norm, left to the products that read it."""
-
-    def __init__(self, state: Known, norm: Norm) -> None:
-        """Defer it.
-
-        Args:
-            state: What is normed.
-            norm: How.
-        """
-        self.before, self.norm, self.counts = state, norm, state.counts
-        self.open_products: Products | None = None
-        """The last product of it, where others may still join."""
-
-    def compute(self) -> Tensor:
-        """The normed state, [T, D]."""
-        return normed(self.before.state, self.norm)
+from foreroute.runtime.device.fusions.normed import Normed
+from foreroute.runtime.device.kernels.linear import MOST_MATRICES, can_multiply, products
 
 
 class Products:
@@ -163,56 +134,3 @@ def _add(x: Any, y: Any, **settings: Any) -> Deferred | None:
             state = settled(residual).reshape(-1, residual.shape[-1]).contiguous()
             return Deferred(Sum(state, source), added.shape, added.dtype, added.device)
     return None
-
-
-class ProductNorm(Source):
-    """A norm of a product's results, or of each head of them; other products may still join it."""
-
-    def __init__(self, product: Product, norm: Norm) -> None:
-        """Defer it."""
-        self.product, self.norm, self.counts = product, norm, product.counts
-
-    def compute(self) -> Tensor:
-        """The normed results, [.., D] with what is normed last."""
-        heads = self.product.value().view(-1, len(self.norm.factor))
-        return normed_reference(heads, self.norm)
-
-
-def defer_norms(
-    norms: Sequence[tuple[nn.Module, Norm]], undo: ExitStack, counts: Counter[str]
-) -> None:
-    """Let norms of few tokens' states be taken by what reads them.
-
-    Args:
-        norms: As `find_norms` gives them.
-        undo: Gets the callbacks that put the forwards back that are there now.
-        counts: See `Source`.
-    """
-    for module, norm in norms:
-        before = module.__dict__.get("forward")
-        module.forward = _deferring(module.forward, norm, counts)
-        undo.callback(_put_back, module, before)
-
-
-def _put_back(module: nn.Module, forward: Any) -> None:
-    if forward is None:
-        module.__dict__.pop("forward")
-    else:
-        module.forward = forward
-
-
-def _deferring(
-    forward: Callable[[Tensor], Tensor], norm: Norm, counts: Counter[str]
-) -> Callable[[Tensor], Tensor]:
-    def deferred(hidden_states: Tensor) -> Tensor:
-        x, depth = hidden_states, len(norm.factor)
-        source = x.source if isinstance(x, Deferred) else None
-        is_known = x.shape[-1] == depth and x.dtype == norm.factor.dtype
-        if isinstance(source, Product) and source.is_pending and is_known:
-            return Deferred(ProductNorm(source, norm), x.shape, x.dtype, x.device)
-        if x.numel() > MOST_TOKENS * depth or not is_known:
-            return forward(settled(x))
-        state = Known(settled(x).reshape(-1, depth).contiguous(), counts)
-        return Deferred(Normed(state, norm), x.shape, x.dtype, x.device)
-
-    return deferred

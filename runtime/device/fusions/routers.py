@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from foreroute.runtime.device.fusions.deferred import Deferred, Known, Source, settled
-from foreroute.runtime.device.fusions.projections import Normed
+from foreroute.runtime.device.fusions.normed import Normed
 from foreroute.runtime.device.kernels.linear import can_multiply
 from foreroute.runtime.device.kernels.route import DemandPlan, RouterProduct, route
 from foreroute.runtime.device.kernels.top_k import softmax_top_k, softmax_top_k_reference
 
 SAMPLE_TOKENS = 8
 RESULTS = ("logits", "gate_weights", "expert_ids")
-"""Of `Choice`."""
+"""The fields of `Choice` that a router returns."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foreroute.runtime.device.kernels.cache import store_token_reference
-from foreroute.runtime.device.kernels.linear import Norm, normed_reference
+from foreroute.runtime.device.kernels.norm import Norm, normed_reference
 from foreroute.runtime.device.kernels.rotary import rotate_reference, turn
 
 

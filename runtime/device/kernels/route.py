@@ -12,14 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foreroute.runtime.device.kernels.linear import (
+from foreroute.runtime.device.kernels.linear import products_reference
+from foreroute.runtime.device.kernels.norm import (
     NORM_WARPS,
     Norm,
     columns_of,
     load_state,
     norm_scale,
     normed_reference,
-    products_reference,
 )
 from foreroute.runtime.device.kernels.plan import (
     no_plan,
