@@ -19,7 +19,7 @@ LONGEST_PERIOD_STEPS = 8 * PERIOD_STEPS
 
 
 class _Means(NamedTuple):
-    """Of the steps of one variant in a trial."""
+    """What the steps of one variant took in a trial."""
 
     ms: float
     misses: float
@@ -63,7 +63,7 @@ class Trials:
         return LOOK_AHEAD if self.is_worth_it else ON_DEMAND
 
     def _balance(self) -> Balance:
-        """Of one step that looks ahead, from a trial that is over."""
+        """What one step that looks ahead took and saved, from a trial that is over."""
         changes = [
             [b - a for a, b in zip(before.counters, after.counters, strict=True)]
             for before, after in zip(self._marks[:-1], self._marks[1:], strict=True)

@@ -26,9 +26,9 @@ class ProjectedHeads:
     key_heads: int
     """H_kv, of keys and values."""
     query_norm: Norm | None
-    """Of each query head, over its d numbers."""
+    """The norm of each query head, over its d numbers."""
     key_norm: Norm | None
-    """Of each key head."""
+    """The norm of each key head."""
     cos: Tensor
     """[B or 1, 1, d] with equal halves, or [B or 1, 1, d / 2]."""
     sin: Tensor
