@@ -22,6 +22,7 @@ from foreroute.export.compare.tables import (
     curve_table,
     main_table,
     markdown,
+    readout_table,
     saved_table,
     worth_table,
 )
@@ -54,6 +55,7 @@ def tables_of(results: dict[str, Any]) -> dict[str, str]:
         ),
         f"{model}, saved": saved_table(own),
         f"{model}, worth": worth_table(own),
+        f"{model}, readout": readout_table(own),
     }
     for row in rows:
         if row["tested_on"] != first:

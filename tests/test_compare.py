@@ -14,6 +14,7 @@ from foreroute.estimators import FORMS, EstimatorSpec
 from foreroute.estimators.priors import decayed_frequency, previous_token
 from foreroute.export.compare.cells import catalogue
 from foreroute.export.compare.cli import compare_predictors, score, worth_on_profiles
+from foreroute.export.compare.finish import extra_us
 from foreroute.export.compare.plan import scale_of
 from foreroute.export.compare.predicted import PredictedExperts
 from foreroute.export.compare.published import TraceSet
@@ -222,6 +223,19 @@ def test_a_prior_gets_a_weight_where_it_helps_alone() -> None:
     weights = fit_prior_weights(noise, prior, truth)
     assert weights[0] > 0
     assert weights[1] == 0
+
+
+def test_affine_forms_cost_nothing_more_and_others_what_they_take_over_the_next_router() -> None:
+    common = {"input": "quasi-hidden", "horizon": 1, "device": "NVIDIA H100", "prior": "none"}
+    free = common | {"form": "next-router", "us_by_layer": 20.0}
+    rows = [
+        free,
+        common | {"form": "low-rank", "us_by_layer": 27.0},
+        common | {"form": "mlp", "us_by_layer": 31.0},
+        common | {"form": "mlp", "us_by_layer": 31.0, "input": "attention-readout"},
+        common | {"form": "mlp", "us_by_layer": 31.0, "device": "cpu"},
+    ]
+    assert [extra_us(row, rows, 80.0) for row in rows] == [0, 0, 11, 111, 0]
 
 
 def test_a_form_of_ones_own_is_compared_by_its_name(monkeypatch) -> None:
