@@ -13,6 +13,8 @@ from tiny_models import SUPPORTED, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, conversion_mapping
 from transformers.core_model_loading import Interleave, Transpose, WeightConverter
 
+from foreroute.data.adapters.adapted import open_experts
+from foreroute.data.adapters.model_class import auto_class
 from foreroute.data.adapters.weightless import parameter_shapes
 from foreroute.estimators import host_memory
 from foreroute.runtime import Engine
@@ -31,6 +33,7 @@ def save(folder, model_type="qwen3_moe", dtype=torch.float32, **overrides):
 
 
 def assert_same_weights(offloaded, stock):
+    open_experts(stock)  # or aria's lie under other names
     expected = dict(stock.named_parameters())
     model = offloaded.moe.model
     for name, parameter in model.named_parameters():
@@ -38,7 +41,7 @@ def assert_same_weights(offloaded, stock):
     store = offloaded.store
     for layer, layout, rows in zip(offloaded.moe.layers, store.layouts, store.rows, strict=True):
         for name, view in layout.views(rows).items():
-            weight = expected.pop(f"{layer.name}.{name}")
+            weight = stock.get_parameter(f"{layer.name}.{name}")
             assert view.dtype == weight.dtype
             assert torch.equal(view, weight), f"{layer.name}.{name}"
     assert not set(expected) - {"lm_head.weight"}  # tied to the embeddings
@@ -46,9 +49,25 @@ def assert_same_weights(offloaded, stock):
 
 @pytest.mark.parametrize("model_type", SUPPORTED)
 def test_sharded_checkpoints_of_every_type_load_bit_for_bit(tmp_path, model_type):
-    save(tmp_path, model_type)
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    saved = save(tmp_path, model_type)
+    stock = auto_class(saved.config).from_pretrained(tmp_path)
     assert_same_weights(load_offloaded(str(tmp_path), device="cpu"), stock)
+
+
+def test_the_part_that_writes_is_loaded_from_the_checkpoint_of_a_whole_that_also_speaks(tmp_path):
+    thinker = tiny_model("qwen3_omni_moe")
+    tiny_config("qwen3_omni_moe").save_pretrained(tmp_path)
+    tensors = {f"thinker.{name}": tensor for name, tensor in thinker.state_dict().items()}
+    save_file(tensors | {"talker.other": torch.ones(2)}, tmp_path / "model.safetensors")
+    assert_same_weights(load_offloaded(str(tmp_path), device="cpu"), thinker)
+
+
+def test_experts_that_were_opened_are_saved_under_their_old_names(tmp_path):
+    tensors = save(tmp_path, "aria_text").state_dict()
+    model = load_offloaded(str(tmp_path), device="cpu").moe.model
+    model.save_pretrained(tmp_path / "again")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in stock.state_dict().items())
 
 
 @pytest.mark.parametrize("saved", DTYPES)
@@ -90,11 +109,14 @@ def test_the_engine_runs_what_was_loaded_exactly(tmp_path, model_type):
         assert torch.equal(engine(tokens).logits, stock(tokens).logits)
 
 
-def test_experts_have_no_parameters_and_the_classes_are_put_back(tmp_path):
+def test_the_experts_parameters_are_their_host_rows_and_the_classes_are_untouched(tmp_path):
     save(tmp_path)
     offloaded = load_offloaded(str(tmp_path), device="cpu")
-    experts = offloaded.moe.layers[0].experts
-    assert not list(experts.parameters())
+    experts, rows = offloaded.moe.layers[0].experts, offloaded.store.rows[0]
+    assert type(offloaded.moe.model).__module__.startswith("transformers")
+    assert experts.gate_up_proj.data_ptr() == rows.data_ptr()
+    rows.zero_()
+    assert not any(parameter.any() for parameter in experts.parameters())
     assert list(parameter_shapes(experts)) == ["gate_up_proj", "down_proj"]
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert again.model.layers[0].mlp.experts.gate_up_proj.device.type == "cpu"
@@ -146,7 +168,6 @@ def test_layouts_that_need_transformers_converters_load_bit_for_bit(tmp_path, mo
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     offloaded = load_offloaded(str(tmp_path), device="cpu")
     assert_same_weights(offloaded, model)
-    assert not list(offloaded.moe.layers[0].experts.parameters())
 
 
 def test_a_missing_tensor_is_named(tmp_path):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -17,57 +15,22 @@ from foreroute.estimators.calibration import (
 NUM_KNOTS = 64
 TAIL = 1e-3
 """Share of margins, near the decision, that lies beyond each end of a table."""
-MIN_SEQUENCES = 3
 METHODS = ("temperature", "isotonic")
 """What probabilities can be fitted by; each gives a table over the margin."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeldOutParts:
-    """Held-out sequences in three parts, so that no figure is measured on what chose it."""
-
-    calibrate: range
-    """Probabilities are fitted here and judged on the next, and the other way round."""
-    choose: range
-    """So calibration and each layer's form are chosen on both."""
-    report: range
-    """What is reported is measured here."""
-
-
-def split_held_out(held_out: range) -> HeldOutParts:
-    """Split held-out sequences: a quarter, a quarter, half.
-
-    Neighbours may share a document: one sequence before the reported ones is dropped where there
-    are at least five.
-
-    Raises:
-        ValueError: If there are fewer than three sequences.
-    """
-    if len(held_out) < MIN_SEQUENCES:
-        raise ValueError(
-            f"{len(held_out)} held-out sequences are too few: at least {MIN_SEQUENCES} are needed, "
-            "to calibrate, to choose and to report on. Collect more tokens, or shorter sequences."
-        )
-    report = held_out.start + (len(held_out) + 1) // 2
-    gap = 1 if len(held_out) > 4 else 0
-    middle = held_out.start + (report - gap - held_out.start + 1) // 2
-    return HeldOutParts(
-        calibrate=range(held_out.start, middle),
-        choose=range(middle, report - gap),
-        report=range(report, held_out.stop),
-    )
 
 
 class MarginHistogram:
     """How many experts had which margin, and how many of them were used, for P layer pairs.
 
     The bins are the knots of the tables fitted to it; they are laid out on the first batch.
-
-    Args:
-        top_k: K.
     """
 
     def __init__(self, top_k: int) -> None:
+        """Start at nothing; the first batch lays out the bins.
+
+        Args:
+            top_k: K.
+        """
         self.top_k = top_k
         self.first_margin = self.knots_per_margin = torch.empty(0)  # [P]
         self.num_experts = self.num_used = torch.empty(0)  # [P, B]

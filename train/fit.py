@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning import Trainer
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
+from foreroute.data.adapters import resolve_device
 from foreroute.data.manifest import MANIFEST_FILE
 from foreroute.data.opening import open_traces
 from foreroute.data.traces import Traces
@@ -23,7 +25,7 @@ from foreroute.estimators import (
     default_budgets,
 )
 from foreroute.estimators.artifacts import read_json, sha256_of
-from foreroute.train.baselines import baseline_fields, build_baselines, build_stack
+from foreroute.train.baselines import baseline_fields, build_baselines
 from foreroute.train.choose import settle_pairs
 from foreroute.train.datamodule import RoutingDataModule, Shards
 from foreroute.train.measure import measure, predictor_of
@@ -41,6 +43,7 @@ from foreroute.train.run import (
 )
 from foreroute.train.shards import PairedShards
 from foreroute.train.split import split_off_validation, split_sequences
+from foreroute.train.stacks import build_stack
 
 
 def train_estimator(
@@ -56,9 +59,9 @@ def train_estimator(
 ) -> dict[str, Any]:
     """Fit an estimator of all the spec's layers, measure it, and write the run's folder.
 
-    A layer's parameters are those after the last epoch, less the part of the correction that costs
-    the rest of `kept_gain`, or those before the first epoch where training did not pay. Training
-    sequences set aside for that decide it: held-out tokens choose nothing.
+    A layer keeps its parameters after the last epoch, with the correction shrunk as far as
+    `kept_gain` of its gain allows. Where training did not pay, it keeps those before the first
+    epoch. Training sequences that are set aside decide both; held-out tokens choose nothing.
 
     Args:
         source: Folder that `collect-traces` wrote, or traces that are open.
@@ -78,7 +81,7 @@ def train_estimator(
         ValueError: If the traces are damaged, or settings do not fit them or the folder.
     """
     start = time.monotonic()
-    chosen = choose_device(device)
+    chosen = resolve_device(device)
     traces = source if isinstance(source, Traces) else open_traces(source)
     plan = plan_run(traces, spec, config)
     vectors = train_default_vectors(traces, plan)
@@ -99,19 +102,6 @@ def train_estimator(
     }
     finish_run(out, stack, metrics)
     return metrics
-
-
-def choose_device(device: DeviceChoice) -> torch.device:
-    """Turn the user's choice into a device.
-
-    Raises:
-        ValueError: If a GPU is asked for and there is none.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch finds no CUDA device here. Use --device cpu.")
-    return torch.device(device)
 
 
 def plan_run(traces: Traces, spec: EstimatorSpec, config: FitConfig) -> RunPlan:
@@ -252,6 +242,7 @@ def _run_trainer(
         log_every_n_steps=LOG_STEPS,
         enable_model_summary=False,
         enable_progress_bar=show_progress,
+        plugins=[LightningEnvironment()],  # one process, also where SLURM has asked for several
     )
     resume_from = checkpoint if checkpoint.is_file() else None
     try:

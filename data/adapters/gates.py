@@ -14,13 +14,6 @@ from foreroute.estimators.types import GateFamily
 RELATIVE_TOLERANCE = 1e-3  # and two roundings in the dtype of logits or weights
 SCALE_TOLERANCE = 3e-4
 SMALLEST_WEIGHT = 1e-20
-FAMILIES: tuple[GateFamily, ...] = (
-    "softmax-topk",
-    "softmax-topk-renorm",
-    "sigmoid-topk",
-    "sigmoid-topk-renorm",
-    "sqrtsoftplus-topk-renorm",
-)
 
 
 def gate_weights(
@@ -44,7 +37,7 @@ def gate_weights(
         ValueError: If the family is `other`: the rule is not known.
     """
     chosen = router_scores(router_logits, family).gather(-1, expert_ids)  # [T, K]
-    if family.endswith("renorm"):
+    if family.is_renormalised:
         chosen = chosen / chosen.sum(-1, keepdim=True).clamp_min(SMALLEST_WEIGHT)
     return chosen * scale
 
@@ -56,24 +49,36 @@ def find_gate_rule(layers: Sequence[Observed]) -> tuple[GateFamily, float]:
         The family and its scale; `other` and 1 if none fits.
     """
     true = torch.cat([seen.gate_weights.float() for seen in layers])  # [L * T, K]
+    unknown = GateFamily.OTHER, 1.0
+    if all(map(_is_weighed_before, layers)):
+        return unknown
     dtypes = {seen.gate_weights.dtype for seen in layers}
     dtypes |= {seen.router_logits.dtype for seen in layers if seen.router_logits is not None}
     tolerance = RELATIVE_TOLERANCE + 2 * max(torch.finfo(dtype).eps for dtype in dtypes)
-    best: tuple[float, GateFamily, float] = (tolerance, "other", 1.0)
-    for family in FAMILIES:
+    best: tuple[float, GateFamily, float] = (tolerance, GateFamily.OTHER, 1.0)
+    for family in GateFamily:
+        if family is GateFamily.OTHER:
+            continue
         parts = [
             gate_weights(seen.router_logits, seen.expert_ids.long(), family)
             for seen in layers
             if seen.router_logits is not None
         ]
         if len(parts) < len(layers):
-            return "other", 1.0
+            return GateFamily.OTHER, 1.0
         weights = torch.cat(parts)
         scale = _rounded(float(true.sum() / weights.sum()))
         error = float((weights * scale / true - 1).abs().max())
         if error < best[0]:
             best = (error, family, scale)
     return best[1:]
+
+
+def _is_weighed_before(seen: Observed) -> bool:
+    """Whether one expert reads each token, times its score, so that its output needs no weight."""
+    weights, read, routed = seen.gate_weights, seen.experts_input, seen.router_input
+    is_scaled = read.shape == routed.shape and not torch.equal(read, routed)
+    return weights.shape[-1] == 1 and is_scaled and bool((weights == 1).all())
 
 
 def _rounded(scale: float) -> float:

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from foreroute.data.adapters.adapted import open_experts
 from foreroute.data.adapters.model_class import auto_class
 from foreroute.data.adapters.seam import is_experts_module
 
 SHAPES_ATTRIBUTE = "_foreroute_shapes"
+ADAPTER_ATTRIBUTE = "_foreroute_adapter"
 
 
 class ParameterShape(NamedTuple):
@@ -33,7 +35,8 @@ def parameter_shapes(experts: nn.Module) -> dict[str, ParameterShape]:
 
 
 def experts_by_path(model: nn.Module) -> dict[str, nn.Module]:
-    """The experts modules of a model, in order, by dotted path."""
+    """The experts modules of a model, in order, by dotted path; what can be opened is opened."""
+    open_experts(model)
     return {path: m for path, m in model.named_modules() if is_experts_module(m)}
 
 
@@ -89,6 +92,16 @@ def weightless(model_class: type[Any], tensors: Mapping[str, Any]) -> type[Any]:
                 # or transformers would initialise what is not there
                 experts.__dict__["_is_hf_initialized"] = True
 
+        def load_adapter(self, *args: Any, **settings: Any) -> None:
+            """An adapter beside the weights: it comes when the experts are there."""
+            self.__dict__[ADAPTER_ATTRIBUTE] = lambda: self.load_adapter(*args, **settings)
+
+        def initialize_weights(self) -> None:
+            with contextlib.ExitStack() as undo:  # some blocks initialise their experts' weights
+                for experts in experts_by_path(self).values():
+                    undo.enter_context(parameters_on_meta(experts))
+                super().initialize_weights()
+
         @staticmethod
         def _load_pretrained_model(
             model: Any,
@@ -119,7 +132,16 @@ def parameters_on_meta(experts: nn.Module) -> Iterator[None]:
     try:
         for name, (shape, dtype) in parameter_shapes(experts).items():
             empty = torch.empty(shape, dtype=dtype, device="meta")
-            experts.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+            parameter = nn.Parameter(empty, requires_grad=False)
+            parameter.__dict__["_is_hf_initialized"] = True  # or transformers would fill it
+            experts.register_parameter(name, parameter)
         yield
     finally:
         experts._parameters.clear()
+
+
+def load_awaited_adapter(model: Any) -> None:
+    """Load the adapter that lies beside a model's weights, now that its experts are there."""
+    load = model.__dict__.pop(ADAPTER_ATTRIBUTE, None)
+    if load is not None:
+        load()

@@ -62,7 +62,7 @@ def candidates(rows: Sequence[Row], name: str) -> list[Row]:
 
 
 def cheapest(among: Sequence[Row]) -> list[Row]:
-    """Of some rows, for each layer the one whose predictions cost least, [P]."""
+    """For each layer, the one of some rows whose predictions cost least, [P]."""
     costs = torch.tensor([row["chosen_cost_per_layer"] for row in among])  # [rows, P]
     return [among[place] for place in costs.argmin(dim=0).tolist()]
 

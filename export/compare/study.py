@@ -23,7 +23,6 @@ from foreroute.export.compare.cells import Cell
 from foreroute.export.compare.parts import FirstTokens, InMemory, ShuffledLabels
 from foreroute.export.compare.predicted import PredictedExperts
 from foreroute.export.compare.score import PREDICTIONS_PER_EXPERT
-from foreroute.train.baselines import build_stack
 from foreroute.train.calibrate import MarginHistogram
 from foreroute.train.datamodule import BatchStream, Shards
 from foreroute.train.fit import train_stack
@@ -33,6 +32,7 @@ from foreroute.train.prior import fit_prior_weights
 from foreroute.train.ridge import set_to_ridge
 from foreroute.train.shards import PairedShards, RoutingBatch
 from foreroute.train.split import split_off_validation
+from foreroute.train.stacks import build_stack
 
 CHOOSING_TOKENS = 16_384
 """Tokens that probabilities, shares and priors are chosen by, at most."""

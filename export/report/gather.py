@@ -23,7 +23,6 @@ from foreroute.estimators.expected_cost import FetchCosts
 from foreroute.estimators.metrics import RecallIntervals
 from foreroute.export.bundle import Bundle
 from foreroute.train.baselines import baseline_fields, build_baselines
-from foreroute.train.calibrate import split_held_out
 from foreroute.train.fit import train_default_vectors
 from foreroute.train.measure import (
     Judgement,
@@ -36,6 +35,7 @@ from foreroute.train.measure import (
 )
 from foreroute.train.run import FinishedRun
 from foreroute.train.shards import PairedShards
+from foreroute.train.split import split_held_out
 
 Kind = Literal["form", "baseline", "floor"]
 BUNDLE_NAME = "bundle"
@@ -49,9 +49,9 @@ class Reliability:
     """Probabilities of one predictor, before and after they were fitted."""
 
     before: Judgement
-    """Of the sigmoid of the decision margin."""
+    """How well the sigmoid of the decision margin does."""
     after: Judgement
-    """Of the fitted ones."""
+    """How well the fitted probabilities do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class Row:
     intervals: RecallIntervals | None = None
     """95 % of the means over layers, by resampling sequences; None with one sequence."""
     reliability: Reliability | None = None
-    """Of trained forms and bundles."""
+    """Known for trained forms and bundles."""
     num_parameters: int | None = None
     """Trained, all layers together."""
     us_per_prediction: float | None = None
@@ -87,7 +87,7 @@ class Measured:
     num_tokens: int
     """That everything is measured on."""
     num_sequences: int
-    """Of those tokens."""
+    """Sequences that those tokens are from."""
     device: str
     """Where predictions were timed."""
     rows: tuple[Row, ...]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,13 +14,14 @@ from torch import nn
 
 from foreroute.data.adapters import MoELayer, MoEModel
 from foreroute.data.adapters.discovery import discover_outline
-from foreroute.data.adapters.exceptions import is_hash_routed
-from foreroute.runtime.device.expert_form import find_expert_form
+from foreroute.data.adapters.exceptions import is_hash_routed, why_not_captured
+from foreroute.estimators.forms import FREE_FORMS
+from foreroute.runtime.device.expert_form import why_no_form
 from foreroute.runtime.store.checkpoint import Checkpoint
 from foreroute.runtime.store.host_store import RowLayout
 
 YES = "yes"
-FREE_FORMS = "only estimators without an anchor (linear, mlp-free) can be trained"
+FREE_FORMS_ONLY = f"only estimators without an anchor ({', '.join(FREE_FORMS)}) can be trained"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +38,11 @@ class Diagnosis:
     num_experts: int
     top_k: int
     dtype: str = ""
-    """Of the parameters, or how a low-bit checkpoint stores its experts."""
+    """Dtype of the parameters, or how a low-bit checkpoint stores its experts."""
     hash_routed: tuple[int, ...]
     """Decoder layer index of each layer whose experts follow from the token alone."""
     expert_bytes: int
-    """Of one expert, in that dtype."""
+    """Size of one expert, in that dtype."""
     all_experts_bytes: int
     """What the host holds."""
     other_bytes: int
@@ -83,6 +85,7 @@ def diagnose(
         checkpoint = replace(checkpoint, asked_dtype=torch.float32)
     experts = checkpoint.experts
     sizes = _sizes(checkpoint.outline, experts)
+    sizes["graph"] = _graph(checkpoint.outline, experts.values())  # before layers are dropped
     found = _diagnosis(name, discover_outline(checkpoint.outline, name), sizes)
     if checkpoint.encoder is None:
         return replace(found, dtype=str(checkpoint.dtype).removeprefix("torch."))
@@ -166,10 +169,11 @@ def _diagnosis(name: str, moe: MoEModel, sizes: dict[str, Any]) -> Diagnosis:
         top_k=geometry.top_k,
         router=f"{type(router).__name__}, {rule}",
         norm=_norm(last),
-        recording=YES if not moe.anchors_problem else f"{YES}; {FREE_FORMS}: {moe.anchors_problem}",
+        recording=YES
+        if not moe.anchors_problem
+        else f"{YES}; {FREE_FORMS_ONLY}: {moe.anchors_problem}",
         exact=YES,
         speculative=f"skip only: {problem}" if problem else YES,
-        graph=_graph(moe.model, last.experts),
         **sizes,
     )
 
@@ -182,9 +186,6 @@ def _norm(layer: MoELayer) -> str:
     return "none: the router reads the residual"
 
 
-def _graph(model: Any, experts: nn.Module) -> str:
-    if find_expert_form(experts) is None:
-        return "no: the experts' activation has no kernel"
-    if not model._can_compile_fullgraph:
-        return "no: transformers says its forward pass cannot be captured whole"
-    return YES
+def _graph(model: Any, all_experts: Iterable[nn.Module]) -> str:
+    reason = why_no_form(all_experts) or why_not_captured(model)
+    return f"no: {reason}" if reason else YES

@@ -126,8 +126,11 @@ def allocate_host(num_rows: int, row_bytes: int, *, is_pinned: bool) -> Tensor:
     Raises:
         RuntimeError: If CUDA refuses to pin it.
     """
-    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    memory = mmap.mmap(-1, num_rows * row_bytes, flags=private)
+    num_bytes = num_rows * row_bytes
+    if hasattr(mmap, "MAP_PRIVATE"):
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    else:  # Windows: the page file's memory, which is this process's own
+        memory = mmap.mmap(-1, num_bytes)
     rows = torch.frombuffer(memory, dtype=torch.uint8).view(num_rows, row_bytes)
     if is_pinned:
         address = rows.data_ptr()
@@ -192,7 +195,6 @@ class HostExpertStore:
             is_pinned: Page-lock the memory, so that a CUDA device can copy from it unattended.
             encoder: How to store matrices; as they are if None.
         """
-        self.is_pinned = is_pinned
         self.layouts: list[RowLayout] = []
         self.rows: list[Tensor] = []
         """Per MoE layer, [E, row_bytes] uint8."""

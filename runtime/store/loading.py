@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from foreroute.data.adapters import MoEModel, discover
+from foreroute.data.adapters.adapted import checkpoint_name
 from foreroute.data.adapters.loading import loading_alone
 from foreroute.data.adapters.weightless import ParameterShape, parameter_shapes, weightless
 from foreroute.runtime.store.checkpoint import Checkpoint
@@ -84,8 +85,8 @@ def fill_store(store: HostExpertStore, moe: MoEModel, checkpoint: Checkpoint) ->
                 for name, spec in layout.parameters.items()
             }
         for name, shape in shapes.items():
-            writers[f"{layer.name}.{name}"] = (writer, name)
-            targets[f"{layer.name}.{name}"] = shape
+            target = f"{layer.name}.{checkpoint_name(layer.experts, name)}"
+            writers[target], targets[target] = (writer, name), shape
     expected = sum(math.prod(target.shape) for target in targets.values())
     num_bytes = sum(math.prod(t.shape) * t.dtype.itemsize for t in targets.values())
     done = 0

@@ -8,11 +8,14 @@ from typing import Any, Unpack
 import torch
 
 from foreroute.data.adapters import MoEModel, discover, resolve_device
-from foreroute.data.adapters.loading import HubSettings
+from foreroute.data.adapters.loading import HubSettings, loading_alone
+from foreroute.data.adapters.weightless import load_awaited_adapter
 from foreroute.runtime.store.checkpoint import Checkpoint
 from foreroute.runtime.store.encodings import encoder_named
 from foreroute.runtime.store.host_store import HostExpertStore
+from foreroute.runtime.store.lent_weights import LentWeights
 from foreroute.runtime.store.loading import load_with_host_experts
+from foreroute.runtime.store.whole_model import WholeModel
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,37 @@ class OffloadedModel:
     """Where everything but the experts is."""
     expert_dtype: str = "auto"
     """How experts are stored; `auto` is as the checkpoint has them."""
+
+    lent: tuple[LentWeights, ...] = ()
+    """The store's weights as the model shows them."""
+
+    @classmethod
+    def whole(
+        cls, moe: MoEModel, store: HostExpertStore, device: torch.device, expert_dtype: str
+    ) -> OffloadedModel:
+        """Move the rest of a model to its device, and let it show its experts.
+
+        Args:
+            moe: The model, on the CPU, its experts without weights.
+            store: Holds them.
+            device: Where to run it.
+            expert_dtype: How experts are stored.
+        """
+        moe.model.to(device)
+        layers = zip(moe.layers, store.layouts, store.rows, strict=True)
+        lent = tuple(LentWeights(layer.experts, layout, rows) for layer, layout, rows in layers)
+        WholeModel(moe.model, lent, device)
+        load_awaited_adapter(moe.model)
+        return cls(moe, store, device, expert_dtype, lent)
+
+    def take_in(self) -> None:
+        """Write weights of experts that were replaced (a merge makes new ones) into the store.
+
+        Raises:
+            ValueError: If they are stored in fewer bits.
+        """
+        for weights in self.lent:
+            weights.take_in()
 
     @property
     def expert_bytes(self) -> int:
@@ -49,9 +83,9 @@ def offload(
     encoder = encoder_named(expert_dtype)
     moe = discover(model, model_name)
     experts = [layer.experts for layer in moe.layers]
-    store = HostExpertStore(experts, is_pinned=device.type == "cuda", encoder=encoder)
-    model.to(device)
-    return OffloadedModel(moe, store, device, expert_dtype)
+    with torch.inference_mode(False):
+        store = HostExpertStore(experts, is_pinned=device.type == "cuda", encoder=encoder)
+        return OffloadedModel.whole(moe, store, device, expert_dtype)
 
 
 def load_offloaded(
@@ -77,7 +111,7 @@ def load_offloaded(
         ValueError: If it cannot be read, is no MoE that is supported, or does not fit in memory.
     """
     target = resolve_device(device)
-    checkpoint = Checkpoint.open(name, dtype=dtype, expert_dtype=expert_dtype, **hub)
-    moe, store = load_with_host_experts(checkpoint, is_pinned=target.type == "cuda")
-    moe.model.to(target)
-    return OffloadedModel(moe, store, target, expert_dtype)
+    with loading_alone():
+        checkpoint = Checkpoint.open(name, dtype=dtype, expert_dtype=expert_dtype, **hub)
+        moe, store = load_with_host_experts(checkpoint, is_pinned=target.type == "cuda")
+        return OffloadedModel.whole(moe, store, target, expert_dtype)
