@@ -70,17 +70,10 @@ FOLDERS = ("rows", "truth", "predictions")
 def train(options: argparse.Namespace) -> None:
     """Train the model, if it is not there, and say how long one attention takes."""
     folder = options.work / "model"
-    given = (
-        vars(options)
-        | MODEL
-        | (
-            {k: v for k, v in TINY.items() if k in MODEL} | {"max_documents": 30}
-            if options.tiny
-            else {}
-        )
-    )
-    given |= {"package_megabytes": 0.2 if options.tiny else options.package_megabytes}
-    given |= {"model_minutes": 0.05 if options.tiny else options.model_minutes}
+    given = vars(options) | MODEL
+    if options.tiny:
+        names = (*MODEL, "package_megabytes", "model_minutes")
+        given |= {name: TINY[name] for name in names if name in TINY}
     if not (folder / "training.json").is_file():
         start = time.monotonic()
         train_model(argparse.Namespace(**given), folder)
