@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 PIECE_CHARACTERS = 8192  # a lone text file is cut into pieces, so that it too can be split
 LINE_CHARACTERS = 1 << 20  # a longer line is read in parts: it may be no text at all
-COMPRESSED = frozenset({".gz", ".bz2", ".xz", ".zst", ".lz4"})
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".lz4": "lz4"}
+"""Endings of compressed files, and what fsspec calls the compression."""
 PDF_MARK = "%PDF-"
 NUM_NAMED = 5  # files that a message names
 
@@ -55,7 +56,7 @@ class DataFile:
         """Its bytes, decompressed, while the context lasts."""
         import fsspec
 
-        compression = "infer" if PurePosixPath(self.name.lower()).suffix in COMPRESSED else None
+        compression = COMPRESSED.get(PurePosixPath(self.name.lower()).suffix)
         opened: AbstractContextManager[BinaryIO]
         opened = fsspec.open(self.url, "rb", compression=compression)
         return opened
@@ -77,7 +78,7 @@ def local_documents(path: Path, reading: RowReading) -> Contents:
     elif not path.is_file():
         raise NoTextError(f"{path} is neither a file nor a folder.")
     elif path.suffix.lower() == ".zip":
-        yield from _many_documents(str(path), dict(_zip_parts(path, "", reading)))
+        yield from _zip_documents(path, "", reading)
     else:
         file = DataFile(path.name, str(path))
         if file.ending in BUILDERS:
@@ -97,7 +98,7 @@ def _folder_documents(folder: Path, reading: RowReading) -> Contents:
         if path.is_dir():
             parts[name] = functools.partial(saved_documents, path, name, reading)
         elif path.suffix.lower() == ".zip":
-            parts |= dict(_zip_parts(path, f"{name}/", reading))
+            parts[name] = functools.partial(_zip_documents, path, f"{name}/", reading)
         else:
             parts[name] = functools.partial(_file_documents, DataFile(name, str(path)), reading)
     yield from _many_documents(str(folder), parts)
@@ -122,18 +123,18 @@ def _walk(folder: Path) -> Iterator[Path]:
                 yield here / name
 
 
-def _zip_parts(
-    path: Path, prefix: str, reading: RowReading
-) -> Iterator[tuple[str, Callable[[], Contents]]]:
+def _zip_documents(path: Path, prefix: str, reading: RowReading) -> Contents:
     try:
         with zipfile.ZipFile(path) as archive:
             names = sorted(info.filename for info in archive.infolist() if not info.is_dir())
     except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
         raise NoTextError(f"{path} cannot be read as a zip archive: {error}.") from error
+    parts: dict[str, Callable[[], Contents]] = {}
     for name in names:
         if not any(part.startswith(".") for part in PurePosixPath(name).parts):
             file = DataFile(f"{prefix}{name}", f"zip://{name}::{path}")
-            yield file.name, functools.partial(_file_documents, file, reading)
+            parts[file.name] = functools.partial(_file_documents, file, reading)
+    yield from _many_documents(str(path), parts)
 
 
 def _many_documents(label: str, parts: dict[str, Callable[[], Contents]]) -> Contents:

@@ -15,6 +15,7 @@ from foreroute.data.adapters import (
     resolve_model,
     routed_through,
 )
+from foreroute.data.adapters.discovery import layer_index
 from foreroute.data.recorder import RoutingRecorder
 from foreroute.estimators.inputs import apply_norm
 from foreroute.estimators.selection import selection_scores
@@ -160,6 +161,14 @@ def test_the_router_fingerprint_is_the_same_in_bfloat16_and_float32():
     assert discover(model.to(torch.bfloat16)).geometry.router_fingerprint == before
 
 
+def test_a_checkpoint_is_known_again_in_float16():
+    model = make("qwen3_moe")
+    before = discover(model).geometry
+    after = discover(model.to(torch.float16)).geometry
+    before.require_match(after, what="Bundle", remedy="Export again.")
+    after.require_match(before, what="Bundle", remedy="Export again.")
+
+
 def test_the_router_fingerprint_tells_checkpoints_apart():
     model = make("qwen3_moe")
     before = discover(model).geometry
@@ -169,6 +178,15 @@ def test_the_router_fingerprint_tells_checkpoints_apart():
     assert after != before
     with pytest.raises(ValueError, match=r"Bundle made for .* this model is"):
         before.require_match(after, what="Bundle", remedy="Export again.")
+
+
+def test_experts_that_only_images_reach_are_beside_the_layers_that_text_takes():
+    model = tiny_model("ernie4_5_vl_moe")
+    moe = discover(model)
+    assert [layer.layer_idx for layer in moe.layers] == [
+        layer_index(path) for path, _ in moe.others
+    ]
+    assert all("text_moe" in layer.name for layer in moe.layers)
 
 
 def test_a_dense_model_is_refused_in_one_line():

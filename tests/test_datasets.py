@@ -3,9 +3,11 @@
 import bz2
 import csv
 import gzip
+import io
 import json
 import logging
 import lzma
+import tarfile
 import zipfile
 
 import datasets
@@ -73,6 +75,7 @@ def zipped(path, members: dict[str, bytes]):
         ("array.json", json.dumps(ROWS).encode()),
         ("lines.json", LINES),
         ("A.JSONL", LINES),
+        ("inner.json", json.dumps({"version": "1", "data": ROWS}).encode()),
         ("a.ndjson", LINES),
         ("a.csv", as_csv(",")),
         ("a.tsv", as_csv("\t")),
@@ -119,6 +122,15 @@ def test_a_zip_archive_is_read_like_a_folder(tmp_path):
     assert sorted(texts_of(tmp_path)) == sorted([*TEXTS, "bee", "sea"])
 
 
+def test_a_tar_of_webdataset_gives_its_texts(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for number, text in enumerate(TEXTS):
+            member = tarfile.TarInfo(f"{number:03}.txt")
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text.encode()))
+    assert sorted(texts_of(tmp_path / "a.tar")) == sorted(TEXTS)
+
+
 @pytest.mark.parametrize(
     "content", ["z\u00fcg\r\nzwei", "\ufeffz\u00fcg", "plain", "\u65e5\u672c \U0001f98a"]
 )
@@ -138,6 +150,7 @@ def test_text_is_decoded_by_its_mark(tmp_path, content, encoding):
         ("a.zip", b"PK\x03\x04 cut off"),
         ("a", b"\x1f\x8b\x08 a compressed file without its ending"),
         ("a.txt.gz", b"not compressed at all"),
+        ("a.txt.zst", b"\x28\xb5\x2f\xfd1234"),
         ("cut.jsonl.gz", gzip.compress(LINES)[:200]),
         ("a.parquet", b"PAR1 or not"),
         ("a.arrow", b"ARROW1 or not"),
@@ -169,14 +182,15 @@ def test_files_without_text_are_left_out_of_a_folder_and_named(tmp_path, caplog)
     (tmp_path / "package.json").write_text('{"name": "x", "version": "1"}')
     (tmp_path / "settings.json").write_text("// no JSON\n{")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\0\0")
+    (tmp_path / "cut.zip").write_bytes(b"PK\x03\x04")
     with caplog.at_level(logging.INFO, logger="foreroute"):
         assert texts_of(tmp_path) == ["ay"]
     assert len(caplog.records) == 1, "it is said once"
-    assert "Left out 3 of 4 files" in caplog.text
-    for name in ("package.json", "settings.json", "picture.png"):
+    assert "Left out 4 of 5 files" in caplog.text
+    for name in ("cut.zip", "package.json", "settings.json", "picture.png"):
         assert name in caplog.text
     (tmp_path / "a.txt").unlink()
-    with pytest.raises(ValueError, match=r"holds no text: package\.json"):
+    with pytest.raises(ValueError, match=r"holds no text: cut\.zip"):
         texts_of(tmp_path)
 
 
@@ -232,7 +246,8 @@ CHATS = {
 
 @pytest.mark.parametrize("row", CHATS.values(), ids=CHATS)
 def test_chats_go_through_the_tokenizers_template(tmp_path, row):
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for _ in range(3)))
+    empty = dict.fromkeys(row) | {next(iter(row)): []}
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [row, empty, row, row])))
     rows = rows_of(tmp_path / "a.jsonl")
     assert ["".join(map(chr, r.token_ids)) for r in rows] == ["<user>hi"] * 3
 

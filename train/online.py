@@ -11,7 +11,7 @@ from foreroute.data.manifest import MANIFEST_FILE
 from foreroute.data.opening import open_traces
 from foreroute.data.traces import Traces
 from foreroute.estimators import InputKind
-from foreroute.estimators.artifacts import require_free
+from foreroute.estimators.output import claim, require_free
 
 RECORDED_FOR: dict[InputKind, str] = {
     "attention-readout": "readout",
@@ -27,6 +27,7 @@ def open_live_traces(
     model: str,
     revision: str | None = None,
     dataset: str,
+    column: str = "",
     tokens: int,
     record: str = "",
     device: str = "auto",
@@ -46,6 +47,7 @@ def open_live_traces(
         model: `bundled`, a local folder or a Hub id.
         revision: Branch, tag or commit of a Hub id, for weights and tokenizer.
         dataset: As `collect-traces` takes it.
+        column: Column of its tables; found if empty.
         tokens: Tokens to train on and to measure by, all together.
         record: Optional trace fields to record, a comma list; `RECORDED_FOR` has an input's.
         device: auto, cpu or cuda.
@@ -67,14 +69,16 @@ def open_live_traces(
         model=model,
         revision=revision,
         dataset=dataset,
+        column=column,
         tokens=tokens,
         record=record,
         sequence_length=sequence_length,
         batch_size=batch_size,
         overwrite=overwrite,
     )
-    require_free(out, overwrite=overwrite)
-    require_free(folder, overwrite=overwrite)
+    with claim(out), claim(folder):
+        require_free(out, "run", overwrite=overwrite, inputs=(model, dataset))
+        require_free(folder, "traces", overwrite=overwrite, inputs=(model, dataset))
     loaded = load_model(model, device=resolve_device(device), revision=revision)
     moe = discover(loaded, model)
     return LiveTraces.begin(

@@ -12,7 +12,11 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 
-from foreroute.data.adapters.config_file import check_config_file
+from foreroute.data.adapters.config_file import (
+    GREATEST_INTEGER,
+    check_config_file,
+    check_generation_file,
+)
 from foreroute.data.adapters.model_class import auto_class, writing_part
 from foreroute.data.adapters.weight_files import find_weight_files
 
@@ -64,8 +68,12 @@ def loading_alone() -> Iterator[None]:
                 logging.enable_progress_bar()
 
 
-def resolve_model(name: str) -> str:
+def resolve_model(name: str, subfolder: str = "") -> str:
     """The folder or Hub id behind a model's name.
+
+    Args:
+        name: `bundled`, a local folder or a Hub id.
+        subfolder: Of the folder, that holds the model.
 
     Raises:
         FileNotFoundError: If it looks like a local path and there is none.
@@ -77,8 +85,13 @@ def resolve_model(name: str) -> str:
         return str(folder)
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"{path} holds no model: it has no config.json.")
+        if not (path / subfolder / "config.json").is_file():
+            has_adapter = (path / subfolder / "adapter_config.json").is_file()
+            what = ", but an adapter: load its base model, then" if has_adapter else ":"
+            how = " PeftModel.from_pretrained(engine.model, folder)" if has_adapter else ""
+            raise FileNotFoundError(
+                f"{path / subfolder} holds no model{what}{how or ' it has no config.json'}."
+            )
         return str(path)
     if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise FileNotFoundError(
@@ -135,9 +148,12 @@ def load_config(name: str, **hub: Unpack[HubSettings]) -> Any:
             transformers has no model of it that writes text.
     """
     from transformers import AutoConfig  # lazily: transformers' auto classes import scikit-learn
-    from transformers.utils import CONFIG_NAME, cached_file
+    from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 
-    source, settings = resolve_model(name), hub | {"revision": hub.get("revision") or "main"}
+    source, settings = (
+        resolve_model(name, hub.get("subfolder", "")),
+        hub | {"revision": hub.get("revision") or "main"},
+    )
     trusted = settings.pop("trust_remote_code", False)
     try:
         file = cached_file(source, CONFIG_NAME, **settings)
@@ -150,6 +166,10 @@ def load_config(name: str, **hub: Unpack[HubSettings]) -> Any:
         raise ValueError(_unreadable(name, error)) from error
     except Exception as error:  # each model's config checks its fields in its own way
         raise ValueError(f"{file} cannot be used: {' '.join(str(error).split())}") from error
+    generation_file = Path(file).with_name(GENERATION_CONFIG_NAME)
+    if generation_file.is_file():
+        size = getattr(config.get_text_config(), "vocab_size", None)
+        check_generation_file(generation_file, size or GREATEST_INTEGER)
     config = writing_part(config)
     auto_class(config, name)  # or it raises
     return config
@@ -160,6 +180,7 @@ def load_model(
     *,
     dtype: str = "auto",
     device: torch.device | str = "cpu",
+    device_map: str | None = None,
     **hub: Unpack[HubSettings],
 ) -> Any:
     """Load a model that writes text in eval mode, with its default experts implementation.
@@ -167,25 +188,53 @@ def load_model(
     Args:
         name: `bundled`, a local folder, or a Hub id.
         dtype: As `resolve_dtype` takes it.
-        device: Where the whole model goes.
+        device: Where the whole model goes, unless a map says it.
+        device_map: How its layers are spread over the host's GPUs (`auto`, `balanced`,
+            `sequential`), by accelerate.
         **hub: See `HubSettings`.
 
     Raises:
         FileNotFoundError: If a local path does not exist.
-        ValueError: If the model cannot be read; one line says why.
+        ValueError: If the model cannot be read, or the GPUs of a map cannot hold it; one line says
+            why.
     """
     weights_dtype = resolve_dtype(dtype)
-    source, config = resolve_model(name), load_config(name, **hub)
+    source = resolve_model(name, hub.get("subfolder", ""))
+    config = load_config(name, **hub)
     settings = hub | {"revision": hub.get("revision") or "main"}
     with loading_alone():
         find_weight_files(source, config, **settings)  # says what is wrong with a file, in one line
         try:
             model = auto_class(config, name).from_pretrained(
-                source, config=config, dtype=weights_dtype, use_safetensors=True, **settings
+                source,
+                config=config,
+                dtype=weights_dtype,
+                use_safetensors=True,
+                device_map=device_map,
+                **settings,
             )
-        except (OSError, RuntimeError, ValueError) as error:
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
             raise ValueError(_unreadable(name, error)) from error
-    return model.eval().requires_grad_(False).to(device)
+    model.eval().requires_grad_(False)
+    if device_map is None:
+        return model.to(device)
+    _require_no_offload(model, name)
+    return model
+
+
+def _require_no_offload(model: Any, name: str) -> None:
+    """Refuse a map that leaves part of a model to the host: accelerate copies that at every pass.
+
+    Raises:
+        ValueError: If it does; names the first such part.
+    """
+    places = getattr(model, "hf_device_map", None) or {}
+    on_host = [part for part, place in places.items() if str(place) in ("cpu", "disk", "meta")]
+    if on_host and len(on_host) < len(places):
+        raise ValueError(
+            f"The GPUs cannot hold {name}: {on_host[0]} and more would stay on the host. Give "
+            "--expert-slots instead, which keeps the experts there and fetches what is needed."
+        )
 
 
 def load_tokenizer(name: str, **hub: Unpack[HubSettings]) -> Any:
@@ -201,7 +250,7 @@ def load_tokenizer(name: str, **hub: Unpack[HubSettings]) -> Any:
     """
     from transformers import AutoTokenizer
 
-    source = resolve_model(name)
+    source = resolve_model(name, hub.get("subfolder", ""))
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source, **(hub | {"revision": hub.get("revision") or "main"})

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from foreroute.data.adapters import MoELayer, MoEModel
-from foreroute.data.adapters.discovery import discover_outline
+from foreroute.data.adapters.discovery import discover_outline, layer_index
 from foreroute.data.adapters.exceptions import is_hash_routed, why_not_captured
 from foreroute.estimators.forms import FREE_FORMS
 from foreroute.runtime.device.expert_form import why_no_form
@@ -87,11 +87,13 @@ def diagnose(
     sizes = _sizes(checkpoint.outline, experts)
     sizes["graph"] = _graph(checkpoint.outline, experts.values())  # before layers are dropped
     found = _diagnosis(name, discover_outline(checkpoint.outline, name), sizes)
+    dtype_name = str(checkpoint.dtype).removeprefix("torch.")
+    method = (checkpoint.quantization or {}).get("quant_method")
     if checkpoint.encoder is None:
-        return replace(found, dtype=str(checkpoint.dtype).removeprefix("torch."))
+        return replace(found, dtype=dtype_name + (f", decoded from {method}" if method else ""))
     return replace(
         found,
-        dtype=str(checkpoint.config.quantization_config["quant_method"]),
+        dtype=str(method),
         expert_bytes=RowLayout.of(next(iter(experts.values())), checkpoint.encoder).row_bytes,
         all_experts_bytes=checkpoint.stored_bytes,
     )
@@ -136,11 +138,11 @@ def _sizes(model: Any, experts: dict[str, nn.Module]) -> dict[str, Any]:
     of_experts = sum(p.nbytes for m in experts.values() for p in m.parameters())
     first = next(iter(experts.values()))
     num_experts = int(first.num_experts)  # type: ignore[arg-type]
-    layers = tuple(next(int(p) for p in path.split(".") if p.isdigit()) for path in experts)
+    layers = [layer_index(path) for path in experts]
     return {
         "model_type": str(model.config.get_text_config().model_type),
         "num_layers": int(model.config.get_text_config().num_hidden_layers),
-        "moe_layers": layers,
+        "moe_layers": tuple(dict.fromkeys(layers)),
         "num_experts": num_experts,
         "expert_bytes": sum(p.nbytes for p in first.parameters()) // num_experts,
         "all_experts_bytes": of_experts,

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from torch import nn
 
 from foreroute.data.adapters import MoEModel, discover
 from foreroute.data.adapters.adapted import checkpoint_name
 from foreroute.data.adapters.loading import loading_alone
 from foreroute.data.adapters.weightless import ParameterShape, parameter_shapes, weightless
+from foreroute.estimators.console import plain_console
 from foreroute.runtime.store.checkpoint import Checkpoint
 from foreroute.runtime.store.expert_reader import ExpertReader
 from foreroute.runtime.store.host_store import HostExpertStore, RowWriter
@@ -21,8 +23,8 @@ from foreroute.runtime.store.host_store import HostExpertStore, RowWriter
 
 def load_with_host_experts(
     checkpoint: Checkpoint, *, is_pinned: bool
-) -> tuple[MoEModel, HostExpertStore]:
-    """Load a model on the CPU; its experts exist once, in the store.
+) -> tuple[MoEModel, HostExpertStore, HostExpertStore]:
+    """Load a model on the CPU; its experts exist once, in stores: its layers', and all others.
 
     Args:
         checkpoint: What to load.
@@ -33,25 +35,30 @@ def load_with_host_experts(
     """
     with loading_alone():
         checkpoint.require_host_memory()  # before the files: they may be downloaded
+        checkpoint = checkpoint.settled()
+        checkpoint.require_host_memory()
         moe = discover(_load_the_rest(checkpoint), checkpoint.name)
-        experts = [layer.experts for layer in moe.layers]
-        store = HostExpertStore(experts, is_pinned=is_pinned, encoder=checkpoint.encoder)
-        fill_store(store, moe, checkpoint)
-    return moe, store
+        layers = {layer.name: layer.experts for layer in moe.layers}
+        stores = [
+            HostExpertStore(list(experts), is_pinned=is_pinned, encoder=checkpoint.encoder)
+            for experts in (layers.values(), dict(moe.others).values())
+        ]
+        fill_stores(stores, moe.model, layers | dict(moe.others), checkpoint)
+    return moe, stores[0], stores[1]
 
 
 def _load_the_rest(checkpoint: Checkpoint) -> Any:
     """The model with all its weights but the experts'."""
     from transformers.utils import logging
 
-    model_class, config = type(checkpoint.outline), checkpoint.outline.config
-    quantization = getattr(checkpoint.config, "quantization_config", None)
-    if quantization is not None:
-        config.quantization_config = quantization
+    model_class, config = type(checkpoint.outline), copy.deepcopy(checkpoint.outline.config)
+    for part in (config, config.get_text_config()):  # what is quantised comes decoded
+        for name in ("quantization_config", "compression_config"):
+            part.__dict__.pop(name, None)
     logging.set_verbosity_error()  # it would list every expert's tensor as unexpected
     logging.disable_progress_bar()
     try:
-        model = weightless(model_class, checkpoint.files).from_pretrained(
+        model = weightless(model_class, checkpoint.tensors).from_pretrained(
             checkpoint.source, config=config, dtype=checkpoint.dtype, **checkpoint.settings
         )
     except (OSError, RuntimeError, ValueError) as error:
@@ -63,12 +70,18 @@ def _load_the_rest(checkpoint: Checkpoint) -> Any:
     return model.eval()
 
 
-def fill_store(store: HostExpertStore, moe: MoEModel, checkpoint: Checkpoint) -> None:
-    """Read all experts into the store's rows, with a progress bar in bytes on a terminal.
+def fill_stores(
+    stores: Sequence[HostExpertStore],
+    model: Any,
+    places: Mapping[str, nn.Module],
+    checkpoint: Checkpoint,
+) -> None:
+    """Read experts into the stores' rows, with a progress bar in bytes on a terminal.
 
     Args:
-        store: Allocated, not filled.
-        moe: The model; its experts have no weights.
+        stores: Allocated, not filled.
+        model: The model; its experts have no weights.
+        places: The stores' experts modules in order, by dotted path.
         checkpoint: Whose files to read.
 
     Raises:
@@ -76,22 +89,24 @@ def fill_store(store: HostExpertStore, moe: MoEModel, checkpoint: Checkpoint) ->
     """
     writers: dict[str, tuple[RowWriter, str]] = {}
     targets: dict[str, ParameterShape] = {}
-    for layer, layout, rows in zip(moe.layers, store.layouts, store.rows, strict=True):
+    layouts = [layout for store in stores for layout in store.layouts]
+    all_rows = [rows for store in stores for rows in store.rows]
+    for (path, experts), layout, rows in zip(places.items(), layouts, all_rows, strict=True):
         writer = RowWriter(layout, rows)
-        shapes = parameter_shapes(layer.experts)
+        shapes = parameter_shapes(experts)
         if layout.is_native:  # the checkpoint has the stored parts themselves
             shapes = {
                 name: ParameterShape((len(rows), *spec.shape), spec.dtype)
                 for name, spec in layout.parameters.items()
             }
         for name, shape in shapes.items():
-            target = f"{layer.name}.{checkpoint_name(layer.experts, name)}"
+            target = f"{path}.{checkpoint_name(experts, name)}"
             writers[target], targets[target] = (writer, name), shape
     expected = sum(math.prod(target.shape) for target in targets.values())
     num_bytes = sum(math.prod(t.shape) * t.dtype.itemsize for t in targets.values())
     done = 0
     with _byte_progress("experts", num_bytes) as progress:
-        for part in ExpertReader(moe.model, checkpoint.files, targets).parts():
+        for part in ExpertReader(model, checkpoint.expert_tensors, targets).parts():
             writer, name = writers[part.target]
             writer.put(name, part.expert_id, part.row, part.rows)
             done += part.rows.numel()
@@ -106,7 +121,7 @@ def fill_store(store: HostExpertStore, moe: MoEModel, checkpoint: Checkpoint) ->
 
 @contextlib.contextmanager
 def _byte_progress(what: str, num_bytes: int) -> Iterator[Progress]:
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Unpack
 
 import torch
+from torch import nn
 
 from foreroute.data.adapters import MoEModel, discover, resolve_device
 from foreroute.data.adapters.loading import HubSettings, loading_alone
+from foreroute.data.adapters.seam import ExpertsFunction
 from foreroute.data.adapters.weightless import load_awaited_adapter
 from foreroute.runtime.store.checkpoint import Checkpoint
 from foreroute.runtime.store.encodings import encoder_named
+from foreroute.runtime.store.from_host import FromHost
 from foreroute.runtime.store.host_store import HostExpertStore
 from foreroute.runtime.store.lent_weights import LentWeights
 from foreroute.runtime.store.loading import load_with_host_experts
@@ -31,25 +35,44 @@ class OffloadedModel:
 
     lent: tuple[LentWeights, ...] = ()
     """The store's weights as the model shows them."""
+    others: Mapping[nn.Module, ExpertsFunction] = field(default_factory=dict)
+    """What computes experts that no text reaches, from host memory."""
 
     @classmethod
     def whole(
-        cls, moe: MoEModel, store: HostExpertStore, device: torch.device, expert_dtype: str
+        cls,
+        moe: MoEModel,
+        store: HostExpertStore,
+        others: HostExpertStore,
+        device: torch.device,
+        expert_dtype: str,
     ) -> OffloadedModel:
         """Move the rest of a model to its device, and let it show its experts.
 
         Args:
             moe: The model, on the CPU, its experts without weights.
-            store: Holds them.
+            store: Holds its layers'.
+            others: Holds those that no text reaches.
             device: Where to run it.
             expert_dtype: How experts are stored.
         """
         moe.model.to(device)
-        layers = zip(moe.layers, store.layouts, store.rows, strict=True)
-        lent = tuple(LentWeights(layer.experts, layout, rows) for layer, layout, rows in layers)
+        layers = [layer.experts for layer in moe.layers]
+        beside = [experts for _, experts in moe.others]
+        lent = tuple(
+            LentWeights(experts, layout, rows)
+            for experts, layout, rows in zip(
+                [*layers, *beside],
+                [*store.layouts, *others.layouts],
+                [*store.rows, *others.rows],
+                strict=True,
+            )
+        )
+        from_host = zip(beside, others.layouts, others.rows, strict=True)
+        functions = {experts: FromHost(layout.weights(rows)) for experts, layout, rows in from_host}
         WholeModel(moe.model, lent, device)
         load_awaited_adapter(moe.model)
-        return cls(moe, store, device, expert_dtype, lent)
+        return cls(moe, store, device, expert_dtype, lent, functions)
 
     def take_in(self) -> None:
         """Write weights of experts that were replaced (a merge makes new ones) into the store.
@@ -82,10 +105,12 @@ def offload(
     """
     encoder = encoder_named(expert_dtype)
     moe = discover(model, model_name)
-    experts = [layer.experts for layer in moe.layers]
+    is_pinned, beside = device.type == "cuda", [experts for _, experts in moe.others]
     with torch.inference_mode(False):
-        store = HostExpertStore(experts, is_pinned=device.type == "cuda", encoder=encoder)
-        return OffloadedModel.whole(moe, store, device, expert_dtype)
+        experts = [layer.experts for layer in moe.layers]
+        store = HostExpertStore(experts, is_pinned=is_pinned, encoder=encoder)
+        others = HostExpertStore(beside, is_pinned=is_pinned, encoder=encoder)
+        return OffloadedModel.whole(moe, store, others, device, expert_dtype)
 
 
 def load_offloaded(
@@ -94,6 +119,7 @@ def load_offloaded(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     expert_dtype: str = "auto",
+    attn_implementation: str | None = None,
     **hub: Unpack[HubSettings],
 ) -> OffloadedModel:
     """Load `bundled`, a folder or a Hub id with its experts in host memory, and only there.
@@ -104,6 +130,7 @@ def load_offloaded(
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
         expert_dtype: How experts are stored: `auto` (as the checkpoint has them), bf16, fp8, int8
             or int4.
+        attn_implementation: Transformers' name of the attention to run; its own choice if None.
         **hub: Where the files come from; see `HubSettings`.
 
     Raises:
@@ -113,5 +140,8 @@ def load_offloaded(
     target = resolve_device(device)
     with loading_alone():
         checkpoint = Checkpoint.open(name, dtype=dtype, expert_dtype=expert_dtype, **hub)
-        moe, store = load_with_host_experts(checkpoint, is_pinned=target.type == "cuda")
-        return OffloadedModel.whole(moe, store, target, expert_dtype)
+        if attn_implementation is not None:
+            checkpoint.config._attn_implementation = attn_implementation
+        is_pinned = target.type == "cuda"
+        moe, store, others = load_with_host_experts(checkpoint, is_pinned=is_pinned)
+        return OffloadedModel.whole(moe, store, others, target, expert_dtype)
