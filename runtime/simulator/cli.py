@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, get_args
 import numpy as np
 
 from foreroute.data.routes import ReadOptions, Route, read_route
+from foreroute.estimators.artifacts import package_versions, require_file_place, write_json
 from foreroute.estimators.byte_sizes import parse_bytes
+from foreroute.estimators.console import plain_console
 from foreroute.runtime.config import LayerSlots
 from foreroute.runtime.planning.machine import MachineProfile, find_profile
 from foreroute.runtime.policies.prefetching import ATTENTION_SHARE, READOUT_SHARE
@@ -95,11 +97,10 @@ def run_simulate(request: SimulateRequest) -> None:
         FileNotFoundError: If there is no recording.
         ValueError: If something cannot be read or does not fit.
     """
-    from rich.console import Console
-
     from foreroute.runtime.simulator.simulate import Scenario
     from foreroute.runtime.simulator.sweep import Sweep
 
+    require_file_place(request.json)
     profile, route = find_profile(request.profile), read_route(request.routes, request.read_options)
     sweep = Sweep(
         slots=request.words("slots"),
@@ -123,7 +124,7 @@ def run_simulate(request: SimulateRequest) -> None:
         warm_route=_warm_route(told.route, request),
     )
     rows = sweep.run(scenario)
-    console = Console()
+    console = plain_console()
     console.print(table(rows, told.route.describe()))
     console.print(f"Machine: {profile.describe()}", soft_wrap=True)
     filled_from = f"Slots are filled from: {request.warm_start}."
@@ -284,9 +285,6 @@ def _write(
     profile: MachineProfile,
     request: SimulateRequest,
 ) -> None:
-    from foreroute.estimators.artifacts import package_versions, write_json
-
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "routes": told.route.describe(),
         "profile": profile.to_dict(),

@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from torch import nn
 
@@ -16,6 +15,7 @@ from foreroute.data.adapters import MoEModel, discover
 from foreroute.data.adapters.adapted import checkpoint_name
 from foreroute.data.adapters.loading import loading_alone
 from foreroute.data.adapters.weightless import ParameterShape, parameter_shapes, weightless
+from foreroute.estimators.console import plain_console
 from foreroute.runtime.store.checkpoint import Checkpoint
 from foreroute.runtime.store.expert_reader import ExpertReader
 from foreroute.runtime.store.host_store import HostExpertStore, RowWriter
@@ -121,7 +121,7 @@ def fill_stores(
 
 @contextlib.contextmanager
 def _byte_progress(what: str, num_bytes: int) -> Iterator[Progress]:
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
