@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -241,6 +242,7 @@ class Collection:
         """
         manifest = self._manifest
         most = min(self._num_sequences, num_shards * manifest.shard_sequences)
+        started, num_tokens = time.monotonic(), 0
         with (
             Progress(console=plain_console(stderr=True), disable=not is_shown) as progress,
             _Background(threaded=self._moe.model.device.type != "cpu") as background,
@@ -256,7 +258,10 @@ class Collection:
                 for batch in self.batches(recorder, prompts, shard_idx):
                     background.run(shard.add_batch, batch)
                     progress.advance(bar, batch.token_ids.numel())
+                    num_tokens += batch.token_ids.numel()
                 background.run(writer.finish_shard, shard, recorder.take_expert_sums())
+        speed = num_tokens / (time.monotonic() - started)
+        logger.info("Recorded %s tokens, %s a second.", f"{num_tokens:,}", f"{speed:,.0f}")
 
     def recorder(self) -> RoutingRecorder:
         """A recorder of what the manifest asks for."""
