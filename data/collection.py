@@ -124,13 +124,13 @@ class Collection:
     def _bytes_of(self, num_sequences: int) -> int:
         """Bytes of so many sequences, in shards."""
         per_shard = self._manifest.shard_sequences
-        sizes = [per_shard] * (num_sequences // per_shard)
-        sizes += [num_sequences % per_shard] * (num_sequences % per_shard > 0)
         length, record = self._manifest.stored_length, self._manifest.record
-        return sum(
-            shard_bytes(self._moe.geometry, self._states_dtype, n, n * length, record)
-            for n in sizes
-        )
+
+        def of_one(n: int) -> int:
+            return shard_bytes(self._moe.geometry, self._states_dtype, n, n * length, record)
+
+        num_whole, left = divmod(num_sequences, per_shard)
+        return num_whole * of_one(per_shard) + (of_one(left) if left else 0)
 
     def num_shards_within(self, byte_limit: int | None) -> int:
         """How many of the shards stay within a limit.

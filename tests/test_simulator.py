@@ -15,6 +15,7 @@ from foreroute.data.collect import collect_traces
 from foreroute.data.routes import ReadOptions, Route, read_route
 from foreroute.estimators import EstimatorStack
 from foreroute.export.bundle import PairEntry, save_bundle
+from foreroute.runtime import cli
 from foreroute.runtime.planning.machine import find_profile
 from foreroute.runtime.policies import LayerState, PrefetchRule, find_policy
 from foreroute.runtime.policies.prefetching import READOUT_SHARE
@@ -27,7 +28,7 @@ from foreroute.runtime.simulator import (
     simulate,
     timeline,
 )
-from foreroute.runtime.simulator.cli import SimulateRequest, foretold_by_bundle, run_simulate
+from foreroute.runtime.simulator.cli import foretold_by_bundle
 from foreroute.runtime.simulator.replay import Replay
 
 TIMES = LinkTimes(
@@ -334,6 +335,14 @@ def test_llama_cpp_passes_of_many_tokens_are_a_prompt(tmp_path: Path) -> None:
     assert route.is_decode.tolist() == [False, False, True]
 
 
+def test_a_lost_row_does_not_change_how_many_experts_a_token_has(tmp_path: Path) -> None:
+    write_activations(tmp_path / "t.csv")
+    lines = (tmp_path / "t.csv").read_text().splitlines()
+    (tmp_path / "t.csv").write_text("\n".join(lines[:3] + lines[4:]))
+    with pytest.raises(ValueError, match=r"1 rows of layer 1 in a run, no multiple of 2"):
+        read_route(tmp_path / "t.csv")
+
+
 def test_unknown_recordings_are_refused_with_the_kinds_that_are_known(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("hello")
     with pytest.raises(ValueError, match=r"arrays .*megatron .*table .*llama\.cpp"):
@@ -364,8 +373,8 @@ def test_the_command_prints_and_writes_its_rows(
 ) -> None:
     route = random_route(6)
     np.save(tmp_path / "ids.npy", route.expert_ids)
-    request = SimulateRequest(
-        routes=tmp_path / "ids.npy",
+    cli.simulate(
+        tmp_path / "ids.npy",
         slots="25%",
         prefetch="none,pieces",
         horizon=2,
@@ -373,7 +382,6 @@ def test_the_command_prints_and_writes_its_rows(
         prompt_tokens=10,
         json=tmp_path / "rows.json",
     )
-    run_simulate(request)
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     wanted = {
         "eviction",

@@ -33,26 +33,26 @@ NAMED_PER_EXPERT = 2
 
 @dataclass(frozen=True, kw_only=True)
 class SimulateRequest:
-    """What a user asks for; fields as `foreroute simulate` says."""
+    """What a user asks for; fields, and what they are by default, as `foreroute simulate` says."""
 
     routes: Path
-    profile: str = "h100-pcie5"
-    slots: str = "10%,25%,40%"
-    eviction: str = "lru,default"
-    prefetch: str = "none"
-    horizon: int = 1
-    bundle: Path | None = None
-    recall: float = 0.89
-    errors: str = "near-miss"
-    concentration: float = 2.0
-    warm_start: str = "prompt"
-    layer_slots: str = "equal"
-    expert_bytes: str | None = None
-    layer_ms: float | None = None
-    num_experts: int | None = None
-    prompt_tokens: int = 0
-    seed: int = 0
-    json: Path | None = None
+    profile: str
+    slots: str
+    eviction: str
+    prefetch: str
+    horizon: int
+    bundle: Path | None
+    recall: float
+    errors: str
+    concentration: float
+    warm_start: str
+    layer_slots: str
+    expert_bytes: str | None
+    layer_ms: float | None
+    num_experts: int | None
+    prompt_tokens: int
+    seed: int
+    json: Path | None
 
     def __post_init__(self) -> None:
         """Check every choice.
