@@ -50,7 +50,7 @@ class RouterProduct:
     renormalise: bool
     """Whether the K shares are scaled to sum to one."""
     dtype: torch.dtype
-    """Of the gate weights."""
+    """The type of the gate weights."""
     arrivals: Tensor
     """[1] int32, zero between launches: programs that have written their logits."""
 
