@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from foreroute.data.adapters.weightless import parameter_shapes
-from foreroute.runtime.store.encodings import EncodedParameter, EncodedWeights, Encoder, Part
+from foreroute.runtime.store.encodings import (
+    EncodedParameter,
+    EncodedWeights,
+    Encoder,
+    Encoding,
+    Part,
+    Plain,
+)
 
 ALIGNMENT_BYTES = 64  # every parameter starts on a boundary that any dtype and any kernel can use
 
@@ -45,7 +52,7 @@ class RowLayout:
     """What lies in the row, by name."""
     row_bytes: int
     encoded: Mapping[str, EncodedParameter] = field(default_factory=dict)
-    """Parameters of the module whose parts these are, where they are stored in fewer bits."""
+    """Parameters of the module whose parts these are, where it has them in another way."""
 
     @classmethod
     def of(cls, experts: nn.Module, encoder: Encoder | None = None) -> RowLayout:
@@ -55,20 +62,16 @@ class RowLayout:
             experts: The module.
             encoder: How to store its matrices; as they are if None.
         """
+        chosen = _chosen_encodings(experts, encoder)
         parts: dict[str, Part] = {}
         encoded: dict[str, EncodedParameter] = {}
         for name, (shape, dtype) in parameter_shapes(experts).items():
-            if encoder is None or len(shape) < 3:
+            if name not in chosen:
                 parts[name] = (shape[1:], dtype)
                 continue
             is_transposed = bool(experts.is_transposed)
-            rows, columns = shape[:0:-1] if is_transposed else shape[1:]
-            encoding = encoder(name, rows, columns)
-            if encoding.parts() == {"": ((rows, columns), dtype)}:  # bf16 of what is in bf16
-                parts[name] = (shape[1:], dtype)
-                continue
-            encoded[name] = EncodedParameter(encoding, shape[1:], dtype, is_transposed)
-            parts |= {name + suffix: part for suffix, part in encoding.parts().items()}
+            encoded[name] = EncodedParameter(chosen[name], shape[1:], dtype, is_transposed)
+            parts |= {name + suffix: part for suffix, part in chosen[name].parts().items()}
         parameters: dict[str, ParameterSpec] = {}
         offset = 0
         for name, (part_shape, dtype) in parts.items():
@@ -76,6 +79,11 @@ class RowLayout:
             parameters[name] = spec
             offset += math.ceil(spec.num_bytes / ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         return cls(parameters, offset, encoded)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every number of the module comes back bit for bit."""
+        return all(parameter.is_exact for parameter in self.encoded.values())
 
     @property
     def is_native(self) -> bool:
@@ -112,6 +120,26 @@ class RowLayout:
             part = rows[:, spec.offset_bytes : spec.offset_bytes + spec.num_bytes]
             views[name] = part.view(spec.dtype).unflatten(1, spec.shape)
         return views
+
+
+def _chosen_encodings(experts: nn.Module, encoder: Encoder | None) -> dict[str, Encoding]:
+    """How each matrix of an experts module is stored, where not as the module has it."""
+    chosen: dict[str, Encoding] = {}
+    for name, (shape, dtype) in parameter_shapes(experts).items():
+        if encoder is None or len(shape) < 3:
+            continue
+        rows, columns = shape[:0:-1] if experts.is_transposed else shape[1:]
+        encoding = encoder(name, rows, columns)
+        chosen[name] = encoding if encoding.pays(dtype) else Plain(rows, columns, dtype)
+    are_as_they_were = {
+        name: encoding.parts() == {"": ((encoding.rows, encoding.columns), shape.dtype)}
+        for name, shape in parameter_shapes(experts).items()
+        if (encoding := chosen.get(name)) is not None
+    }
+    # products read all matrices of an expert alike: all with outputs as rows, or all as they were
+    if experts.is_transposed and not all(are_as_they_were.values()):
+        return chosen
+    return {name: encoding for name, encoding in chosen.items() if not are_as_they_were[name]}
 
 
 def allocate_host(num_rows: int, row_bytes: int, *, is_pinned: bool) -> Tensor:
@@ -212,6 +240,11 @@ class HostExpertStore:
     def num_bytes(self) -> int:
         """Host memory held."""
         return sum(rows.nbytes for rows in self.rows)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every number of the experts comes back bit for bit."""
+        return all(layout.is_exact for layout in self.layouts)
 
     def close(self) -> None:
         """Let the experts' memory go; the store cannot be used afterwards."""

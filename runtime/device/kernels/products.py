@@ -24,7 +24,14 @@ from foreroute.runtime.device.kernels.demand import (
     serve_demand,
     slot_named,
 )
-from foreroute.runtime.device.kernels.matrices import PLAIN, SlotMatrix, load_inputs, row_sums
+from foreroute.runtime.device.kernels.lossless import add_rows, add_spare
+from foreroute.runtime.device.kernels.matrices import (
+    LOSSLESS,
+    PLAIN,
+    SlotMatrix,
+    load_inputs,
+    row_sums,
+)
 from foreroute.runtime.device.kernels.transposed import transposed_products
 
 # Fastest of those tried on an H100 at Qwen3-30B-A3B's shape: few rows, each read all at once.
@@ -32,6 +39,9 @@ UP_ROWS, UP_COLUMNS, UP_WARPS = 1, 2048, 2
 DOWN_ROWS, DOWN_COLUMNS, DOWN_WARPS = 2, 1024, 4
 # The same where experts are stored in fewer bits.
 FEW_ROWS, FEW_COLUMNS, FEW_WARPS = 8, 512, 4
+# Without loss in 12 bits, in words of eight columns.
+PACKED_UP_ROWS, PACKED_UP_COLUMNS, PACKED_UP_WARPS = 4, 128, 4
+PACKED_DOWN_ROWS, PACKED_DOWN_COLUMNS, PACKED_DOWN_WARPS = 2, 128, 2
 
 
 @triton.jit
@@ -74,6 +84,7 @@ def _up_kernel(
     HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     KIND: tl.constexpr,
+    COLUMNS: tl.constexpr,
     GROUP: tl.constexpr,
     PADDED: tl.constexpr,
     AT_ONCE: tl.constexpr,
@@ -119,11 +130,21 @@ def _up_kernel(
         )
         gate = tl.zeros([ROWS], dtype=tl.float32)
         up = tl.zeros([ROWS], dtype=tl.float32)
-        for start in range(0, num_steps, AT_ONCE):
-            tile = load_inputs(state, start, num_elements, KIND, GROUP, PADDED, AT_ONCE)
+        if KIND == 6:
+            lines = scales + slot * scale_slot_stride
+            words = weight + slot * slot_stride
             if HAS_GATE:
-                gate += row_sums(matrix, slot, row, start, tile, KIND, AT_ONCE, SHARED_ROWS)
-            up += row_sums(matrix, slot, row + apart, start, tile, KIND, AT_ONCE, SHARED_ROWS)
+                both = tl.reshape(tl.join(row, row + apart), [2 * ROWS])
+                sums = _packed_sums(words, lines, num_rows, both, state, COLUMNS, AT_ONCE)
+                gate, up = tl.split(tl.reshape(sums, [ROWS, 2]))
+            else:
+                up = _packed_sums(words, lines, num_rows, row, state, COLUMNS, AT_ONCE)
+        else:
+            for start in range(0, num_steps, AT_ONCE):
+                tile = load_inputs(state, start, num_elements, KIND, GROUP, PADDED, AT_ONCE)
+                if HAS_GATE:
+                    gate += row_sums(matrix, slot, row, start, tile, KIND, AT_ONCE, SHARED_ROWS)
+                up += row_sums(matrix, slot, row + apart, start, tile, KIND, AT_ONCE, SHARED_ROWS)
         if HAS_BIAS:
             where_bias = bias + slot * bias_slot_stride + row
             if HAS_GATE:
@@ -131,6 +152,19 @@ def _up_kernel(
             up += tl.load(where_bias + apart, mask=is_at, other=0.0).to(tl.float32)
         value = activate(gate, up, alpha, limit, ACTIVATION, HAS_GATE)
         tl.store(inner + pair * width + at, value, mask=is_at)
+
+
+@triton.jit
+def _packed_sums(words, lines, num_rows, row, state, COLUMNS: tl.constexpr, AT_ONCE: tl.constexpr):
+    """Sums over rows stored in 12 bits, [R] float32."""
+    lanes = tl.zeros([row.shape[0], AT_ONCE], dtype=tl.float32)
+    extra = tl.zeros([row.shape[0], 4], dtype=tl.float32)
+    lanes, extra, most = add_rows(
+        lanes, extra, 1.0, words, lines, num_rows, row, state, COLUMNS, AT_ONCE
+    )
+    if most > 0:
+        extra = add_spare(extra, 1.0, lines, num_rows, row, state, most)
+    return tl.sum(lanes, 1) + tl.sum(extra, 1)
 
 
 @triton.jit
@@ -158,6 +192,7 @@ def _down_kernel(
     HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     KIND: tl.constexpr,
+    COLUMNS: tl.constexpr,
     GROUP: tl.constexpr,
     PADDED: tl.constexpr,
     AT_ONCE: tl.constexpr,
@@ -178,18 +213,42 @@ def _down_kernel(
         height,
     )
     total = tl.zeros([ROWS], dtype=tl.float32)
+    if KIND == 6:
+        lanes = tl.zeros([ROWS, AT_ONCE], dtype=tl.float32)
+        extra = tl.zeros([ROWS, 4], dtype=tl.float32)
+        most = 0
+        for k in tl.static_range(TOP_K):
+            pair = token * TOP_K + k
+            slot = slot_named(tl.load(places + pair))
+            factor = tl.load(gate_weights + pair).to(tl.float32)
+            lines, words = scales + slot * scale_slot_stride, weight + slot * slot_stride
+            state = inner + pair * width
+            lanes, extra, spare = add_rows(
+                lanes, extra, factor, words, lines, num_rows, row, state, COLUMNS, AT_ONCE
+            )
+            most = tl.maximum(most, spare)
+        if most > 0:
+            for k in tl.static_range(TOP_K):
+                pair = token * TOP_K + k
+                lines = scales + slot_named(tl.load(places + pair)) * scale_slot_stride
+                factor = tl.load(gate_weights + pair).to(tl.float32)
+                state = inner + pair * width
+                extra = add_spare(extra, factor, lines, num_rows, row, state, most)
+        total += tl.sum(lanes, 1) + tl.sum(extra, 1)
     for k in tl.static_range(TOP_K):
         pair = token * TOP_K + k
         slot = slot_named(tl.load(places + pair))
         value = tl.zeros([ROWS], dtype=tl.float32)
-        for start in range(0, num_steps, AT_ONCE):
-            state = inner + pair * width
-            tile = load_inputs(state, start, num_elements, KIND, GROUP, PADDED, AT_ONCE)
-            value += row_sums(matrix, slot, row, start, tile, KIND, AT_ONCE, SHARED_ROWS)
+        if KIND != 6:
+            for start in range(0, num_steps, AT_ONCE):
+                state = inner + pair * width
+                tile = load_inputs(state, start, num_elements, KIND, GROUP, PADDED, AT_ONCE)
+                value += row_sums(matrix, slot, row, start, tile, KIND, AT_ONCE, SHARED_ROWS)
         if HAS_BIAS:
             where_bias = bias + slot * bias_slot_stride + row
             value += tl.load(where_bias, mask=is_row, other=0.0).to(tl.float32)
-        total += tl.load(gate_weights + pair).to(tl.float32) * value
+        if KIND != 6 or HAS_BIAS:
+            total += tl.load(gate_weights + pair).to(tl.float32) * value
     tl.store(output + token * depth + row, total.to(output.dtype.element_ty), mask=is_row)
 
 
@@ -225,8 +284,7 @@ def expert_products(
     top_k = num_pairs // num_tokens
     inner = hidden.new_empty((num_pairs, width), dtype=torch.float32)
     is_alternating = form.has_gate and form.is_interleaved
-    few = (FEW_ROWS, FEW_COLUMNS, FEW_WARPS)
-    rows, tile, num_warps = few if up.kind != PLAIN else (UP_ROWS, UP_COLUMNS, UP_WARPS)
+    rows, tile, num_warps = _tile(up.kind, is_up=True)
     _up_kernel[(copying["COPIERS"] + triton.cdiv(width, rows) * num_pairs,)](
         hidden=hidden,
         bias=places if first_bias is None else first_bias,
@@ -249,7 +307,7 @@ def expert_products(
         **up.arguments(tile),
         **copying,
     )
-    rows, tile, num_warps = few if down.kind != PLAIN else (DOWN_ROWS, DOWN_COLUMNS, DOWN_WARPS)
+    rows, tile, num_warps = _tile(down.kind, is_up=False)
     _down_kernel[(triton.cdiv(depth, rows), num_tokens)](
         inner=inner,
         gate_weights=gate_weights,
@@ -265,6 +323,17 @@ def expert_products(
         num_warps=num_warps,
         **down.arguments(tile),
     )
+
+
+def _tile(kind: int, *, is_up: bool) -> tuple[int, int, int]:
+    """Rows, elements of a row and warps of a program."""
+    if kind == PLAIN:
+        return (UP_ROWS, UP_COLUMNS, UP_WARPS) if is_up else (DOWN_ROWS, DOWN_COLUMNS, DOWN_WARPS)
+    if kind != LOSSLESS:
+        return FEW_ROWS, FEW_COLUMNS, FEW_WARPS
+    if is_up:
+        return PACKED_UP_ROWS, PACKED_UP_COLUMNS, PACKED_UP_WARPS
+    return PACKED_DOWN_ROWS, PACKED_DOWN_COLUMNS, PACKED_DOWN_WARPS
 
 
 def expert_products_reference(
