@@ -53,7 +53,7 @@ from torch import Tensor
 from foreroute.data.adapters import ExpertsView, stock_experts_function
 from foreroute.runtime import Engine, EngineConfig
 from foreroute.runtime.config import parse_slots
-from foreroute.runtime.device.driver import GraphEngine, why_not_on_device
+from foreroute.runtime.device.driver import DeviceDriver, why_not_on_device
 from foreroute.runtime.store.offload import OffloadedModel
 
 NO_CACHE_WARM_UP_TOKENS = 4
@@ -135,7 +135,7 @@ def difference_from_stock(engine: Engine, num_tokens: int) -> float:
         engine: Open, with enough slots for the tokens.
         num_tokens: Tokens, of random router inputs and random experts.
     """
-    own, moe_layer = engine.layers[0], engine.offloaded.moe.layers[0]
+    own, moe_layer = engine.driver.layers[0], engine.offloaded.moe.layers[0]
     geometry, store = engine.geometry, engine.offloaded.store
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(num_tokens, geometry.num_experts, generator=generator)
@@ -143,9 +143,7 @@ def difference_from_stock(engine: Engine, num_tokens: int) -> float:
     hidden = torch.randn(num_tokens, geometry.hidden_size, generator=generator)
     hidden = hidden.to(engine.device, torch.bfloat16)
     weights = torch.full(ids.shape, 1 / geometry.top_k, device=engine.device, dtype=hidden.dtype)
-    engine._run.is_prefill = False
-    if isinstance(engine, GraphEngine):
-        engine._device_run.is_prefill = False
+    engine.driver.run.is_prefill = False
     got = own(moe_layer.experts, hidden, ids, weights).float()
     rows = store.rows[0].to(engine.device)
     view = ExpertsView(moe_layer.experts, store.layouts[0].weights(rows))
@@ -240,7 +238,7 @@ class ShapeBenchmark:
         routes = fit_routes(self.recorded, self.offloaded.moe, batch)
         num_experts = self.offloaded.moe.geometry.num_experts
         predictions = near_miss_predictions(routes, num_experts, arm.recall) if arm.recall else None
-        with Engine.open(self.offloaded, arm.config) as engine:
+        with Engine(self.offloaded, arm.config) as engine:
             self._require_graph(engine, arm)
             if arm.name.startswith("resident"):
                 engine.fill_slots()
@@ -251,7 +249,7 @@ class ShapeBenchmark:
 
     def _require_graph(self, engine: Engine, arm: Arm) -> None:
         is_meant = self.device.type == "cuda" and not arm.name.startswith("eager")
-        if is_meant and not isinstance(engine, GraphEngine):
+        if is_meant and not isinstance(engine.driver, DeviceDriver):
             reason = why_not_on_device(self.offloaded, arm.config)
             raise RuntimeError(f"The engine is driven by the host: {reason}.")
 
@@ -284,9 +282,9 @@ class ShapeBenchmark:
             if arm.name == "resident":
                 self._resident_ms[batch] = statistics.median(times)
                 self._resident_logits[batch] = logits
-            elif is_graph:
-                for layer in (engine.layers[0], engine.layers[-1]):
-                    layer.check_integrity()  # type: ignore[attr-defined]
+            elif isinstance(engine.driver, DeviceDriver):
+                for layer in (engine.driver.layers[0], engine.driver.layers[-1]):
+                    layer.residency.check_integrity()
         self._add(
             arm.name,
             batch,
@@ -302,8 +300,8 @@ class ShapeBenchmark:
 
     def _steps(self, engine: Engine, batch: int) -> DecodeSteps:
         context = self.args.context
-        if isinstance(engine, GraphEngine):
-            return GraphSteps(engine, batch, context)
+        if isinstance(engine.driver, DeviceDriver):
+            return GraphSteps(engine.driver, batch, context, self.device)
         return EagerSteps(engine, engine.model.config, batch, context, self.device)
 
     def _warm_up(

@@ -12,7 +12,7 @@ from replayed_routing import Replay
 from torch import Tensor
 from transformers import StaticCache
 
-from foreroute.runtime.device.driver import GraphEngine
+from foreroute.runtime.device.driver import DeviceDriver
 from foreroute.runtime.policies.give_up import LOOK_AHEAD
 
 RESTART_STEPS = 8
@@ -70,12 +70,19 @@ class DecodeSteps(ABC):
 class GraphSteps(DecodeSteps):
     """Replays of an engine's captured step, timed by events on the device."""
 
-    def __init__(self, engine: GraphEngine, batch: int, context: int) -> None:
-        """Capture the step."""
-        super().__init__(batch, context, engine.device)
-        self._graph = engine.graph_for(batch, context)
+    def __init__(self, driver: DeviceDriver, batch: int, context: int, device: Any) -> None:
+        """Capture the step.
+
+        Args:
+            driver: An open engine's.
+            batch: B.
+            context: Tokens of the cache.
+            device: Where the model runs.
+        """
+        super().__init__(batch, context, torch.device(device))
+        self._graph = driver.graph_for(batch, context)
         prompt = context - RESTART_STEPS - 2
-        self._prompt_mask = torch.ones(batch, prompt, dtype=torch.long, device=engine.device)
+        self._prompt_mask = torch.ones(batch, prompt, dtype=torch.long, device=device)
 
     def keep_looking_ahead(self) -> None:
         """Predict at every step, also where the engine finds that it does not pay."""

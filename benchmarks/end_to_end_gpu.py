@@ -281,7 +281,7 @@ class ArmsBenchmark:
         length = args.host_new_tokens if arm.is_driven_by_host else args.new_tokens
         prompts = self.prompts[:1] if arm.is_driven_by_host else self.prompts
         stack = self.stacks[arm.bundle] if arm.bundle else None
-        with Engine.open(self.offloaded, arm.config, stack) as engine:
+        with Engine(self.offloaded, arm.config, stack) as engine:
             if arm.name == "resident":
                 engine.fill_slots()
             engine.generate(self.prompts[-1], **greedy(self.prompts[-1], length))
@@ -294,7 +294,7 @@ class ArmsBenchmark:
         if arm.name == "resident":
             self._resident_tokens, self._resident_ms = tokens, stats.tpot_ms
         slots = float(arm.config.expert_slots.rstrip("%"))
-        self._add(arm.name, slots, stats, tokens, type(engine).__name__)
+        self._add(arm.name, slots, stats, tokens, type(engine.driver).__name__)
 
     def run_accelerate(self, folder: Path) -> None:
         """Whole-module offload by accelerate, of the same checkpoint."""

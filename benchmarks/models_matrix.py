@@ -1,6 +1,7 @@
 """Checks every MoE type transformers knows on a tiny random model, and writes docs/models.md.
 
-python benchmarks/models_matrix.py
+python benchmarks/models_matrix.py              # all of them
+python benchmarks/models_matrix.py qwen3_vl_moe  # one, and the other rows as they were
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +23,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING
 
 from foreroute.data.adapters import MoEModel, discover, gate_weights, stock_experts_function
-from foreroute.data.adapters.loading import require_causal_lm
+from foreroute.data.adapters.model_class import auto_class, writing_part
 from foreroute.data.recorder import RoutingRecorder
 from foreroute.runtime import Engine, EngineConfig
 from foreroute.runtime.device.expert_form import find_expert_form
@@ -29,24 +31,22 @@ from foreroute.runtime.doctor import diagnose, report
 from foreroute.runtime.store.offload import OffloadedModel, offload
 
 ROOT = Path(__file__).parents[1]
-UNSUPPORTED = ["aria_text", "dbrx", "doge", "jetmoe", "llama4", "llama4_text", "longcat_flash"]
-OTHER_CLASSES = [
+UNSUPPORTED = [
     "aria",
-    "deepseek_ocr2",
+    "aria_text",
+    "dbrx",
     "diffusion_gemma",
+    "doge",
     "ernie4_5_vl_moe",
-    "glm4v_moe",
-    "glm5_next",
-    "inkling_mm_model",
-    "minimax_m3_vl",
-    "mistral4",
-    "qwen3_omni_moe",
-    "qwen3_vl_moe",
+    "jetmoe",
+    "llama4",
+    "llama4_text",
+    "longcat_flash",
     "step3p7",
     "switch_transformers",
 ]
-"""MoE types without a causal LM of transformers' own."""
-TYPES = [*sorted(SUPPORTED), *UNSUPPORTED, *OTHER_CLASSES]
+"""MoE types that are refused, each in one line."""
+TYPES = [*sorted(SUPPORTED), *UNSUPPORTED]
 QWEN3_30B: dict[str, Any] = {
     "model_type": "qwen3_moe",
     "dtype": "bfloat16",
@@ -113,7 +113,7 @@ def row_of(model_type: str) -> Row:
         AssertionError: If something that was found to be supported gives other results.
     """
     try:
-        require_causal_lm(CONFIG_MAPPING[model_type](), model_type)
+        auto_class(writing_part(CONFIG_MAPPING[model_type]()), model_type)
         model = tiny_model(model_type)
         moe = discover(model, model_type)
     except ValueError as error:
@@ -303,10 +303,16 @@ def page_of(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    """Check all types and write the results."""
-    rows = [row_of(model_type) for model_type in track(TYPES, description="models")]
+    """Check all types, or those named on the command line, and write the results."""
     results = ROOT / "benchmarks" / "results" / "models.json"
-    results.parent.mkdir(exist_ok=True)
+    asked = sys.argv[1:] or TYPES
+    kept = (
+        {}
+        if asked == TYPES
+        else {row["model_type"]: row for row in json.loads(results.read_text())}
+    )
+    kept |= {name: asdict(row_of(name)) for name in track(asked, description="models")}
+    rows = [Row(**kept[name]) for name in TYPES]
     results.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     page = ROOT / "docs" / "models.md"
     page.write_text(page_of(rows))

@@ -113,29 +113,19 @@ class Replay:
         self._routes = routes.to(engine.device)
         self._ids = self._routes[0].clone()  # [layers, batch, top_k], read by the graph
         self._sources = [(self._ids, self._routes)]
-        position = {layer.layer_idx: i for i, layer in enumerate(engine.layers)}
-        for moe_layer, own in zip(engine.offloaded.moe.layers, engine.layers, strict=True):
+        position = {layer.layer_idx: i for i, layer in enumerate(engine.driver.layers)}
+        for moe_layer, own in zip(engine.offloaded.moe.layers, engine.driver.layers, strict=True):
             handler = self._handler(own, self._ids[position[own.layer_idx]])
             moe_layer.experts.__dict__[HANDLER_ATTRIBUTE] = handler
         if predictions is not None:
             recorded = [t.to(engine.device) for t in vars(predictions).values()]
             now = [tensor[0].clone() for tensor in recorded]
             self._sources += zip(now, recorded, strict=True)
-            self._replace_predictors(engine, ReplayedPredictions(*now), position)
-
-    def _replace_predictors(
-        self, engine: Engine, now: ReplayedPredictions, position: dict[int, int]
-    ) -> None:
-        """Put replayed predictors wherever the engine keeps one, on the host or on the device."""
-        num_replaced = 0
-        for run in (engine._run, getattr(engine, "_device_run", None)):
-            for name, value in list(vars(run).items()) if run is not None else ():
-                if callable(getattr(value, "predict", None)):
-                    kind = _Replayed if isinstance(value, HostPredictor) else _ReplayedOnDevice
-                    setattr(run, name, kind(value, now, position))
-                    num_replaced += 1
-        if not num_replaced:
-            raise RuntimeError("The engine has no predictor to replay: it does not prefetch.")
+            run: Any = engine.driver.run
+            if run.predictor is None:
+                raise RuntimeError("The engine has no predictor to replay: it does not prefetch.")
+            kind = _Replayed if isinstance(run.predictor, HostPredictor) else _ReplayedOnDevice
+            run.predictor = kind(run.predictor, ReplayedPredictions(*now), position)
 
     def _handler(self, own: Any, ids: Tensor) -> Callable[..., Tensor]:
         def handler(experts: nn.Module, hidden: Tensor, true: Tensor, weights: Tensor) -> Tensor:
@@ -156,19 +146,11 @@ class _Replayed(HostPredictor):
 
     def __init__(self, inner: Any, now: ReplayedPredictions, position: dict[int, int]) -> None:
         self._inner, self._now, self._position = inner, now, position
-        self.readouts = inner.readouts
-
-    def target_of(self, source_layer: int) -> int | None:
-        target: int | None = self._inner.target_of(source_layer)
-        return target
-
-    @property
-    def is_calibrated(self) -> bool:
-        return True
+        self.ahead = inner.ahead
 
     def predict(self, source_layer: int, **states: Tensor) -> tuple[Tensor, Tensor]:
         self._own_logits, _ = self._inner.predict(source_layer, **states)
-        target = self._position[self.target_of(source_layer) or 0]
+        target = self._position[self.ahead.target_of(source_layer) or 0]
         return self._now.scores[target], self._now.expert_ids[target]
 
     def probabilities(self, source_layer: int, logits: Tensor) -> Tensor:
@@ -187,5 +169,5 @@ class _ReplayedOnDevice:
 
     def predict(self, source_layer: int, **states: Tensor) -> tuple[Tensor, Tensor]:
         self._inner.predict(source_layer, **states)
-        target = self._position[self._inner.target_of(source_layer) or 0]
+        target = self._position[self._inner.ahead.target_of(source_layer) or 0]
         return self._now.expert_ids[target], self._now.confidence[target]

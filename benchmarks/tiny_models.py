@@ -7,7 +7,10 @@ import inspect
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from tiny_images import TEXT_PARTS, TEXT_TYPES, whole_settings
+from transformers import CONFIG_MAPPING
+
+from foreroute.data.adapters.model_class import auto_class, writing_part
 
 VOCAB_SIZE = 128
 NUM_EXPERTS = 8
@@ -18,6 +21,7 @@ SUPPORTED = [
     "axk1",
     "axk2",
     "cohere2_moe",
+    "deepseek_ocr2",
     "deepseek_v2",
     "deepseek_v3",
     "deepseek_v32",
@@ -30,6 +34,8 @@ SUPPORTED = [
     "gemma4_text",
     "glm4_moe",
     "glm4_moe_lite",
+    "glm4v_moe",
+    "glm5_next",
     "glm_moe_dsa",
     "gpt_oss",
     "granitemoe",
@@ -39,6 +45,7 @@ SUPPORTED = [
     "hunyuan_v1_moe",
     "hy_v3",
     "hy_v4",
+    "inkling_mm_model",
     "inkling_text",
     "jamba",
     "kimi_linear",
@@ -48,7 +55,9 @@ SUPPORTED = [
     "mimo_v2_flash",
     "minimax",
     "minimax_m2",
+    "minimax_m3_vl",
     "minimax_m3_vl_text",
+    "mistral4",
     "mixtral",
     "nemotron_h",
     "olmoe",
@@ -58,12 +67,14 @@ SUPPORTED = [
     "qwen3_5_moe_text",
     "qwen3_moe",
     "qwen3_next",
+    "qwen3_omni_moe",
+    "qwen3_vl_moe",
     "qwen4_exp",
     "qwen4_exp_text",
     "solar_open",
     "zaya",
 ]
-"""Every type with a causal LM whose experts go through transformers' experts interface."""
+"""Every type that writes text and whose experts go through transformers' experts interface."""
 
 SMALL: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -127,8 +138,6 @@ QWEN4_EXP_TEXT = LINEAR_ATTENTION | {
     "indexer_budget": 8,
     "indexer_compress_ratio": 2,
 }
-SMALL_VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "depth": 1}
-
 SPECIAL: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {
         "layer_types": ["mamba", "attention", "mamba"],
@@ -168,6 +177,32 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "moe_layer_start_index": 1,
         "moe_layer_end_index": -1,
     },
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "ernie4_5_vl_moe_text": {
+        "moe_k": 2,
+        "moe_num_shared_experts": 1,
+        "moe_intermediate_size": [32, 16],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]},
+    },
+    "glm4v_moe_text": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": [2, 3, 3],
+            "partial_rotary_factor": 1.0,
+        },
+    },
+    "glm5_next_text": {
+        "layer_types": ["linear_attention", "full_attention", "full_attention"],
+        "qk_rope_head_dim": 0,
+        "index_topk": 8,
+        "index_kpool": 2,
+        "index_head_dim": 16,
+        "index_n_heads": 2,
+        "linear_head_dim": 16,
+        "linear_num_heads": 4,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+    },
     "minimax": {"block_size": 16},
     "phimoe": {"lm_head_bias": True},
     "zaya": {"num_experts_per_tok": 1},
@@ -184,26 +219,23 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 """What single types need besides, or instead."""
 
-COMPOSITE = {
-    "gemma4": "gemma4_text",
-    "qwen3_5_moe": "qwen3_5_moe_text",
-    "qwen4_exp": "qwen4_exp_text",
-    "llama4": "llama4_text",
-}
-"""Types that are a text model and others; the value is the text model's type."""
-
 
 def tiny_config(model_type: str, **overrides: Any) -> Any:
     """A config of that type with 8 experts, 3 layers and 64 hidden units."""
-    config_class = CONFIG_MAPPING[model_type]
-    if model_type in COMPOSITE:
-        text = tiny_config(COMPOSITE[model_type], **overrides).to_dict()
-        return config_class(text_config=text, vision_config=dict(SMALL_VISION))
+    return _tiny(CONFIG_MAPPING[model_type], overrides)
+
+
+def _tiny(config_class: Any, overrides: dict[str, Any]) -> Any:
     fields = set(inspect.signature(config_class.__init__).parameters)
     if dataclasses.is_dataclass(config_class):
         fields |= {f.name for f in dataclasses.fields(config_class)}
     aliases = getattr(config_class, "attribute_map", {})
     fields |= set(aliases)
+    if TEXT_PARTS & fields:
+        (key,) = TEXT_PARTS & fields
+        own = TEXT_TYPES.get(config_class.model_type)
+        text = _tiny(CONFIG_MAPPING[own] if own else config_class.sub_configs[key], overrides)
+        return config_class(**whole_settings(config_class.model_type, fields, text.to_dict()))
     overridden = {aliases.get(name, name) for name in overrides}
     settings = {
         name: value
@@ -212,7 +244,7 @@ def tiny_config(model_type: str, **overrides: Any) -> Any:
     }
     if "kv_lora_rank" in settings:  # latent attention has one key-value head per head
         settings["num_key_value_heads"] = settings["num_attention_heads"]
-    return config_class(**(settings | SPECIAL.get(model_type, {}) | overrides))
+    return config_class(**(settings | SPECIAL.get(config_class.model_type, {}) | overrides))
 
 
 def tiny_model(
@@ -227,7 +259,8 @@ def tiny_model(
         **overrides: Fields of the (text) config.
     """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type, **overrides), dtype=dtype)
+    config = writing_part(tiny_config(model_type, **overrides))
+    model = auto_class(config).from_config(config, dtype=dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -107,7 +107,7 @@ def measure(
         )
 
     def stream(arm: str, slots: str) -> None:
-        with Engine.open(offloaded, EngineConfig(expert_slots=slots)) as engine:
+        with Engine(offloaded, EngineConfig(expert_slots=slots)) as engine:
             engine.fill_slots()
             for length, ids in prompts.items():
                 engine.reset_stats()

@@ -21,8 +21,8 @@ class RecordedBatch:
     """[B, N], int64, on the CPU."""
     positions: Tensor
     """Place of each in its sequence, [B, N], int64, ascending."""
-    num_prompt_tokens: int
-    """Tokens at the start of each sequence that came from the dataset."""
+    num_prompt_tokens: Tensor
+    """Tokens at the start of each sequence that no model made, [B, 1], int64."""
     records: dict[int, RoutingRecord]
     """By decoder layer index; B x N rows, sequence after sequence."""
 
@@ -34,6 +34,7 @@ def record_batch(
     sequence_length: int,
     generator: torch.Generator,
     positions: Tensor | None = None,
+    prompt_ends: Tensor | None = None,
 ) -> RecordedBatch:
     """Run prompts through the model, continue them by sampling at temperature 1, record it all.
 
@@ -46,11 +47,14 @@ def record_batch(
         sequence_length: Tokens per sequence, prompt and continuation together.
         generator: Draws the continuation; on the CPU.
         positions: Tokens to keep of each sequence, [B, N], int64, ascending; all if None.
+        prompt_ends: Where each prompt really ends if a model made the rest of it, [B], int64; at P
+            if None.
     """
     num_sequences, num_prompt_tokens = prompts.shape
     num_generated = sequence_length - num_prompt_tokens
     if positions is None:
         positions = torch.arange(sequence_length).expand(num_sequences, -1)
+    ends = torch.full((num_sequences,), num_prompt_tokens) if prompt_ends is None else prompt_ends
     has_prompts = int(positions.min()) < num_prompt_tokens
     settings: dict[str, Any] = {"use_cache": num_generated > 0}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
@@ -80,7 +84,7 @@ def record_batch(
     return RecordedBatch(
         token_ids=torch.cat(token_ids, dim=1).gather(1, positions),
         positions=positions,
-        num_prompt_tokens=num_prompt_tokens,
+        num_prompt_tokens=ends.unsqueeze(1),
         records=joined,
     )
 

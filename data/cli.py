@@ -36,7 +36,10 @@ def collect(
     weights: str = "true",
     expert_slots: str = "25%",
     model: str = "bundled",
+    revision: str | None = None,
     dataset: str = "python-stdlib",
+    column: str = "",
+    prompt_tokens: str = "",
     out: Path,
     tokens: int = 200_000,
     split: str = "train",
@@ -70,7 +73,10 @@ def collect(
         weights: Gate weights of predicted experts: true or predicted.
         expert_slots: Slots per MoE layer on the device: a number, or a share such as 25%.
         model: As collect-traces takes it, like all that follow.
+        revision: Branch, tag or commit of a Hub id, for weights and tokenizer.
         dataset: Where prompts, or text, come from.
+        column: Column of its tables that holds text, chats or token ids; found unless said.
+        prompt_tokens: Where the prompt of each row of token ids ends: a column, or a number.
         out: Folder the traces go to.
         tokens: Tokens to record.
         split: train or held-out.
@@ -132,11 +138,12 @@ def collect(
         expert_slots=expert_slots,
         device=device,
         dtype=dtype,
+        revision=revision,
         trust_remote_code=trust_remote_code,
         decide_on="host",  # so that every choice passes through Python, where it is recorded
         agreement_floor=0.0,  # what is asked for is recorded to the end
     )
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
     with engine:
         show_traces(collect_from(engine.offloaded.moe, tokenizer, request))
 

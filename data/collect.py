@@ -39,7 +39,10 @@ class CollectRequest:
 
     out: Path
     model: str = "bundled"
+    revision: str | None = None
     dataset: str = "python-stdlib"
+    column: str = ""
+    prompt_tokens: str = ""
     tokens: int = 200_000
     split: str = "train"
     sequence_length: int = 512
@@ -74,6 +77,11 @@ class CollectRequest:
             raise ValueError(
                 f"generated_share must be between 0 and 1, not {self.generated_share}."
             )
+        if self.prompt_tokens and (self.source == "generated" or self.generated_share):
+            raise ValueError(
+                "--prompt-tokens is for rows that a model has continued already; leave out "
+                "--source generated and --generated-share."
+            )
         if self.source == "generated" and self.generated_share:
             raise ValueError(
                 "--generated-share mixes text and continuation; with --source generated give "
@@ -103,7 +111,10 @@ class CollectRequest:
         manifest = TraceManifest(
             geometry=moe.geometry,
             model=self.model,
+            revision=self.revision or "",
             dataset=self.dataset,
+            column=self.column,
+            prompt_tokens=self.prompt_tokens,
             split=self.split,
             tokens=self.tokens,
             sequence_length=self.sequence_length,
@@ -151,7 +162,10 @@ class CollectRequest:
 def collect_traces(
     *,
     model: str = CollectRequest.model,
+    revision: str | None = CollectRequest.revision,
     dataset: str = CollectRequest.dataset,
+    column: str = CollectRequest.column,
+    prompt_tokens: str = CollectRequest.prompt_tokens,
     out: Path,
     tokens: int = CollectRequest.tokens,
     split: str = CollectRequest.split,
@@ -177,7 +191,13 @@ def collect_traces(
 
     Args:
         model: `bundled`, a local folder, or a Hub id.
-        dataset: `python-stdlib`; a file or folder of text, .jsonl or .parquet; or a Hub id.
+        revision: Branch, tag or commit of a Hub id, for weights and tokenizer.
+        dataset: `python-stdlib`; a file, zip archive or folder of text, JSON, CSV, Parquet or
+            Arrow; or a Hub id. Chats go through the tokenizer's template; ids are taken as such.
+        column: Column of its tables that holds text, chats or token ids; found unless said.
+        prompt_tokens: Where the prompt of each row of token ids ends that a model has continued:
+            a column of numbers, or one number. Such rows are recorded as they are, one sequence
+            each, cut at --sequence-length; shorter ones are left out.
         out: Folder the traces go to.
         tokens: Tokens to record, rounded up to whole sequences.
         split: `train` or `held-out`; documents are assigned by a hash of their names.
@@ -216,10 +236,11 @@ def collect_traces(
         model,
         dtype=dtype,
         device=resolve_device(device),
+        revision=revision,
         trust_remote_code=trust_remote_code,
     )
     moe = discover(loaded, model)
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
     return collect_from(moe, tokenizer, request)
 
 
@@ -256,6 +277,9 @@ def _command(manifest: TraceManifest) -> str:
     typed = [(name.replace("_", "-"), str(getattr(manifest, name))) for name in flags.split()]
     typed += [("batch-size", str(manifest.batch_size)), ("seed", str(manifest.seed))]
     typed.append(("shard-tokens", str(manifest.shard_sequences * manifest.stored_length)))
+    for flag in ("revision", "column", "prompt_tokens"):
+        if getattr(manifest, flag):
+            typed.append((flag.replace("_", "-"), getattr(manifest, flag)))
     if manifest.source != "dataset":
         typed += [("source", manifest.source), ("generate", str(manifest.generate))]
     if manifest.tokens_per_sequence:

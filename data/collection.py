@@ -19,11 +19,14 @@ from torch import Tensor
 
 from foreroute.data.adapters import MoEModel
 from foreroute.data.adapters.early_attention import find_early_attention
+from foreroute.data.adapters.vocabulary import vocabulary_size
 from foreroute.data.batch import RecordedBatch, record_batch
-from foreroute.data.corpus import documents, token_sequences, windows
+from foreroute.data.columns import RowReading
+from foreroute.data.corpus import contents, windows
 from foreroute.data.disk import free_bytes
 from foreroute.data.layout import shard_bytes
 from foreroute.data.manifest import MANIFEST_FILE, StopReason, TraceManifest, read_manifest
+from foreroute.data.packing import TokenSequence, token_sequences
 from foreroute.data.recorder import EarlyReadout, RoutingRecorder
 from foreroute.data.trace_writer import TraceWriter
 from foreroute.data.traces import Traces
@@ -32,7 +35,6 @@ from foreroute.estimators.byte_sizes import format_bytes
 logger = logging.getLogger(__name__)
 
 READOUT_TOKENS = 4096  # that the default vectors of a readout are means over, at least
-CHARACTERS_PER_TOKEN = 4  # of usual text, so that a piece of a document is about one sequence
 
 
 class Collection:
@@ -107,7 +109,7 @@ class Collection:
     def _measured_vectors(self) -> Tensor:
         prompts = list(itertools.islice(self.prompts(skip=0), self._num_readout_prompts))
         with RoutingRecorder(self._moe, self._states_dtype) as recorder:
-            for _, some in self._in_batches(prompts, shard_idx=0):
+            for _, some, _ in self._in_batches(prompts, shard_idx=0):
                 record_batch(self._moe.model, recorder, some, some.shape[1], torch.Generator())
             sums = recorder.take_expert_sums().values()
         means = [total / count.clamp(min=1).unsqueeze(-1) for total, count in sums]
@@ -177,19 +179,32 @@ class Collection:
         generated = manifest.generate or round(manifest.sequence_length * manifest.generated_share)
         return max(1, manifest.sequence_length - generated)
 
-    def prompts(self, skip: int) -> Iterator[list[int]]:
+    def prompts(self, skip: int) -> Iterator[TokenSequence]:
         """The prompts still to record; the first is made at once, so that no text fails early."""
         manifest, length = self._manifest, self._prompt_length
-        texts = windows(
-            lambda: documents(manifest.dataset, manifest.split),  # type: ignore[arg-type]
-            num_characters=CHARACTERS_PER_TOKEN * manifest.sequence_length,
+        reading = RowReading(
+            column=manifest.column,
+            prompt_tokens=manifest.prompt_tokens,
+            tokenizer=self._tokenizer,
         )
-        every = token_sequences(texts, self._tokenizer, length, self._num_sequences * length)
+        texts = windows(
+            lambda: contents(manifest.dataset, manifest.split, reading),  # type: ignore[arg-type]
+            manifest.sequence_length,
+        )
+        every = token_sequences(
+            texts,
+            self._tokenizer,
+            length,
+            self._num_sequences * length,
+            vocabulary_size(self._moe.model),
+        )
         left = itertools.islice(every, skip, None)
         first = list(itertools.islice(left, 1))
         return itertools.chain(first, left)
 
-    def record(self, writer: TraceWriter, sequences: Iterator[list[int]], num_shards: int) -> None:
+    def record(
+        self, writer: TraceWriter, sequences: Iterator[TokenSequence], num_shards: int
+    ) -> None:
         """Record until there are so many shards, or no sequences are left.
 
         Args:
@@ -228,7 +243,7 @@ class Collection:
         )
 
     def batches(
-        self, recorder: RoutingRecorder, prompts: list[list[int]], shard_idx: int
+        self, recorder: RoutingRecorder, prompts: list[TokenSequence], shard_idx: int
     ) -> Iterator[RecordedBatch]:
         """Record one shard; a batch depends on nothing before it (but for an engine's slots).
 
@@ -238,7 +253,7 @@ class Collection:
             shard_idx: 0.. in recording order.
         """
         manifest = self._manifest
-        for first_idx, some in self._in_batches(prompts, shard_idx):
+        for first_idx, some, ends in self._in_batches(prompts, shard_idx):
             yield record_batch(
                 self._moe.model,
                 recorder,
@@ -246,26 +261,34 @@ class Collection:
                 manifest.sequence_length,
                 _generator(f"{manifest.seed}/{first_idx}"),
                 self._positions(len(some), first_idx),
+                ends,
             )
 
-    def texts(self, prompts: list[list[int]], shard_idx: int) -> Iterator[RecordedBatch]:
+    def texts(self, prompts: list[TokenSequence], shard_idx: int) -> Iterator[RecordedBatch]:
         """The same batches of text that is not generated, without records: no model runs."""
-        for first_idx, some in self._in_batches(prompts, shard_idx):
+        for first_idx, some, ends in self._in_batches(prompts, shard_idx):
             positions = self._positions(len(some), first_idx)
             if positions is None:
                 positions = torch.arange(some.shape[1]).expand(len(some), -1)
             yield RecordedBatch(
                 token_ids=some.gather(1, positions),
                 positions=positions,
-                num_prompt_tokens=some.shape[1],
+                num_prompt_tokens=ends.unsqueeze(1),
                 records={},
             )
 
-    def _in_batches(self, prompts: list[list[int]], shard_idx: int) -> Iterator[tuple[int, Tensor]]:
-        """The first sequence's index of each batch, and its prompts, [B, P]."""
+    def _in_batches(
+        self, prompts: list[TokenSequence], shard_idx: int
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The first sequence's index of each batch, its prompts, [B, P], and their ends, [B]."""
         size, first_idx = self._manifest.batch_size, shard_idx * self._manifest.shard_sequences
         for start in range(0, len(prompts), size):
-            yield first_idx + start, torch.tensor(prompts[start : start + size])
+            some = prompts[start : start + size]
+            ends = [
+                len(ids) if num_prompt_tokens is None else num_prompt_tokens
+                for ids, num_prompt_tokens in some
+            ]
+            yield first_idx + start, torch.tensor([ids for ids, _ in some]), torch.tensor(ends)
 
     def _positions(self, num_sequences: int, first_idx: int) -> Tensor | None:
         """Which tokens to keep, [B, N], ascending; None for all."""

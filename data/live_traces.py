@@ -21,6 +21,7 @@ from foreroute.data.adapters import (
 from foreroute.data.collection import Collection
 from foreroute.data.layout import Layout, shard_bytes, tokens_path
 from foreroute.data.manifest import MANIFEST_FILE, ShardEntry, TraceManifest
+from foreroute.data.packing import TokenSequence
 from foreroute.data.trace_writer import ShardRows
 from foreroute.data.traces import Traces
 from foreroute.estimators.artifacts import write_json
@@ -58,7 +59,7 @@ class LiveTraces(Traces):
         manifest: TraceManifest,
         anchors: LayerAnchors | None,
         collection: Collection,
-        prompts: list[list[int]],
+        prompts: list[TokenSequence],
         buffer_bytes: int,
     ) -> None:
         super().__init__(folder, manifest, anchors)
@@ -131,11 +132,14 @@ class LiveTraces(Traces):
             ValueError: If one of them is not the same.
         """
         device = resolve_device(manifest.device)
-        model = load_model(manifest.model, dtype=manifest.dtype, device=device)
+        model = load_model(
+            manifest.model, dtype=manifest.dtype, device=device, revision=manifest.revision or None
+        )
         moe = discover(model, manifest.model)
         what = f"The traces in {folder} were"
         manifest.geometry.require_match(moe.geometry, what=what, remedy="Train again.")
-        collection = Collection(moe, load_tokenizer(manifest.model), manifest, folder)
+        tokenizer = load_tokenizer(manifest.model, revision=manifest.revision or None)
+        collection = Collection(moe, tokenizer, manifest, folder)
         prompts = list(collection.prompts(skip=0))
         if _digest(prompts) != manifest.live_sha256:
             raise ValueError(
@@ -198,7 +202,7 @@ class LiveTraces(Traces):
             self.manifest, num_sequences, shard_idx, lambda _, layout: MemoryFile(layout)
         )
 
-    def _prompts_of(self, shard_idx: int) -> list[list[int]]:
+    def _prompts_of(self, shard_idx: int) -> list[TokenSequence]:
         start = shard_idx * self.manifest.shard_sequences
         return self._prompts[start : start + self.manifest.shards[shard_idx].num_sequences]
 
@@ -226,8 +230,8 @@ def _entries(manifest: TraceManifest, num_sequences: int) -> Iterator[ShardEntry
         )
 
 
-def _digest(prompts: list[list[int]]) -> str:
+def _digest(prompts: list[TokenSequence]) -> str:
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(torch.tensor(prompt).numpy().tobytes())
+        digest.update(torch.tensor(prompt.token_ids).numpy().tobytes())
     return digest.hexdigest()

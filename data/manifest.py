@@ -67,8 +67,15 @@ class TraceManifest:
     """Shape of the recorded model's routing."""
     model: str
     """What the user called the model."""
+    revision: str = ""
+    """Branch, tag or commit of it; empty where none was asked for."""
     dataset: str
     """What the user called the dataset."""
+    column: str = ""
+    """Column of it that was asked for; empty where it was found."""
+    prompt_tokens: str = ""
+    """What says where the prompts of rows of token ids end: a column, or a number; empty if no
+    model made a part of them."""
     split: str
     """`train` or `held-out`."""
     tokens: int

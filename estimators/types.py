@@ -190,20 +190,27 @@ class EstimatorSpec:
     input_kind: InputKind = "quasi-hidden"
     """State at the source layer that the estimator reads."""
     horizon: int = 1
-    """Distance from source to target layer, in MoE layers; 0 with `pre-attention` input only."""
+    """Distance from source to target layer, in MoE layers; 0 with `pre-attention` input, or where
+    the next token is predicted."""
+    tokens_ahead: int = 0
+    """Tokens from the one that is read to the one that is predicted, 0 or 1."""
     rank: int = 32
     """Rank of the correction (`low-rank` and `ridge` only)."""
     width: int = 256
-    """Hidden units (`mlp`, `mlp-free` and `shared-mlp` only)."""
+    """Hidden units of a layer (`mlp`, `mlp-free` and `shared-mlp` only)."""
+    depth: int = 1
+    """Hidden layers (`shared-mlp` only)."""
     target_layers: tuple[int, ...] = ()
     """Decoder layer index of each predicted layer, ascending, length P."""
 
     def __post_init__(self) -> None:
         """Check the numbers a user can set."""
-        for name in ("rank", "width"):
+        for name in ("rank", "width", "depth"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        least = 0 if self.input_kind == "pre-attention" else 1
+        if self.tokens_ahead not in (0, 1):
+            raise ValueError(f"tokens_ahead must be 0 or 1, not {self.tokens_ahead}.")
+        least = 0 if self.input_kind == "pre-attention" or self.tokens_ahead else 1
         if self.horizon < least:
             raise ValueError(
                 f"horizon must be at least {least} with {self.input_kind} input, not "

@@ -38,7 +38,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from foreroute.data.corpus import HELD_OUT_SHARE, Document, stdlib_documents
+from foreroute.data.corpus import HELD_OUT_SHARE, stdlib_documents
+from foreroute.data.document import Document
 
 logger = logging.getLogger(__name__)
 

@@ -25,6 +25,7 @@ from foreroute.estimators.expected_cost import FetchCosts
 from foreroute.estimators.hybrid import HybridStack
 from foreroute.estimators.inputs import ANCHOR_BUFFERS
 from foreroute.estimators.types import NormKind
+from foreroute.export.hub import find_bundle
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
@@ -231,16 +232,14 @@ def load_bundle(path: Path | str, device: str | torch.device = "cpu") -> Bundle:
     """Read a bundle and check that it is whole.
 
     Args:
-        path: Folder that `export-estimator` wrote.
+        path: Folder that `export-estimator` wrote, or a Hub id; see `find_bundle`.
         device: Where the estimators shall live.
 
     Raises:
         FileNotFoundError: If the folder or one of its files is missing.
         ValueError: If a file is damaged or of an unknown format version; the message names it.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"Bundle {folder} is missing; make one with export-estimator.")
+    folder = find_bundle(path)
     manifest = _read_manifest(folder / MANIFEST_NAME)
     tensors_path = folder / TENSORS_NAME
     tensors = read_tensors(tensors_path)

@@ -18,6 +18,8 @@ def export(
     saved: float = FetchCosts.saved,
     delay: float = FetchCosts.delay,
     traces: Path | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Write a finished run's estimators as a calibrated bundle, measured from the written files.
@@ -33,6 +35,8 @@ def export(
         saved: What a right prefetch saves, in copies of one expert.
         delay: What a wrong one costs.
         traces: Where the runs' traces lie now, if they have moved.
+        push_to_hub: Upload the bundle there too, with a card: user/name.
+        private: Whether only its owner sees it there.
         overwrite: Replace the folder if it is there already.
     """
     from foreroute.export.export import export_estimator
@@ -46,6 +50,10 @@ def export(
         overwrite=overwrite,
     )
     _print_table(manifest)
+    if push_to_hub is not None:
+        from foreroute.export.push import push_bundle
+
+        print(push_bundle(out, push_to_hub, is_private=private))
     print(out)
 
 

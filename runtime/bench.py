@@ -220,7 +220,7 @@ def num_ticks(modes: list[Mode], work: Workload) -> int:
 def _opened(
     mode: Mode, offloaded: OffloadedModel, stack: EstimatorStack | None
 ) -> Iterator[Engine]:
-    with Engine.open(offloaded, mode.config, stack if mode.uses_bundle else None) as engine:
+    with Engine(offloaded, mode.config, stack if mode.uses_bundle else None) as engine:
         if mode.is_filled:
             engine.fill_slots()
         yield engine

@@ -158,14 +158,15 @@ def bench(
     from foreroute.runtime import bench as measure
     from foreroute.runtime.config import EngineConfig, parse_slots
     from foreroute.runtime.slot_plan import plan_slots
-    from foreroute.runtime.store.loading import Source, require_room_for_whole
+    from foreroute.runtime.store.checkpoint import Checkpoint
     from foreroute.runtime.store.offload import offload
 
     if min(num_prompts, prompt_tokens, repeats) < 1 or new_tokens < 8:
         raise ValueError("bench needs at least 1 prompt of 1 token, 1 repeat and 8 new tokens.")
     target = resolve_device(device)
     loaded = load_bundle(bundle) if bundle else None
-    require_room_for_whole(Source(name=model, dtype=dtype, trust_remote_code=trust_remote_code))
+    checkpoint = Checkpoint.open(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    checkpoint.require_room_for_whole()
     whole = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
     moe = discover(whole, model)
     geometry = moe.geometry
@@ -431,6 +432,7 @@ def main() -> None:
     """Entry point of `foreroute`."""
     from foreroute.data.cli import collect
     from foreroute.export.report.cli import report
+    from foreroute.runtime.serving.cli import serve
 
     run_command(
         "foreroute",
@@ -443,6 +445,7 @@ def main() -> None:
             "plan": plan,
             "profile": profile,
             "report": report,
+            "serve": serve,
         },
     )
 

@@ -11,13 +11,12 @@ from rich import box
 from rich.table import Table
 from torch import nn
 
-from foreroute.data.adapters import MoELayer, MoEModel, discover, load_config, resolve_dtype
+from foreroute.data.adapters import MoELayer, MoEModel
 from foreroute.data.adapters.discovery import discover_outline
 from foreroute.data.adapters.exceptions import is_hash_routed
-from foreroute.data.adapters.weightless import experts_by_path, outline
 from foreroute.runtime.device.expert_form import find_expert_form
+from foreroute.runtime.store.checkpoint import Checkpoint
 from foreroute.runtime.store.host_store import RowLayout
-from foreroute.runtime.store.loading import store_encoder
 
 YES = "yes"
 FREE_FORMS = "only estimators without an anchor (linear, mlp-free) can be trained"
@@ -77,26 +76,21 @@ def diagnose(
         FileNotFoundError: If there is no such model.
         ValueError: If its config cannot be read, or it is no MoE that is supported.
     """
-    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
-    text = config.get_text_config()
-    known = resolve_dtype(dtype)
-    if not isinstance(known, torch.dtype):
-        known = getattr(text, "dtype", None) or getattr(config, "dtype", None) or torch.float32
-    encoder = store_encoder(config)
-    method = getattr(config, "quantization_config", {}).get("quant_method")
-    model = outline(config, known, trust_remote_code=trust_remote_code)
-    if not (experts := experts_by_path(model)):
-        discover(model, name)  # says why there are none
-    sizes = _sizes(model, experts)
-    found = _diagnosis(name, discover_outline(model, name), sizes)
-    if encoder is None:
-        return replace(found, dtype=str(known).removeprefix("torch."))
-    rows = [RowLayout.of(m, encoder).row_bytes for m in experts.values()]
+    checkpoint = Checkpoint.open(
+        name, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+    )
+    if checkpoint.asked_dtype is None:  # only the files say it, and they may not be here
+        checkpoint = replace(checkpoint, asked_dtype=torch.float32)
+    experts = checkpoint.experts
+    sizes = _sizes(checkpoint.outline, experts)
+    found = _diagnosis(name, discover_outline(checkpoint.outline, name), sizes)
+    if checkpoint.encoder is None:
+        return replace(found, dtype=str(checkpoint.dtype).removeprefix("torch."))
     return replace(
         found,
-        dtype=str(method),
-        expert_bytes=rows[0],
-        all_experts_bytes=sum(rows) * found.num_experts,
+        dtype=str(checkpoint.config.quantization_config["quant_method"]),
+        expert_bytes=RowLayout.of(next(iter(experts.values())), checkpoint.encoder).row_bytes,
+        all_experts_bytes=checkpoint.stored_bytes,
     )
 
 

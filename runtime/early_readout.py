@@ -31,7 +31,7 @@ class _Pair:
     """What the readout from one source layer needs."""
 
     site: EarlyAttention
-    """The target layer's."""
+    """That of the MoE layer after the source layer."""
     vectors: Tensor
     """The source layer's default vectors, [E, D], float32."""
 
@@ -79,16 +79,18 @@ class EarlyReadouts:
         self._done: dict[nn.Module, torch.cuda.Event] = {}
         sites = find_early_attention(moe, what=REFUSAL, remedy=REMEDY)
         unread = []
+        layers = stack.geometry.layer_indices
         for source, target in zip(stack.source_layers, stack.target_layers, strict=True):
+            site = sites[layers[layers.index(source) + 1]]
             own_input, pair = stack.input_of(source)
             if "readout" not in own_input.needed:
                 continue
-            if sites[target].settings_from is None:
+            if site.settings_from is None:
                 unread.append(target)
                 continue
             assert own_input.default_vectors is not None  # a readout is recorded with them
             vectors = own_input.default_vectors[pair]
-            self._pairs[source] = _Pair(site=sites[target], vectors=vectors)
+            self._pairs[source] = _Pair(site=site, vectors=vectors)
         self.unread_targets = tuple(unread)
         """Layers that are not predicted: no layer before them shows mask and positions."""
         if unread:
@@ -138,7 +140,7 @@ class EarlyReadouts:
     def read(
         self, source_layer: int, *, residual: Tensor, expert_ids: Tensor, gate_weights: Tensor
     ) -> Tensor | None:
-        """Run the target layer's attention on the source layer's quasi-hidden residual.
+        """Run the next MoE layer's attention on the source layer's quasi-hidden residual.
 
         No host sync; runs on the current stream, and the true run waits for it.
 
@@ -149,7 +151,7 @@ class EarlyReadouts:
             gate_weights: [T, K].
 
         Returns:
-            The target layer's residual as it will be before its experts, [T, D]; None if no
+            The next MoE layer's residual as it will be before its experts, [T, D]; None if no
             estimator reads it.
         """
         pair = self._pairs.get(source_layer)

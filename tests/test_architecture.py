@@ -16,7 +16,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "data": ("estimators",),
     "train": ("estimators", "data"),
     "export": ("estimators", "data", "train"),
-    "runtime": ("estimators", "data.adapters", "data.routes", "export.bundle"),
+    "runtime": ("estimators", "data.adapters", "data.routes", "export.bundle", "export.hub"),
 }
 
 # The umbrella command reaches across rooms, lazily, inside functions.

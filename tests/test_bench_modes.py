@@ -8,7 +8,7 @@ from tiny_models import tiny_model
 from foreroute.estimators import host_memory
 from foreroute.runtime.bench import modes_for
 from foreroute.runtime.cli import _gave_up_note
-from foreroute.runtime.store.loading import Source, require_room_for_whole
+from foreroute.runtime.store.checkpoint import Checkpoint
 
 
 def names(**settings):
@@ -36,8 +36,8 @@ def test_modes_that_stopped_looking_ahead_are_named_below_the_table():
 
 def test_a_stock_model_larger_than_the_host_is_refused_with_the_numbers(tmp_path, monkeypatch):
     tiny_model("qwen3_moe").save_pretrained(tmp_path)
-    source = Source(name=str(tmp_path))
-    require_room_for_whole(source)
+    checkpoint = Checkpoint.open(str(tmp_path))
+    checkpoint.require_room_for_whole()
     monkeypatch.setattr(host_memory, "available_host_bytes", lambda: 1000)
     with pytest.raises(ValueError, match=r"needs .* GiB are available. The stock model is loaded"):
-        require_room_for_whole(source)
+        checkpoint.require_room_for_whole()

@@ -4,20 +4,8 @@ import json
 
 import pytest
 
-from foreroute.data.adapters import load_tokenizer
-from foreroute.data.corpus import (
-    Document,
-    documents,
-    split_of,
-    stdlib_documents,
-    token_sequences,
-    windows,
-)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_moe):
-    return load_tokenizer(str(tiny_moe.folder))
+from foreroute.data.corpus import documents, split_of, stdlib_documents, windows
+from foreroute.data.document import Document, TokenRow
 
 
 def both_splits(dataset) -> dict[str, str]:
@@ -132,42 +120,17 @@ def test_hub_rows_are_split_by_number(monkeypatch):
     assert asked[0] == ("someone/some-set", "config", True)
 
 
-def test_documents_are_packed_with_an_end_token_between(tokenizer):
-    texts = [Document("a", "abc"), Document("b", "defgh"), Document("c", "ij")]
-    end = tokenizer.eos_token_id
-    a, b, c = (tokenizer(d.text)["input_ids"] for d in texts)
-    everything = [*a, end, *b, end, *c, end]  # 4 + 6 + 3 tokens
-    packed = list(token_sequences(texts, tokenizer, 5, 1000))
-    assert packed == [everything[:5], everything[5:10]]
-
-
-def test_packing_stops_at_the_tokens_asked_for(tokenizer):
-    texts = [Document("a", "x" * 100)]
-    assert len(list(token_sequences(texts, tokenizer, 10, 25))) == 3
-
-
-def test_too_little_text_is_refused_with_its_size(tokenizer):
-    with pytest.raises(ValueError, match=r"only 4 tokens .* one sequence needs 50"):
-        list(token_sequences([Document("a", "abc")], tokenizer, 50, 100))
-
-
-def test_sequences_begin_as_the_tokenizer_begins_its_texts(tokenizer):
-    class Beginning:
-        bos_token_id, eos_token_id = 7, 0
-
-        def __call__(self, text, add_special_tokens=True, verbose=True):
-            ids = tokenizer(text)["input_ids"]
-            return {"input_ids": [7, *ids] if add_special_tokens else ids}
-
-    packed = list(token_sequences([Document("a", "abcdefgh")], Beginning(), 4, 100))
-    assert [len(row) for row in packed] == [4, 4, 4]
-    assert all(row[0] == 7 for row in packed)
-
-
 def test_windows_give_every_document_once_before_any_twice_and_lose_nothing():
     texts = [Document("a", "0123456789"), Document("b", "xyz"), Document("c", "abcdef")]
-    pieces = list(windows(lambda: texts, num_characters=4))
+    pieces = list(windows(lambda: texts, sequence_length=1))  # four characters
     assert [name for name, _ in pieces] == ["a", "b", "c", "a", "c", "a"]
     for name, text in texts:
         assert sorted("".join(t for n, t in pieces if n == name)) == sorted(text)
     assert max(len(text) for _, text in pieces) == 4
+
+
+def test_windows_cut_token_ids_but_not_rows_that_say_where_the_prompt_ends():
+    rows = [TokenRow("a", (1, 2, 3, 4, 5)), TokenRow("b", (6, 7, 8, 9), num_prompt_tokens=1)]
+    pieces = list(windows(lambda: rows, sequence_length=2))
+    assert sorted(p.token_ids for p in pieces if p.name == "a") == [(1, 2), (3, 4), (5,)]
+    assert [p for p in pieces if p.name == "b"] == [rows[1]]

@@ -12,6 +12,7 @@ from foreroute.data.adapters import MoEModel
 from foreroute.estimators import EstimatorSpec, EstimatorStack, predictable_layers
 from foreroute.estimators.calibration import Calibration
 from foreroute.runtime.device.predictor import DevicePredictor
+from foreroute.runtime.look_ahead import LookAhead
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS = 3
@@ -61,7 +62,7 @@ def test_ranks_and_chances_are_those_of_the_stack(
     table = torch.linspace(0, 1, 17).square().repeat(num_pairs, 1)
     margins = torch.full((num_pairs,), -4.0), torch.full((num_pairs,), 2.0)
     stack.calibration = Calibration(*margins, table, top_k).to(DEVICE)
-    predictor = DevicePredictor(stack, budget=top_k, dtype=torch.float32)
+    predictor = DevicePredictor(LookAhead(stack, top_k), dtype=torch.float32)
     assert predictor.num_folded == (num_pairs if is_affine else 0)
     for source in stack.source_layers:
         ids, chances = predictor.predict(source, **given)
@@ -74,7 +75,8 @@ def test_ranks_and_chances_are_those_of_the_stack(
 def test_without_a_calibration_margins_are_taken_for_log_odds(tiny_moe: Any) -> None:
     stack, given = build(tiny_moe.moe, "next-router", "residual"), states(tiny_moe.moe)
     top_k, source = stack.geometry.top_k, stack.source_layers[0]
-    ids, chances = DevicePredictor(stack, top_k + 1, torch.float32).predict(source, **given)
+    predictor = DevicePredictor(LookAhead(stack, top_k + 1), torch.float32)
+    ids, chances = predictor.predict(source, **given)
     logits = stack.predict(source, **given).gather(-1, ids)
     margins = logits - logits[:, top_k - 1 : top_k + 1].mean(-1, keepdim=True)
     torch.testing.assert_close(chances, margins.sigmoid(), atol=1e-2, rtol=0)

@@ -104,10 +104,16 @@ def test_unsupported_models_are_refused_with_the_reason(tmp_path, model_type):
         diagnose_tiny(tmp_path, model_type)
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_vl_moe", "mistral4", "switch_transformers"])
-def test_models_of_another_class_are_refused_in_one_line(tmp_path, model_type):
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("switch_transformers", "has neither AutoModelForCausalLM nor AutoModelForImageTextToText"),
+        ("diffusion_gemma", "does not write one token after another"),
+    ],
+)
+def test_models_of_another_class_are_refused_in_one_line(tmp_path, model_type, reason):
     CONFIG_MAPPING[model_type]().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has no AutoModelForCausalLM for it") as refused:
+    with pytest.raises(ValueError, match=reason) as refused:
         diagnose(str(tmp_path))
     assert f"({model_type})" in str(refused.value)
     assert "\n" not in str(refused.value)

@@ -66,7 +66,7 @@ def engine_of(model: Any, stack: Any, moe: MoEModel | None = None, **changes: An
     offloaded = offload(copy.deepcopy(model), device=CPU, model_name="tiny")
     config = EngineConfig(**({"expert_slots": "3", "prefetch": "auto"} | changes))
     with Engine(offloaded, config, stack(offloaded.moe)) as engine:
-        engine._run.give_up = None  # on a CPU nothing would be predicted otherwise
+        engine.driver.run.give_up = None  # on a CPU nothing would be predicted otherwise
         yield engine
 
 
@@ -87,7 +87,7 @@ def assert_reads_what_is_recorded(engine: Any, tokens: Tensor, mask: Tensor | No
     moe = engine.offloaded.moe
     vectors = default_vectors(moe)
     readout = EarlyReadout(sites=find_early_attention(moe), vectors=vectors)
-    seen = spy(engine._run.predictor.readouts, "read")
+    seen = spy(engine.driver.run.predictor.ahead.readouts, "read")
     with RoutingRecorder(moe, readout=readout) as recorder:
         cache = None
         for step in range(-STEPS - 1, 0):
@@ -106,6 +106,11 @@ def assert_reads_what_is_recorded(engine: Any, tokens: Tensor, mask: Tensor | No
                 assert torch.equal(state, records[source].readout)
 
 
+def test_a_readout_that_predicts_further_is_of_the_layer_after_the_source(tiny_moe) -> None:
+    with engine_of(tiny_moe.model, lambda moe: stack_of(moe, horizon=2)) as engine:
+        assert_reads_what_is_recorded(engine, prompt(1, 12))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("model_type", MODELS)
 def test_estimators_read_what_the_recorder_records_bit_for_bit(
@@ -122,7 +127,8 @@ def test_with_padding_too_and_with_dense_layers_between(make_tiny_moe: Callable[
     mask[0, :4] = 0
     model = make_tiny_moe(mlp_only_layers=[0, 2], num_hidden_layers=5).model
     with engine_of(model, stack_of) as engine:
-        assert [layer.target and layer.target.layer_idx for layer in engine.layers] == [3, 4, None]
+        layers = engine.driver.layers
+        assert [layer.target and layer.target.layer_idx for layer in layers] == [3, 4, None]
         assert_reads_what_is_recorded(engine, tokens, mask)
 
 
@@ -173,7 +179,7 @@ def test_an_early_attention_leaves_the_cache_as_it_is(model_type: str, cache: st
     model = tiny_model(model_type, **MODELS[model_type]).eval()
     settings = {} if cache == "dynamic" else {"cache_implementation": "static"}
     with engine_of(model, stack_of) as engine:
-        readouts, compared = engine._run.predictor.readouts, []
+        readouts, compared = engine.driver.run.predictor.ahead.readouts, []
         read = readouts.read
 
         def watched(*arguments: Any, **states: Any) -> Any:
@@ -195,7 +201,7 @@ def test_an_early_attention_leaves_the_cache_as_it_is(model_type: str, cache: st
 def test_no_hook_is_left_and_nothing_of_a_pass_is_kept(tiny_moe: Any) -> None:
     with engine_of(tiny_moe.model, stack_of) as engine:
         greedy(engine, prompt(1, 5))
-        assert engine._run.predictor.readouts._settings == {}
+        assert engine.driver.run.predictor.ahead.readouts._settings == {}
         modules = list(engine.model.modules())
         assert any(module._forward_pre_hooks for module in modules)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
@@ -207,7 +213,7 @@ def test_the_first_layer_of_a_kind_of_attention_is_not_predicted(
     caplog.set_level("INFO")
     model = tiny_model("gpt_oss", sliding_window=4, num_hidden_layers=4)
     with engine_of(model, stack_of) as engine:
-        targets = [layer.target and layer.target.layer_idx for layer in engine.layers]
+        targets = [layer.target and layer.target.layer_idx for layer in engine.driver.layers]
     assert targets == [None, 2, 3, None]
     assert "Not predicted with tiny (gpt_oss)" in caplog.text
     assert "mask and positions of layers [1]" in caplog.text
@@ -239,7 +245,7 @@ def test_in_a_hybrid_only_pairs_that_read_a_readout_run_an_attention(tiny_moe: A
         return HybridStack(parts, (1, 0, 1))
 
     with engine_of(tiny_moe.model, mixed) as engine:
-        seen = spy(engine._run.predictor.readouts, "read")
+        seen = spy(engine.driver.run.predictor.ahead.readouts, "read")
         greedy(engine, prompt(1, 5))
     assert {source for (source,), state in seen if state is not None} == {1}
     assert {source for (source,), state in seen} == {0, 1, 2}
@@ -256,8 +262,8 @@ def test_layers_are_predicted_from_their_own_input_the_first_one_too(
         return stack_of(moe, "pre-attention", 0)
 
     with engine_of(model, own, prefetch=prefetch) as engine:
-        assert all(layer.target is layer for layer in engine.layers)
-        seen = spy(engine._run.predictor, "predict")
+        assert all(layer.target is layer for layer in engine.driver.layers)
+        seen = spy(engine.driver.run.predictor, "predict")
         for shape in ((1, 1), (1, 9), (3, 5)):
             tokens = prompt(*shape)
             assert torch.equal(greedy(engine, tokens), greedy(model, tokens))
@@ -292,7 +298,7 @@ def test_predicted_experts_can_be_run_speculatively(tiny_moe: Any, input_kind: s
 
 def measured_recall(engine: Engine, tokens: Tensor, prompt_length: int) -> float:
     """Share of the true experts among as many predicted ones, over forced decode steps."""
-    predictor = engine._run.predictor
+    predictor = engine.driver.run.predictor
     assert predictor is not None
     seen, hits, total = spy(predictor, "predict"), 0, 0
     with RoutingRecorder(engine.offloaded.moe) as recorder:
@@ -303,7 +309,7 @@ def measured_recall(engine: Engine, tokens: Tensor, prompt_length: int) -> float
             engine(input_ids=tokens[:, at : at + 1], past_key_values=cache, use_cache=True)
             records = recorder.take()
             for (source,), (_, ranked) in seen:
-                true_ids = records[predictor.target_of(source)].expert_ids
+                true_ids = records[predictor.ahead.target_of(source)].expert_ids
                 hits += int((ranked.unsqueeze(-1) == true_ids.unsqueeze(-2)).sum())
                 total += true_ids.numel()
     return hits / total

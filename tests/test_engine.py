@@ -14,8 +14,8 @@ from transformers import TextIteratorStreamer
 from foreroute.estimators import EstimatorStack
 from foreroute.export.bundle import PairEntry, save_bundle
 from foreroute.runtime import Engine, EngineConfig, slot_plan
-from foreroute.runtime.host import layer as layer_module
 from foreroute.runtime.config import parse_slots
+from foreroute.runtime.host import layer as layer_module
 from foreroute.runtime.host.transfers import ImmediateTransfers
 from foreroute.runtime.planning.planner import RESERVE_BYTES
 from foreroute.runtime.store.offload import OffloadedModel, offload
@@ -412,7 +412,7 @@ def test_a_recording_fills_the_slots_before_the_first_token(
 ) -> None:
     config = EngineConfig(expert_slots="2", warm_start=str(write_route(tmp_path)))
     with Engine(offloaded, config) as engine:
-        assert sorted(engine.layers[0].residency.cache.resident) == [6, 7]
+        assert sorted(engine.driver.layers[0].residency.cache.resident) == [6, 7]
         engine.check_integrity()
         assert engine.stats().decode.lookups == 0
         assert torch.equal(greedy(engine, prompt(1, 9)), greedy(stock, prompt(1, 9)))
@@ -450,7 +450,7 @@ def test_a_prompt_leaves_its_most_used_experts_resident(offloaded: OffloadedMode
     config = EngineConfig(expert_slots="3", eviction="lfu")
     with Engine(offloaded, config) as engine:
         engine(tokens)
-        for layer in engine.layers:
+        for layer in engine.driver.layers:
             state = layer.residency.cache.state
             least = min(state.worth[expert] for expert in layer.residency.cache.resident)
             absent = [state.worth[e] for e in range(8) if not state.here[e]]

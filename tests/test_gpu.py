@@ -10,8 +10,10 @@ from torch import Tensor
 
 from foreroute.estimators import EstimatorStack
 from foreroute.runtime import Engine, EngineConfig
-from foreroute.runtime.device.decode_graph import DecodeGraph
-from foreroute.runtime.device.driver import GraphEngine
+from foreroute.runtime.device.decode_graph import DecodeGraph, DecodeStep
+from foreroute.runtime.device.driver import DeviceDriver
+from foreroute.runtime.device.kernels.tables import ResidencyTables
+from foreroute.runtime.host.driver import HostDriver
 from foreroute.runtime.host.ledger import TRIAL_STEPS
 from foreroute.runtime.host.transfers import StreamTransfers
 from foreroute.runtime.store.host_store import allocate_host
@@ -102,7 +104,9 @@ def test_any_slot_count_gives_the_all_resident_logits_bit_for_bit(
 
 def test_exact_mode_matches_stock_transformers(offloaded: OffloadedModel, stock: Any) -> None:
     expected = step_logits(stock, prompt(), steps=20).float()
-    with Engine(offloaded, EngineConfig(expert_slots="5", prefetch="auto")) as engine:
+    with Engine(
+        offloaded, EngineConfig(expert_slots="5", prefetch="auto", decide_on="host")
+    ) as engine:
         got = step_logits(engine, prompt(), steps=20).float()
     assert (got - expected).abs().max() <= STOCK_TOLERANCE * expected.abs().max()
 
@@ -127,15 +131,33 @@ def test_speculative_modes_run_and_keep_the_slots_right(
 
 def test_batches_run_with_fewer_slots_than_they_need(offloaded: OffloadedModel) -> None:
     tokens = torch.randint(3, 250, (8, 12), generator=torch.Generator().manual_seed(2))
-    with Engine(offloaded, EngineConfig(expert_slots="4", prefetch="auto")) as engine:
+    with Engine(
+        offloaded, EngineConfig(expert_slots="4", prefetch="auto", decide_on="host")
+    ) as engine:
         output = engine.generate(tokens, max_new_tokens=12, do_sample=False, pad_token_id=0)
         engine.check_integrity()
     assert output.shape[0] == 8
 
 
-def graph_logits(engine: GraphEngine, tokens: Tensor, steps: int) -> Tensor:
+def graph_engine(offloaded: OffloadedModel, config: EngineConfig, stack: Any = None) -> Engine:
+    engine = Engine(offloaded, config, stack)
+    assert isinstance(engine.driver, DeviceDriver)
+    return engine
+
+
+def graph_for(engine: Engine, batch: int, length: int) -> DecodeStep:
+    assert isinstance(engine.driver, DeviceDriver)
+    return engine.driver.graph_for(batch, length)
+
+
+def tables_of(engine: Engine) -> list[ResidencyTables]:
+    layers: Any = engine.driver.layers
+    return [layer.residency.tables for layer in layers]
+
+
+def graph_logits(engine: Engine, tokens: Tensor, steps: int) -> Tensor:
     """Logits of forced decode steps by replays of the captured graph, [steps, vocab]."""
-    graph = engine.graph_for(len(tokens), tokens.shape[1])
+    graph = graph_for(engine, len(tokens), tokens.shape[1])
     prompt_ids = tokens[:, :-steps]
     graph.begin(torch.ones_like(prompt_ids))
     engine(input_ids=prompt_ids, past_key_values=graph.cache, use_cache=True)
@@ -152,12 +174,12 @@ def graph_logits(engine: GraphEngine, tokens: Tensor, steps: int) -> Tensor:
 def test_graph_gives_the_all_resident_logits_bit_for_bit_at_any_slot_count(
     offloaded: OffloadedModel, slots: str, prefetch: Any
 ) -> None:
-    with GraphEngine(offloaded, EngineConfig(expert_slots="100%")) as engine:
+    with graph_engine(offloaded, EngineConfig(expert_slots="100%")) as engine:
         engine.fill_slots()
         expected = graph_logits(engine, prompt(), steps=40)
         assert engine.stats().hit_rate == 1.0
     config = EngineConfig(expert_slots=slots, prefetch=prefetch)
-    with GraphEngine(offloaded, config) as engine:
+    with graph_engine(offloaded, config) as engine:
         assert torch.equal(graph_logits(engine, prompt(), steps=40), expected)
         engine.check_integrity()
         stats = engine.stats()
@@ -168,7 +190,7 @@ def test_graph_gives_the_all_resident_logits_bit_for_bit_at_any_slot_count(
 
 def test_graph_matches_stock_transformers(offloaded: OffloadedModel, stock: Any) -> None:
     expected = step_logits(stock, prompt(), steps=20)[1:].float()
-    with GraphEngine(offloaded, EngineConfig(expert_slots="6")) as engine:
+    with graph_engine(offloaded, EngineConfig(expert_slots="6")) as engine:
         got = graph_logits(engine, prompt(), steps=20).float()
     assert (got - expected).abs().max() <= STOCK_TOLERANCE * expected.abs().max()
 
@@ -183,7 +205,7 @@ def test_graph_generates_what_the_kernels_generate_step_by_step(
     mask = torch.ones_like(tokens)
     if batch > 1:
         mask[0, :6] = 0
-    with GraphEngine(offloaded, EngineConfig(expert_slots="6", prefetch="auto")) as engine:
+    with graph_engine(offloaded, EngineConfig(expert_slots="6", prefetch="auto")) as engine:
         got = engine.generate(tokens, attention_mask=mask, **settings)
         again = engine.generate(tokens, attention_mask=mask, **settings)
         engine.check_integrity()
@@ -197,8 +219,8 @@ def test_graph_generates_what_the_kernels_generate_step_by_step(
 
 def test_a_decode_step_never_waits_for_the_host(offloaded: OffloadedModel) -> None:
     config = EngineConfig(expert_slots="6", prefetch="auto")
-    with GraphEngine(offloaded, config) as engine:
-        graph = engine.graph_for(1, 64)
+    with graph_engine(offloaded, config) as engine:
+        graph = graph_for(engine, 1, 64)
         graph.begin(torch.ones(1, 4, dtype=torch.long, device=CUDA))
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
@@ -211,7 +233,7 @@ def test_a_decode_step_never_waits_for_the_host(offloaded: OffloadedModel) -> No
 
 
 def test_sampling_with_the_same_seed_gives_the_same_text(offloaded: OffloadedModel) -> None:
-    with GraphEngine(offloaded, EngineConfig(expert_slots="6")) as engine:
+    with graph_engine(offloaded, EngineConfig(expert_slots="6")) as engine:
         outputs = []
         for _ in range(2):
             torch.manual_seed(3)
@@ -222,11 +244,11 @@ def test_sampling_with_the_same_seed_gives_the_same_text(offloaded: OffloadedMod
 
 
 def test_a_prompt_leaves_the_decode_working_set_in_place(offloaded: OffloadedModel) -> None:
-    with GraphEngine(offloaded, EngineConfig(expert_slots="6")) as engine:
+    with graph_engine(offloaded, EngineConfig(expert_slots="6")) as engine:
         engine.generate(prompt(), max_new_tokens=20, do_sample=False, pad_token_id=0)
-        before = [layer.tables.expert_in.clone() for layer in engine.layers]
+        before = [tables.expert_in.clone() for tables in tables_of(engine)]
         engine(input_ids=prompt().flip(1))
-        after = [layer.tables.expert_in for layer in engine.layers]
+        after = [tables.expert_in for tables in tables_of(engine)]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
@@ -239,7 +261,7 @@ def test_graph_matches_stock_for_other_architectures(model_type: str) -> None:
     with torch.no_grad():
         expected = plain(input_ids=tokens).logits[0, 20:]
     offloaded = offload(model, device=CUDA, model_name=model_type)
-    with GraphEngine(offloaded, EngineConfig(expert_slots="4", prefetch="auto")) as engine:
+    with graph_engine(offloaded, EngineConfig(expert_slots="4", prefetch="auto")) as engine:
         got = graph_logits(engine, tokens, steps=20)
         engine.check_integrity()
     # float32 sums in another order
@@ -251,11 +273,11 @@ def test_a_step_that_cannot_be_captured_runs_kernel_by_kernel_and_says_so(
 ) -> None:
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     config = EngineConfig(expert_slots="6", prefetch="auto")
-    with GraphEngine(offloaded, config) as engine:
+    with graph_engine(offloaded, config) as engine:
         expected = engine.generate(prompt(), **settings)
     norm = offloaded.moe.model.model.norm
     waiting = norm.register_forward_hook(lambda _, __, output: output.sum().item() and None)
-    with GraphEngine(offloaded, config) as engine:
+    with graph_engine(offloaded, config) as engine:
         got = engine.generate(prompt(), **settings)
         engine.check_integrity()
         assert engine.stats().decode.forwards >= 11
@@ -265,10 +287,11 @@ def test_a_step_that_cannot_be_captured_runs_kernel_by_kernel_and_says_so(
 
 
 def test_a_prompts_last_uses_count_most_for_eviction(offloaded: OffloadedModel) -> None:
-    with GraphEngine(offloaded, EngineConfig(expert_slots="6")) as engine:
-        layer = engine.layers[0]
-        layer.count_prompt(torch.tensor([[0, 1], [2, 1], [3, 4]], device=CUDA))
-        score = layer.tables.score.tolist()
+    with graph_engine(offloaded, EngineConfig(expert_slots="6")) as engine:
+        layers: Any = engine.driver.layers
+        residency = layers[0].residency
+        residency.count_prompt(torch.tensor([[0, 1], [2, 1], [3, 4]], device=CUDA))
+        score = residency.tables.score.tolist()
     assert score[0] < score[2] < score[3] == score[4]
     assert score[1] == pytest.approx(score[0] + score[2])
     assert score[5] == 0
@@ -276,10 +299,10 @@ def test_a_prompts_last_uses_count_most_for_eviction(offloaded: OffloadedModel) 
 
 def test_capturing_a_step_teaches_eviction_nothing(offloaded: OffloadedModel) -> None:
     config = EngineConfig(expert_slots="6", prefetch="auto")
-    with GraphEngine(offloaded, config) as engine:
-        engine.graph_for(1, 64)
-        assert all(not layer.tables.score.any() for layer in engine.layers)
-        assert all(not layer.tables.step.any() for layer in engine.layers)
+    with graph_engine(offloaded, config) as engine:
+        graph_for(engine, 1, 64)
+        assert all(not tables.score.any() for tables in tables_of(engine))
+        assert all(not tables.step.any() for tables in tables_of(engine))
         assert engine.stats().decode.lookups == 0
 
 
@@ -297,11 +320,11 @@ def readout_stack(offloaded: OffloadedModel, input_kind: Any = "attention-readou
 def test_graph_with_attentions_run_early_gives_the_all_resident_logits_bit_for_bit(
     offloaded: OffloadedModel, slots: str, prefetch: Any
 ) -> None:
-    with GraphEngine(offloaded, EngineConfig(expert_slots="100%")) as engine:
+    with graph_engine(offloaded, EngineConfig(expert_slots="100%")) as engine:
         engine.fill_slots()
         expected = graph_logits(engine, prompt(), steps=40)
     config = EngineConfig(expert_slots=slots, prefetch=prefetch)
-    with GraphEngine(offloaded, config, readout_stack(offloaded)) as engine:
+    with graph_engine(offloaded, config, readout_stack(offloaded)) as engine:
         for _ in range(3):  # an order that is not kept need not show at once
             assert torch.equal(graph_logits(engine, prompt(), steps=40), expected)
         engine.check_integrity()
@@ -314,7 +337,7 @@ def test_graph_with_attentions_run_early_predicts_as_well_as_the_host(
     wasted = {}
     for decide_on in ("auto", "host"):
         config = EngineConfig(expert_slots="50%", prefetch="all", decide_on=decide_on)
-        with Engine.open(offloaded, config, readout_stack(offloaded)) as engine:
+        with Engine(offloaded, config, readout_stack(offloaded)) as engine:
             engine.generate(prompt(), max_new_tokens=60, do_sample=False, pad_token_id=0)
             decode = engine.stats().decode
         wasted[decide_on] = decode.wasted_bytes / decode.prefetched_bytes
@@ -327,10 +350,10 @@ def test_early_attentions_change_nothing_of_other_architectures(model_type: str)
     model = tiny_model(model_type, **windowed, num_hidden_layers=4)
     tokens = torch.randint(3, 60, (1, 40), generator=torch.Generator().manual_seed(1)).to(CUDA)
     offloaded = offload(model, device=CUDA, model_name=model_type)
-    with GraphEngine(offloaded, EngineConfig(expert_slots="4")) as engine:
+    with graph_engine(offloaded, EngineConfig(expert_slots="4")) as engine:
         expected = graph_logits(engine, tokens, steps=20)
     config = EngineConfig(expert_slots="4", prefetch="all")
-    with GraphEngine(offloaded, config, readout_stack(offloaded)) as engine:
+    with graph_engine(offloaded, config, readout_stack(offloaded)) as engine:
         assert torch.equal(graph_logits(engine, tokens, steps=20), expected)
         assert engine.stats().decode.prefetches > 0
 
@@ -339,8 +362,8 @@ def test_a_step_that_runs_attentions_early_never_waits_for_the_host(
     offloaded: OffloadedModel,
 ) -> None:
     config = EngineConfig(expert_slots="6", prefetch="auto")
-    with GraphEngine(offloaded, config, readout_stack(offloaded)) as engine:
-        graph = engine.graph_for(1, 64)
+    with graph_engine(offloaded, config, readout_stack(offloaded)) as engine:
+        graph = graph_for(engine, 1, 64)
         assert isinstance(graph, DecodeGraph)  # it could be captured
         graph.begin(torch.ones(1, 4, dtype=torch.long, device=CUDA))
         torch.cuda.synchronize()
@@ -359,8 +382,8 @@ def test_pre_attention_estimators_are_run_by_the_host(offloaded: OffloadedModel)
     settings = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
     with Engine(offloaded, EngineConfig(expert_slots="6", decide_on="host")) as engine:
         expected = engine.generate(prompt(), **settings)
-    with Engine.open(offloaded, config, stack) as engine:
-        assert type(engine) is Engine
+    with Engine(offloaded, config, stack) as engine:
+        assert isinstance(engine.driver, HostDriver)
         assert torch.equal(engine.generate(prompt(), **settings), expected)
 
 
@@ -371,11 +394,11 @@ def test_graph_decodes_experts_in_fewer_bits(make_tiny_moe: Any, expert_dtype: s
     )
     model = copy.deepcopy(tiny.model).to(torch.bfloat16)
     offloaded = offload(model, device=CUDA, model_name="tiny", expert_dtype=expert_dtype)
-    with Engine.open(offloaded, EngineConfig(expert_slots="100%")) as engine:
-        assert isinstance(engine, GraphEngine)
+    with Engine(offloaded, EngineConfig(expert_slots="100%")) as engine:
+        assert isinstance(engine.driver, DeviceDriver)
         engine.fill_slots()
         expected = graph_logits(engine, prompt(), steps=30)
-    with GraphEngine(offloaded, EngineConfig(expert_slots="6", prefetch="auto")) as engine:
+    with graph_engine(offloaded, EngineConfig(expert_slots="6", prefetch="auto")) as engine:
         assert torch.equal(graph_logits(engine, prompt(), steps=30), expected)
         engine.check_integrity()
         assert engine.stats().decode.misses > 0

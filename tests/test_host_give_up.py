@@ -171,7 +171,7 @@ def test_forced_and_speculative_prefetch_never_gives_up(
     tiny_moe: Any, offloaded: OffloadedModel, clock: Clock, settings: dict[str, Any]
 ) -> None:
     useless = guesses(tiny_moe, clock, predict_s=5e-3)
-    with Engine(offloaded, EngineConfig(**BUDGETED, **settings), useless) as engine:
+    with Engine(offloaded, EngineConfig(**(BUDGETED | settings)), useless) as engine:
         generate(engine)
         assert engine.stats().share_ahead == 1
     assert useless.calls == (TOKENS - 1) * SOURCES

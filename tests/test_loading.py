@@ -13,10 +13,11 @@ from tiny_models import SUPPORTED, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, conversion_mapping
 from transformers.core_model_loading import Interleave, Transpose, WeightConverter
 
-from foreroute.data.adapters.checkpoint import ExpertReader, checkpoint_files
 from foreroute.data.adapters.weightless import parameter_shapes
 from foreroute.estimators import host_memory
 from foreroute.runtime import Engine
+from foreroute.runtime.store.checkpoint import Checkpoint
+from foreroute.runtime.store.expert_reader import ExpertReader
 from foreroute.runtime.store.offload import load_offloaded
 
 SHARD_BYTES = "200KB"
@@ -104,11 +105,10 @@ def test_per_expert_tensors_are_read_one_at_a_time(tmp_path):
     offloaded = load_offloaded(str(tmp_path), device="cpu")
     layer = offloaded.moe.layers[0]
     targets = {f"{layer.name}.{n}": s for n, s in parameter_shapes(layer.experts).items()}
-    parts = []
-    reader = ExpertReader(offloaded.moe.model, checkpoint_files(str(tmp_path)), targets)
-    reader.read(lambda *part: parts.append(part))
+    files = Checkpoint.open(str(tmp_path)).files
+    parts = list(ExpertReader(offloaded.moe.model, files, targets).parts())
     assert len(parts) == 8 * 3  # gate, up and down of every expert
-    assert max(part.numel() for *_, part in parts) == 64 * 32
+    assert max(part.rows.numel() for part in parts) == 64 * 32
 
 
 def transposed(name, weight):

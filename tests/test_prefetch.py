@@ -11,6 +11,7 @@ from foreroute.estimators import (
 )
 from foreroute.estimators.calibration import Calibration
 from foreroute.runtime.host.predictor import HostPredictor
+from foreroute.runtime.look_ahead import LookAhead
 
 GEOMETRY = toy_geometry(0, 1, 2, gate_family="sigmoid-topk")
 STATE = {
@@ -31,9 +32,9 @@ def stack_with(
 
 def test_experts_are_ranked_as_the_router_selects() -> None:
     plain, biased = stack_with(None), stack_with(torch.eye(8)[:3] * 9)
-    logits, ranked = HostPredictor(plain, 3).predict(0, **STATE)
+    logits, ranked = HostPredictor(LookAhead(plain, 3)).predict(0, **STATE)
     assert torch.equal(ranked, logits.topk(3).indices)
-    again, ranked = HostPredictor(biased, 3).predict(0, **STATE)
+    again, ranked = HostPredictor(LookAhead(biased, 3)).predict(0, **STATE)
     assert torch.equal(again, logits)
     assert (ranked[:, 0] == 1).all()  # the bias of layer 1 is on expert 1
 
@@ -45,8 +46,7 @@ def test_probabilities_never_fall_along_the_ranking(bias, is_calibrated) -> None
     if is_calibrated:
         table = torch.rand(2, 9).sort(dim=1).values
         stack.calibration = Calibration(torch.full((2,), -2.0), torch.ones(2), table, 2)
-    predictor = HostPredictor(stack, 8)
-    assert predictor.is_calibrated is is_calibrated
+    predictor = HostPredictor(LookAhead(stack, 8))
     logits, ranked = predictor.predict(1, **STATE)
     chance = predictor.probabilities(1, logits)
     assert chance.shape == logits.shape
@@ -60,7 +60,7 @@ def test_a_bundles_probabilities_are_used() -> None:
     stack.calibration = Calibration(
         torch.zeros(2), torch.ones(2), torch.tensor([[0.1, 0.2], [0.3, 0.4]]), 2
     )
-    predictor = HostPredictor(stack, 2)
+    predictor = HostPredictor(LookAhead(stack, 2))
     for source, top in ((0, 0.2), (1, 0.4)):
         logits, _ = predictor.predict(source, **STATE)
         wanted = stack.probabilities(logits, source)
@@ -78,13 +78,13 @@ def test_layers_without_an_estimator_are_refused() -> None:
         norm_kind="rms",
         norm_eps=1e-5,
     )
-    predictor = HostPredictor(one, 2)
-    assert predictor.target_of(1) is None
+    predictor = HostPredictor(LookAhead(one, 2))
+    assert predictor.ahead.target_of(1) is None
     with pytest.raises(ValueError, match=r"No estimator reads layer 1; sources are \[0\]"):
         predictor.predict(1, **STATE)
 
 
 def test_estimators_that_read_a_readout_are_not_run_without_one() -> None:
-    predictor = HostPredictor(stack_with(None, "attention-readout"), 2)
+    predictor = HostPredictor(LookAhead(stack_with(None, "attention-readout"), 2))
     with pytest.raises(ValueError, match="attention-readout input needs readout"):
         predictor.predict(0, **STATE)

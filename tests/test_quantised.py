@@ -83,7 +83,7 @@ def test_slots_and_rows_hold_the_quantised_bytes():
     with Engine(few, EngineConfig(expert_slots="2")) as engine, torch.no_grad():
         engine(TOKENS)
         engine.check_integrity()
-        assert engine.layers[0].residency.cache.slots.shape == (2, few.expert_bytes)
+        assert engine.driver.layers[0].residency.cache.slots.shape == (2, few.expert_bytes)
 
 
 @pytest.mark.parametrize("name", EXPERT_DTYPES)

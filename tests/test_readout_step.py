@@ -83,7 +83,7 @@ def forced_steps(engine: Engine) -> tuple[Tensor, list[Tensor]]:
 
 def spied_readouts(engine: Any) -> list[Tensor]:
     """What estimators read from now on, in order."""
-    seen, readouts = [], engine._run.predictor.readouts
+    seen, readouts = [], engine.driver.run.predictor.ahead.readouts
     read = readouts.read
 
     def watched(source: int, **states: Any) -> Tensor | None:
@@ -107,7 +107,7 @@ def test_logits_and_cache_stay_bit_equal_and_readouts_are_those_of_a_growing_cac
     config = EngineConfig(expert_slots="4", prefetch="all")
     with Engine(offloaded, config, readout_stack(offloaded.moe)) as engine:
         by_kernels = spied_readouts(engine)
-        engine._run.predictor.readouts.add_expected_output = add_expected_output
+        engine.driver.run.predictor.ahead.readouts.add_expected_output = add_expected_output
         got, cache = forced_steps(engine)
     assert torch.equal(got, expected)
     assert all(torch.equal(a, b) for a, b in zip(cache, expected_cache, strict=True))
@@ -135,12 +135,12 @@ def test_the_device_predicts_from_readouts_what_the_host_predicts(
 ) -> None:
     offloaded = offload(copy.deepcopy(tiny_moe.model), device=CPU, model_name="tiny")
     config = EngineConfig(expert_slots="4", prefetch="all")
-    with Engine(offloaded, config, readout_stack(offloaded.moe, form)) as engine:
-        predictor = engine._run.predictor
+    stack = readout_stack(offloaded.moe, form)
+    with Engine(offloaded, config, stack) as engine:
+        predictor = engine.driver.run.predictor
         assert predictor is not None
-        settings = predictor.budget, torch.float32, predictor.readouts
-        device = DevicePredictor(predictor.stack, *settings)
-        assert device.num_folded == (len(predictor.stack.source_layers) if is_affine else 0)
+        device, sources = DevicePredictor(predictor.ahead, torch.float32), stack.source_layers
+        assert device.num_folded == (len(sources) if is_affine else 0)
         predict, num_compared = predictor.predict, 0
 
         def compared(source: int, **states: Any) -> tuple[Tensor, Tensor]:
@@ -153,7 +153,7 @@ def test_the_device_predicts_from_readouts_what_the_host_predicts(
 
         predictor.predict = compared  # type: ignore[method-assign]
         forced_steps(engine)
-    assert num_compared == STEPS * len(predictor.stack.source_layers)
+    assert num_compared == STEPS * len(sources)
 
 
 def test_the_gpu_takes_readouts_and_leaves_a_layers_own_input_to_the_host(tiny_moe: Any) -> None:

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from foreroute.runtime import EngineConfig
-from foreroute.runtime.host.residency import Residency
-from foreroute.runtime.host.run_state import RunState
+from foreroute.runtime.host.residency import HostResidency
+from foreroute.runtime.host.run_state import HostRun
 from foreroute.runtime.host.slot_cache import EMPTY, SlotCache
 from foreroute.runtime.host.speculation import AgreementGuard
 from foreroute.runtime.host.transfers import Ticket, Transfers
@@ -38,12 +38,12 @@ class SlowTransfers(Transfers):
         return Landing(pairs)
 
 
-def make_residency(num_slots: int) -> Residency:
+def make_residency(num_slots: int) -> HostResidency:
     experts = nn.Module()
     experts.register_parameter("weight", nn.Parameter(torch.randn(NUM_EXPERTS, 4, 3)))
     store = HostExpertStore([experts], is_pinned=False)
     policy = find_policy("lru")
-    run = RunState(
+    run = HostRun(
         config=EngineConfig(),
         gate_family="softmax-topk",
         gate_scale=1.0,
@@ -54,7 +54,7 @@ def make_residency(num_slots: int) -> Residency:
         is_prefill=False,
     )
     cache = SlotCache(NUM_EXPERTS, num_slots, store.layouts[0], torch.device("cpu"), policy)
-    return Residency(store.rows[0], cache, run)
+    return HostResidency(store.rows[0], cache, run)
 
 
 @pytest.mark.parametrize("num_slots", [1, 2, 3])

@@ -222,6 +222,16 @@ def test_kl_and_boundary_are_least_at_the_true_logits(family: str) -> None:
         assert (worse > value).all()
 
 
+def test_bce_sums_over_experts_how_far_each_is_from_chosen_or_not() -> None:
+    stack = toy_stack("linear")
+    tokens, rule = prepare(stack, toy_batch(4)), RouterRule.of(stack)
+    zeros = torch.zeros_like(tokens.target_logits)
+    assert torch.allclose(LOSSES["bce"](zeros, tokens, rule), torch.full((2,), 16 * math.log(2)))
+    ids = tokens.target_ids.long()
+    right = torch.full_like(zeros, -30.0).scatter(-1, ids, 30.0)
+    assert LOSSES["bce"](right, tokens, rule).max() < 1e-6
+
+
 @pytest.mark.parametrize("spread", [1.0, 1e3])
 def test_boundary_loss_and_its_gradient_are_those_of_plain_autograd(spread: float) -> None:
     torch.manual_seed(0)
@@ -582,12 +592,23 @@ def test_an_input_that_was_not_recorded_is_refused(tiny_traces, tmp_path, input_
     assert not (tmp_path / "run").exists()
 
 
-def test_a_readout_is_not_recorded_further_than_the_next_layer(tiny_traces) -> None:
-    spec = EstimatorSpec(
-        form="ridge", input_kind="attention-readout", horizon=2, target_layers=(2, 3)
+def test_what_is_read_is_set_beside_the_routing_of_the_next_token(tiny_traces) -> None:
+    traces, sequences = Traces.open(tiny_traces), range(1, 4)
+    now, later = (
+        EstimatorSpec(form="linear", horizon=h, tokens_ahead=ahead, target_layers=(1, 2))
+        for h, ahead in ((1, 0), (0, 1))
     )
-    with pytest.raises(ValueError, match="takes horizon 1, not 2"):
-        PairedShards(Traces.open(tiny_traces), spec, range(3))
+    fields = ("residual", "expert_ids")
+    (same,) = PairedShards(traces, now, sequences, source_fields=fields)
+    (batch,) = PairedShards(traces, later, sequences, source_fields=fields)
+    assert batch.num_tokens == same.num_tokens - len(sequences)
+    assert batch.starts.sum() == len(sequences)
+    length = batch.num_tokens // len(sequences) + 1
+    kept = torch.arange(same.num_tokens) % length != 0
+    assert torch.equal(batch.target_ids, same.target_ids[:, kept])
+    assert torch.equal(batch.previous_ids, batch.source.expert_ids)
+    before = same.target_ids[0, kept.roll(-1)]
+    assert torch.equal(batch.source.expert_ids[0], before)
 
 
 @pytest.mark.gpu

@@ -16,6 +16,7 @@ def train(
     traces: Path | None = None,
     out: Path,
     model: str | None = None,
+    revision: str | None = None,
     dataset: str = "python-stdlib",
     tokens: int = 200_000,
     buffer: str = "1GiB",
@@ -25,6 +26,7 @@ def train(
     horizon: int = 1,
     rank: int = 32,
     width: int = 256,
+    depth: int = 1,
     epochs: int = FitConfig.epochs,
     batch_size: int = FitConfig.batch_size,
     learning_rate: float = FitConfig.learning_rate,
@@ -42,6 +44,7 @@ def train(
         traces: Folder that collect-traces wrote; without it, give --model.
         out: Folder of the run, made new.
         model: Train while this model runs, and store nothing of it: bundled, a folder or a Hub id.
+        revision: Branch, tag or commit of a Hub id, for that model and its tokenizer.
         dataset: Text that model runs on, as collect-traces takes it.
         tokens: Tokens of it, to train on and to measure by.
         buffer: Most memory for its states; the model runs again over what does not fit.
@@ -51,12 +54,14 @@ def train(
             (collect-traces --record readout,layer-input).
         horizon: Distance from source to target layer, in MoE layers; 0 with pre-attention only.
         rank: Rank of the correction (low-rank and ridge only).
-        width: Hidden units (mlp, mlp-free and shared-mlp only).
+        width: Hidden units of a layer (mlp, mlp-free and shared-mlp only).
+        depth: Hidden layers (shared-mlp only).
         epochs: Passes over the training tokens.
         batch_size: Tokens per optimizer step.
         learning_rate: At the first step; follows a cosine to zero.
         loss: What training makes small: kl to the routers' distribution; boundary, kl and how far
-            soft membership in the top K is off; gate-mass, kl to the gate weights of the top K.
+            soft membership in the top K is off; gate-mass, kl to the gate weights of the top K;
+            bce, cross-entropy with which experts were chosen.
         init: Where low-rank starts: ridge (closed form), or zero (the next router alone).
         kept_gain: Share of the gain over the next router to keep when corrections are shrunk, which
             makes them hold on text of other kinds; 1 gives up nothing on text of this kind.
@@ -72,7 +77,7 @@ def train(
     from foreroute.estimators import EstimatorSpec, parse_layers
     from foreroute.estimators.byte_sizes import format_bytes, parse_bytes
     from foreroute.train.fit import train_estimator
-    from foreroute.train.online import open_live_traces
+    from foreroute.train.online import RECORDED_FOR, open_live_traces
 
     if (traces is None) == (model is None):
         raise ValueError("Give either --traces, or --model to train while a model runs.")
@@ -86,9 +91,10 @@ def train(
         source = open_live_traces(
             out,
             model=model,
+            revision=revision,
             dataset=dataset,
             tokens=tokens,
-            input_kind=input,
+            record=RECORDED_FOR.get(input, ""),
             device=device,
             buffer_bytes=buffer_bytes,
             overwrite=overwrite,
@@ -102,6 +108,7 @@ def train(
         horizon=horizon,
         rank=rank,
         width=width,
+        depth=depth,
         target_layers=targets,
     )
     config = FitConfig(

@@ -14,7 +14,7 @@ from foreroute.estimators import EstimatorStack, selection_scores
 from foreroute.estimators.types import GateFamily
 from foreroute.train.prepared import PreparedBatch
 
-LossName = Literal["kl", "boundary", "gate-mass"]
+LossName = Literal["kl", "boundary", "gate-mass", "bce"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,4 +138,18 @@ def gate_mass(predicted_logits: Tensor, target: PreparedBatch, rule: RouterRule)
     return functional.kl_div(chosen, share, reduction="none").sum(dim=-1).mean(dim=-1)
 
 
-LOSSES: dict[LossName, Loss] = {"kl": kl, "boundary": boundary, "gate-mass": gate_mass}
+def bce(predicted_logits: Tensor, target: PreparedBatch, rule: RouterRule) -> Tensor:
+    """Binary cross-entropy of each expert with whether it was chosen, summed over experts."""
+    is_chosen = torch.zeros_like(predicted_logits).scatter_(-1, target.target_ids.long(), 1.0)
+    entropy = functional.binary_cross_entropy_with_logits(
+        rule.ranking(predicted_logits), is_chosen, reduction="none"
+    )
+    return entropy.sum(dim=-1).mean(dim=-1)
+
+
+LOSSES: dict[LossName, Loss] = {
+    "kl": kl,
+    "boundary": boundary,
+    "gate-mass": gate_mass,
+    "bce": bce,
+}

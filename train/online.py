@@ -24,9 +24,10 @@ def open_live_traces(
     out: Path,
     *,
     model: str,
+    revision: str | None = None,
     dataset: str,
     tokens: int,
-    input_kind: InputKind,
+    record: str = "",
     device: str = "auto",
     buffer_bytes: int = BUFFER_BYTES,
     overwrite: bool = False,
@@ -40,9 +41,10 @@ def open_live_traces(
     Args:
         out: Folder of the run; manifest and anchors, which export needs, go beside it.
         model: `bundled`, a local folder or a Hub id.
+        revision: Branch, tag or commit of a Hub id, for weights and tokenizer.
         dataset: As `collect-traces` takes it.
         tokens: Tokens to train on and to measure by, all together.
-        input_kind: What the estimators read.
+        record: Optional trace fields to record, a comma list; `RECORDED_FOR` has an input's.
         device: auto, cpu or cuda.
         buffer_bytes: Most bytes of shards in memory.
         overwrite: Replace the folder of another run.
@@ -58,17 +60,19 @@ def open_live_traces(
     request = CollectRequest(
         out=folder,
         model=model,
+        revision=revision,
         dataset=dataset,
         tokens=tokens,
-        record=RECORDED_FOR.get(input_kind, ""),
+        record=record,
         overwrite=overwrite,
     )
     require_free(out, overwrite=overwrite)
     require_free(folder, overwrite=overwrite)
-    moe = discover(load_model(model, device=resolve_device(device)), model)
+    loaded = load_model(model, device=resolve_device(device), revision=revision)
+    moe = discover(loaded, model)
     return LiveTraces.begin(
         moe,
-        load_tokenizer(model),
+        load_tokenizer(model, revision=revision),
         request.manifest(moe),
         folder,
         buffer_bytes=buffer_bytes,

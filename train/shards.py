@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,9 @@ class RoutingBatch(NamedTuple):
     previous_ids: Tensor
     """Experts the target layers chose for the token before, [P, T, K]; `SEQUENCE_START` where
     there is none, `NOT_STORED` where it was not recorded; both are below 0."""
+    first_of_sequence: Tensor | None = None
+    """Whether each token is the first of its sequence, [1, T], bool; None where `previous_ids`
+    say it."""
 
     @property
     def num_tokens(self) -> int:
@@ -43,34 +46,38 @@ class RoutingBatch(NamedTuple):
     @property
     def starts(self) -> Tensor:
         """Whether each token is the first of its sequence, [T], bool."""
+        if self.first_of_sequence is not None:
+            return self.first_of_sequence[0]
         return self.previous_ids[0, :, 0] == SEQUENCE_START
 
     def select(self, rows: slice | Tensor) -> RoutingBatch:
         """The same for some of the tokens."""
-        source = (None if field is None else field[:, rows] for field in self.source)
-        return RoutingBatch(SourceState(*source), *(tensor[:, rows] for tensor in self[1:]))
+        return self._changed(lambda tensor: tensor[:, rows])
 
     def to(self, device: torch.device) -> RoutingBatch:
         """The same on another device."""
-        source = (None if field is None else field.to(device) for field in self.source)
-        return RoutingBatch(SourceState(*source), *(tensor.to(device) for tensor in self[1:]))
+        return self._changed(lambda tensor: tensor.to(device))
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> RoutingBatch:
+        source = (None if field is None else change(field) for field in self.source)
+        rest: list[Any] = [None if tensor is None else change(tensor) for tensor in self[1:]]
+        return RoutingBatch(SourceState(*source), *rest)
+
+    def one_token_later(self) -> RoutingBatch:
+        """The same source states, each beside what the target layers do with the next token.
+
+        The tokens are those that have one before them, less the source states of the others.
+        `previous_ids` then are the target layers' experts for the token that is read.
+        """
+        known = (self.previous_ids[0, :, 0] >= 0).nonzero().squeeze(1)
+        source = (None if field is None else field[:, known - 1] for field in self.source)
+        later = self.select(known)
+        is_first = self.starts[known - 1].unsqueeze(0)
+        return later._replace(source=SourceState(*source), first_of_sequence=is_first)
 
     def tensors(self) -> list[Tensor]:
         """All tensors it holds."""
         return [field for field in (*self.source, *self[1:]) if field is not None]
-
-
-def require_recorded(spec: EstimatorSpec) -> None:
-    """Refuse a horizon that is not recorded for the input.
-
-    Raises:
-        ValueError: If it is not.
-    """
-    if spec.input_kind == "attention-readout" and spec.horizon != 1:
-        raise ValueError(
-            f"Readouts are recorded of the next MoE layer only, so attention-readout input takes "
-            f"horizon 1, not {spec.horizon}; choose --input quasi-hidden for larger horizons."
-        )
 
 
 class PairedShards:
@@ -101,7 +108,7 @@ class PairedShards:
         self.source_layers = tuple(geometry.layer_indices[position] for position in sources)
         self.target_layers = spec.target_layers
         self._source_fields = source_fields or SOURCE_FIELDS[spec.input_kind]
-        require_recorded(spec)
+        self._tokens_ahead = spec.tokens_ahead
         self._free_bytes = cache_bytes
         self._cache: dict[int, RoutingBatch] = {}
         self.rows: dict[int, slice] = {}
@@ -135,6 +142,8 @@ class PairedShards:
             target_gate_weights=target["gate_weights"],
             previous_ids=self._previous(target["expert_ids"], shard_idx),
         )
+        if self._tokens_ahead:
+            batch = batch.one_token_later()
         num_bytes = sum(tensor.nbytes for tensor in batch.tensors())
         if num_bytes <= self._free_bytes:
             self._free_bytes -= num_bytes

@@ -2,15 +2,65 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 
+from foreroute.data.adapters.model_class import auto_class, writing_part
+from foreroute.data.adapters.weight_files import find_weight_files
+
 BUNDLED = "bundled"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_LOADING = threading.RLock()
+
+
+class HubSettings(TypedDict, total=False):
+    """How transformers' own `from_pretrained` is told where files come from."""
+
+    revision: str | None
+    """Branch, tag or commit of a Hub id; `main` unless said."""
+    trust_remote_code: bool
+    """Run code that came with the checkpoint; off unless said."""
+    cache_dir: str | Path | None
+    """Where downloads are kept."""
+    token: str | bool | None
+    """The Hub's, for models that need one."""
+    local_files_only: bool
+    """Download nothing."""
+    subfolder: str
+    """Folder of the repository that holds the model."""
+    force_download: bool
+    """Download also what is cached."""
+    proxies: dict[str, str] | None
+    """By protocol."""
+
+
+@contextlib.contextmanager
+def loading_alone() -> Iterator[None]:
+    """While open, no other model is loaded here, and torch is as a fresh process has it.
+
+    Transformers sets torch's default dtype while it builds a model, for all threads.
+    """
+    from transformers.utils import logging
+
+    with _LOADING, torch.inference_mode(False), torch.device("cpu"):
+        default, verbosity = torch.get_default_dtype(), logging.get_verbosity()
+        had_bar = logging.is_progress_bar_enabled()
+        try:
+            torch.set_default_dtype(torch.float32)
+            yield
+        finally:
+            torch.set_default_dtype(default)
+            logging.set_verbosity(verbosity)
+            if had_bar:
+                logging.enable_progress_bar()
 
 
 def resolve_model(name: str) -> str:
@@ -50,7 +100,7 @@ def resolve_dtype(name: str | torch.dtype) -> torch.dtype | str:
     return DTYPES[name]
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str | torch.device) -> torch.device:
     """`auto` (CUDA where there is one, else the CPU), `cpu`, `cuda`, `cuda:1`.
 
     Raises:
@@ -67,50 +117,29 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The configuration of a causal language model.
+def load_config(name: str, **hub: Unpack[HubSettings]) -> Any:
+    """The configuration of a model that writes text.
 
     Args:
         name: `bundled`, a local folder, or a Hub id.
-        revision: Branch, tag or commit of a Hub id.
-        trust_remote_code: Run code that came with the checkpoint.
+        **hub: See `HubSettings`.
 
     Raises:
         ValueError: If it is missing, its architecture is unknown to this transformers, or
-            transformers has no causal language model for it.
+            transformers has no model of it that writes text.
     """
     from transformers import AutoConfig  # lazily: transformers' auto classes import scikit-learn
 
     source = resolve_model(name)
     try:
         config = AutoConfig.from_pretrained(
-            source, revision=revision or "main", trust_remote_code=trust_remote_code
+            source, **(hub | {"revision": hub.get("revision") or "main"})
         )
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(_unreadable(name, error)) from error
-    require_causal_lm(config, name)
+    config = writing_part(config)
+    auto_class(config, name)  # or it raises
     return config
-
-
-def require_causal_lm(config: Any, name: str) -> None:
-    """Refuse a model that transformers does not build with AutoModelForCausalLM.
-
-    Args:
-        config: The model's.
-        name: What the user calls it, for the message.
-
-    Raises:
-        ValueError: If it is for images, translation or another task.
-    """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    brings_own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if brings_own or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return
-    raise ValueError(
-        f"{name} ({config.model_type}) is not supported: transformers has no AutoModelForCausalLM "
-        "for it (models that also take images or speech are often of another class)."
-    )
 
 
 def load_model(
@@ -118,51 +147,61 @@ def load_model(
     *,
     dtype: str = "auto",
     device: torch.device | str = "cpu",
-    trust_remote_code: bool = False,
+    **hub: Unpack[HubSettings],
 ) -> Any:
-    """Load a causal language model in eval mode, with its default experts implementation.
+    """Load a model that writes text in eval mode, with its default experts implementation.
 
     Args:
         name: `bundled`, a local folder, or a Hub id.
         dtype: As `resolve_dtype` takes it.
         device: Where the whole model goes.
-        trust_remote_code: Run code that came with the checkpoint.
+        **hub: See `HubSettings`.
 
     Raises:
         FileNotFoundError: If a local path does not exist.
         ValueError: If the model cannot be read; one line says why.
     """
     weights_dtype = resolve_dtype(dtype)
-    from transformers import AutoModelForCausalLM
-
-    config = load_config(name, trust_remote_code=trust_remote_code)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            resolve_model(name),
-            config=config,
-            dtype=weights_dtype,
-            trust_remote_code=trust_remote_code,
-        )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(_unreadable(name, error)) from error
+    source, config = resolve_model(name), load_config(name, **hub)
+    settings = hub | {"revision": hub.get("revision") or "main"}
+    with loading_alone():
+        find_weight_files(source, config, **settings)  # says what is wrong with a file, in one line
+        try:
+            model = auto_class(config, name).from_pretrained(
+                source, config=config, dtype=weights_dtype, use_safetensors=True, **settings
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ValueError(_unreadable(name, error)) from error
     return model.eval().requires_grad_(False).to(device)
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(name: str, **hub: Unpack[HubSettings]) -> Any:
     """The tokenizer that belongs to a model.
 
+    Args:
+        name: `bundled`, a local folder, or a Hub id.
+        **hub: See `HubSettings`.
+
     Raises:
-        ValueError: If there is none.
+        FileNotFoundError: If a local path does not exist.
+        ValueError: If there is none, or it cannot be read; one line says why.
     """
     from transformers import AutoTokenizer
 
     source = resolve_model(name)
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, **(hub | {"revision": hub.get("revision") or "main"})
+        )
+    except Exception as error:  # damaged files end in exceptions of every kind
         raise ValueError(
             f"{name} has no tokenizer that can be read: {_first_line(error)}"
         ) from error
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        # What transformers makes for some models where there are no files: no text has any tokens.
+        files = ", ".join(tokenizer.vocab_files_names.values())
+        raise ValueError(f"{name} has no tokenizer: none of its files ({files}) is there.")
+    return tokenizer
 
 
 def _unreadable(name: str, error: Exception) -> str:

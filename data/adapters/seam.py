@@ -39,6 +39,12 @@ def held_function(experts: nn.Module) -> ExpertsFunction | None:
     return experts.__dict__.get(HANDLER_ATTRIBUTE)
 
 
+def is_taken_over(experts: nn.Module) -> bool:
+    """Whether a call of this experts module reaches one of our functions now."""
+    config: Any = experts.config
+    return held_function(experts) is not None and config._experts_implementation == SEAM_NAME
+
+
 def _dispatch(experts: nn.Module, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
     handler: ExpertsFunction = experts.__dict__[HANDLER_ATTRIBUTE]
     return handler(experts, hidden, expert_ids, weights)

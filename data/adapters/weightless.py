@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from foreroute.data.adapters.model_class import auto_class
 from foreroute.data.adapters.seam import is_experts_module
 
 SHAPES_ATTRIBUTE = "_foreroute_shapes"
@@ -47,14 +48,12 @@ def outline(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False)
     Raises:
         ValueError: If transformers cannot build a model from it.
     """
-    from transformers import AutoModelForCausalLM  # lazily: it imports scikit-learn
-
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         del config.quantization_config
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = auto_class(config).from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
     except (TypeError, AttributeError, KeyError, IndexError) as error:
@@ -67,34 +66,49 @@ def outline(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False)
     return model.eval()
 
 
-@contextlib.contextmanager
-def experts_without_weights(classes: Iterable[type[nn.Module]]) -> Iterator[None]:
-    """While open, modules of these classes are built without parameters, remembering their shapes.
+def weightless(model_class: type[Any], tensors: Mapping[str, Any]) -> type[Any]:
+    """The same class of models, whose experts are built without weights, remembering their shapes.
 
-    Transformers reads a tensor of a checkpoint only if the model has a parameter for it; so
-    `from_pretrained` loads everything but the experts.
+    Its `from_pretrained` then loads everything but the experts: transformers reads a tensor only if
+    the model has a parameter for it. No class that others use is touched.
+
+    Args:
+        model_class: A class of transformers' models.
+        tensors: What is read in place of the files that transformers finds: the checkpoint's
+            tensors by name, each read when it is indexed.
     """
-    originals = {kind: kind.__init__ for kind in classes}
 
-    def make(original: Any) -> Any:
-        def build(self: nn.Module, *args: Any, **settings: Any) -> None:
-            with torch.device("meta"):
-                original(self, *args, **settings)
-            self.__dict__[SHAPES_ATTRIBUTE] = parameter_shapes(self)
-            self._parameters.clear()
-            self.__dict__["_is_hf_initialized"] = (
-                True  # or transformers would initialise what is not there
+    class Weightless(model_class):  # type: ignore[misc]
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            super().__init__(*args, **settings)
+            for experts in experts_by_path(self).values():
+                experts.__dict__[SHAPES_ATTRIBUTE] = parameter_shapes(experts)
+                experts._parameters.clear()
+                # or transformers would initialise what is not there
+                experts.__dict__["_is_hf_initialized"] = True
+
+        @staticmethod
+        def _load_pretrained_model(
+            model: Any,
+            state_dict: Any,
+            checkpoint_files: Any,
+            load_config: Any,
+            expected_keys: Any = None,
+        ) -> Any:
+            if expected_keys is None:  # not an adapter's
+                state_dict, checkpoint_files = dict(tensors), None
+            return model_class._load_pretrained_model(
+                model, state_dict, checkpoint_files, load_config, expected_keys
             )
 
-        return build
-
-    try:
-        for kind, original in originals.items():
-            kind.__init__ = make(original)  # type: ignore[method-assign]
-        yield
-    finally:
-        for kind, original in originals.items():
-            kind.__init__ = original  # type: ignore[method-assign]
+    for name in (
+        "__name__",
+        "__qualname__",
+        "__module__",
+        "__doc__",
+    ):  # tables go by a class's name
+        setattr(Weightless, name, getattr(model_class, name))
+    return Weightless
 
 
 @contextlib.contextmanager

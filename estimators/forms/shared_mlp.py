@@ -14,11 +14,11 @@ from foreroute.estimators.types import EstimatorSpec
 
 
 class SharedMLP(EstimatorForm):
-    """GELU(features W1 + embedding of the pair) W2 + b2, with W1, W2 and b2 shared by all pairs.
+    """GELU(features W1 + embedding of the pair), further hidden layers, then a linear map.
 
-    The embedding, one vector per pair, is added in the hidden layer: as adding it to the features,
-    whatever it is there, but for its size. It is random at the start, so that layers use hidden
-    units of their own; W2 and b2 are zero.
+    Everything but the embedding, one vector per pair, is shared by all pairs. It is added in the
+    first hidden layer: as adding it to the features, whatever it is there, but for its size. It is
+    random at the start, so that layers use hidden units of their own; the last map is zero.
     """
 
     is_anchored: ClassVar[bool] = False
@@ -31,10 +31,18 @@ class SharedMLP(EstimatorForm):
         )
         self.down = nn.Parameter(torch.randn(1, hidden_size, spec.width) * hidden_size**-0.5)
         self.embedding = nn.Parameter(torch.randn(num_pairs, 1, spec.width))
+        self.num_further = spec.depth - 1
+        if self.num_further:
+            further = torch.randn(1, self.num_further, spec.width, spec.width)
+            self.further = nn.Parameter(further * (2 / spec.width) ** 0.5)
+            self.further_bias = nn.Parameter(torch.zeros(1, self.num_further, spec.width))
         self.up = nn.Parameter(torch.zeros(1, spec.width, num_experts))
         self.up_bias = nn.Parameter(torch.zeros(1, 1, num_experts))
 
     def forward(self, features: Tensor, anchor_logits: Tensor, pairs: slice = ALL_PAIRS) -> Tensor:
         """See `EstimatorForm.forward`."""
         hidden = functional.gelu(torch.matmul(features, self.down[0]) + self.embedding[pairs])
+        for layer in range(self.num_further):
+            hidden = torch.matmul(hidden, self.further[0, layer]) + self.further_bias[0, layer]
+            hidden = functional.gelu(hidden)
         return torch.matmul(hidden, self.up[0]) + self.up_bias

@@ -1,10 +1,11 @@
-"""The engine on a GPU: residency on the device, and one CUDA graph for each decode step."""
+"""Decides on the GPU which experts are where, inside one CUDA graph for each decode step."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -30,12 +31,15 @@ from foreroute.runtime.device.kernels.tables import (
     WASTED_HEADS,
     WHOLE,
 )
-from foreroute.runtime.device.layer import FETCH_BLOCKS, DeviceLayer, DeviceRun
+from foreroute.runtime.device.layer import DeviceLayer
 from foreroute.runtime.device.ledger import TRIAL_STEPS, DeviceLedger
 from foreroute.runtime.device.predictor import DevicePredictor
 from foreroute.runtime.device.prefill import StreamedPrefill
+from foreroute.runtime.device.residency import FETCH_BLOCKS, DeviceResidency
+from foreroute.runtime.device.run_state import DeviceRun
 from foreroute.runtime.device.sampling import decode_loop
-from foreroute.runtime.engine import Engine
+from foreroute.runtime.hooks import watch_source_states
+from foreroute.runtime.look_ahead import LookAhead
 from foreroute.runtime.planning.planner import prefill_group
 from foreroute.runtime.policies import GiveUp, find_policy
 from foreroute.runtime.policies.give_up import LOOK_AHEAD, ON_DEMAND
@@ -84,50 +88,67 @@ def _shape_of(layout: Any) -> tuple[Any, ...]:
     return tuple((name, spec.shape, spec.dtype) for name, spec in layout.parameters.items())
 
 
-class GraphEngine(Engine):
-    """Runs an offloaded model with every decision on the GPU; always exact."""
+class DeviceDriver:
+    """Drives a model with every decision on the GPU; always exact."""
 
-    layers: list[DeviceLayer]  # type: ignore[assignment]
+    def __init__(
+        self,
+        offloaded: OffloadedModel,
+        config: EngineConfig,
+        slots_per_layer: Sequence[int],
+        ahead: LookAhead | None,
+    ) -> None:
+        """Give every layer its slots, all empty.
 
-    def _make_layers(self) -> list[DeviceLayer]:  # type: ignore[override]
-        offloaded, store = self.offloaded, self.offloaded.store
+        Args:
+            offloaded: The model and its experts' store; `why_not_on_device` has nothing against it.
+            config: How to run it.
+            slots_per_layer: Slots of each MoE layer, [L].
+            ahead: What predicts; None to predict nothing.
+        """
+        self._offloaded = offloaded
+        self._policy = find_policy(config.eviction)
+        store, device = offloaded.store, offloaded.device
         form = find_expert_form(offloaded.moe.layers[0].experts)
         assert form is not None  # `why_not_on_device` was asked before
-        device, dtype = self.device, offloaded.moe.model.dtype
-        predictor = self._run.predictor
-        if predictor is not None and predictor.readouts is not None:
-            predictor.readouts.add_expected_output = add_expected_output
-        self._device_run = DeviceRun(
-            rule=self._run.policy.device_rule(),
+        if ahead is not None and ahead.readouts is not None:
+            ahead.readouts.add_expected_output = add_expected_output
+        self.run = DeviceRun(
+            config=config,
+            rule=self._policy.device_rule(),
             form=form,
-            prefill=StreamedPrefill(store.layouts[0], self._prefill_group(), device),
-            predictor=(
-                DevicePredictor(predictor.stack, predictor.budget, dtype, predictor.readouts)
-                if predictor
-                else None
-            ),
-            prefetch=self.config.prefetch,
+            predictor=DevicePredictor(ahead, offloaded.moe.model.dtype) if ahead else None,
             ahead=torch.cuda.Stream(device=device, priority=-1),
             head_words=torch.zeros(1, dtype=torch.int32, device=device),
             trust=torch.full((2,), PRIOR_PREFETCHES, device=device),
-            prompt_weight=(
-                self._run.policy.prompt_weight if self.config.warm_start == "prompt" else 0.0
-            ),
+            prompt_weight=self._policy.prompt_weight if config.warm_start == "prompt" else 0.0,
         )
-        self._device_run.set_head(FIRST_HEAD_SHARE, store.rows[0].shape[1])
+        self.run.set_head(FIRST_HEAD_SHARE, store.rows[0].shape[1])
         self._graph: DecodeStep | None = None
         self._choose_variant: Callable[[], int] = int
         self._has_look_ahead = False
         num_layers = len(offloaded.moe.layers)
         self._counters = torch.zeros(num_layers, NUM_COUNTERS, dtype=torch.int32, device=device)
         self._counted_before = self._counters.clone()
+        self._prefill = StreamedPrefill(store.layouts[0], self._prefill_group(), device)
+        self.layers = self._make_layers(slots_per_layer)
+        if ahead is not None:
+            by_idx = {layer.layer_idx: layer for layer in self.layers}
+            for layer in self.layers:
+                target_idx = ahead.target_of(layer.layer_idx)
+                layer.target = None if target_idx is None else by_idx[target_idx]
+
+    def _make_layers(self, slots_per_layer: Sequence[int]) -> list[DeviceLayer]:
+        store, run = self._offloaded.store, self.run
         return [
-            DeviceLayer(layer, rows, layout, num_slots, self._device_run, counters, device)
+            DeviceLayer(
+                DeviceResidency(layer, rows, layout, num_slots, run, counters), self._prefill, run
+            )
             for layer, rows, layout, num_slots, counters in zip(
-                offloaded.moe.layers,
+                self._offloaded.moe.layers,
                 store.rows,
                 store.layouts,
-                self.slots_per_layer,
+                slots_per_layer,
                 self._counters,
                 strict=True,
             )
@@ -135,32 +156,43 @@ class GraphEngine(Engine):
 
     def _prefill_group(self) -> int:
         """Experts that a buffer for prompts holds."""
-        offloaded = self.offloaded
+        offloaded = self._offloaded
         encoded = offloaded.store.layouts[0].encoded.values()
         decoded = sum(math.prod(parameter.shape) for parameter in encoded)
-        return prefill_group(offloaded.expert_bytes, self.geometry.num_experts, decoded)
+        return prefill_group(offloaded.expert_bytes, offloaded.moe.geometry.num_experts, decoded)
 
-    def _make_give_up(self) -> None:
-        """Each captured step has its own, by the device's counters."""
+    def attach(self, undo: ExitStack) -> None:
+        """Watch what predictions read of the model, and fuse its norms.
 
-    def _warm(self, rows: list[list[tuple[int, ...]]]) -> None:
-        for layer, uses in zip(self.layers, rows, strict=True):
-            layer.warm(uses, self._run.policy)
-        self.reset_stats()
+        Args:
+            undo: Gets what takes the hooks off again.
+        """
+        run, moe = self.run, self._offloaded.moe
+        if run.predictor is not None:
+            if run.predictor.ahead.readouts is not None:
+                run.predictor.ahead.readouts.attach(undo, lambda: not run.is_prefill)
+            for layer, own in zip(moe.layers, self.layers, strict=True):
+                watch_source_states(layer, own, undo)
+        fuse_norms(moe.model, undo)
 
-    def _attach(self) -> None:
-        super()._attach()
-        fuse_norms(self.model, self._attachments)
+    def begin_forward(self, tokens: Tensor) -> None:
+        """A forward pass begins; see `RunState.begin_forward`."""
+        run = self.run
+        run.begin_forward(tokens)
+        run.stats.steps_ahead += (
+            not run.is_prefill and run.predictor is not None and run.is_looking_ahead
+        )
 
-    def _begin_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super()._begin_forward(module, args, kwargs)
-        self._device_run.is_prefill = self._run.is_prefill
+    def decoding(self, settings: dict[str, Any], streamer: Any) -> dict[str, Any]:
+        """Replays of one captured graph as a loop for `generate`, unless something forbids it.
 
-    def _decoding(self, settings: dict[str, Any], streamer: Any) -> dict[str, Any]:
-        """Decode steps are replays of one captured graph, unless something else is asked for."""
+        Args:
+            settings: The arguments of `generate` so far.
+            streamer: Gets the tokens.
+        """
         if any(map(settings.get, UNSUPPORTED_ARGUMENTS)):
             return {}
-        if not self.model._can_compile_fullgraph:  # transformers' own mark
+        if not self._offloaded.moe.model._can_compile_fullgraph:  # transformers' own mark
             logger.info("This architecture has no static cache: decode steps are not captured.")
             return {}
         # transformers hands no streamer to a callable: it must come along
@@ -192,9 +224,9 @@ class GraphEngine(Engine):
 
     def _before_step(self) -> int:
         """Count a decode step, and choose its variant."""
-        self._run.stats.decode.forwards += 1
+        self.run.stats.decode.forwards += 1
         variant = self._choose_variant()
-        self._run.stats.steps_ahead += self._has_look_ahead and variant == LOOK_AHEAD
+        self.run.stats.steps_ahead += self._has_look_ahead and variant == LOOK_AHEAD
         return variant
 
     def graph_for(self, batch: int, length: int) -> DecodeStep:
@@ -205,17 +237,17 @@ class GraphEngine(Engine):
         graph = self._graph
         if graph is None or graph.batch != batch or graph.length < length:
             self._graph = None  # its cache's memory is free before the next one's is taken
-            stats, self._run.stats = self._run.stats, RuntimeStats()
+            stats, self.run.stats = self.run.stats, RuntimeStats()
             # what is learnt of real tokens: capturing and measuring run the same made-up one again
-            tables = [layer.tables for layer in self.layers]
-            learnt = [self._counters, self._device_run.trust]
+            tables = [layer.residency.tables for layer in self.layers]
+            learnt = [self._counters, self.run.trust]
             learnt += [tensor for table in tables for tensor in (table.score, table.step)]
             before = [tensor.clone() for tensor in learnt]
             self._graph = self._captured(batch, length)
             self._graph.choose_variant = self._before_step
             for tensor, value in zip(learnt, before, strict=True):
                 tensor.copy_(value)
-            self._run.stats = stats
+            self.run.stats = stats
         assert self._graph is not None
         return self._graph
 
@@ -225,28 +257,28 @@ class GraphEngine(Engine):
         prefetch="auto" looks ahead for single sequences only: for four it did not pay where it
         was measured (docs/gpu.md).
         """
-        run, routers = self._device_run, [layer.router for layer in self.offloaded.moe.layers]
+        run, routers = self.run, [layer.router for layer in self._offloaded.moe.layers]
         self._choose_variant = int  # the first
 
         def looking(ahead: bool) -> Callable[[], None]:
             def set_up() -> None:
-                run.is_looking_ahead = self._run.is_looking_ahead = ahead
+                run.is_looking_ahead = ahead
 
             return set_up
 
         variants = [looking(False)]
-        if run.predictor is not None and (batch == 1 or run.prefetch == "all"):
+        if run.predictor is not None and (batch == 1 or run.config.prefetch == "all"):
             variants = [looking(True), looking(False)]  # LOOK_AHEAD, ON_DEMAND
         self._has_look_ahead = len(variants) > 1
         try:
-            graph = DecodeGraph(self.model, batch, length, routers, variants)
+            graph = DecodeGraph(self._offloaded.moe.model, batch, length, routers, variants)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             logger.warning(
                 "The decode step runs without a CUDA graph, kernel by kernel: %s", reason
             )
             variants[0]()
-            return DecodeStep(self.model, batch, length, routers)
+            return DecodeStep(self._offloaded.moe.model, batch, length, routers)
         variants[0]()
         if len(variants) > 1:
             self._tune(graph)
@@ -254,9 +286,9 @@ class GraphEngine(Engine):
 
     def _tune(self, graph: DecodeGraph) -> None:
         """Measure this machine: how long a head may be, and what looking ahead must save."""
-        run, row_bytes = self._device_run, self.offloaded.store.rows[0].shape[1]
-        graph.begin(torch.ones(graph.batch, 1, dtype=torch.long, device=self.device))
-        token = torch.zeros(graph.batch, dtype=torch.long, device=self.device)
+        run, row_bytes = self.run, self._offloaded.store.rows[0].shape[1]
+        graph.begin(torch.ones(graph.batch, 1, dtype=torch.long, device=self._offloaded.device))
+        token = torch.zeros(graph.batch, dtype=torch.long, device=self._offloaded.device)
         step_ms = []
         for variant in (LOOK_AHEAD, ON_DEMAND):
             graph.choose_variant = partial(int, variant)
@@ -265,11 +297,11 @@ class GraphEngine(Engine):
         expert_ms = self._fetch_ms()
         window_ms = step_ms[ON_DEMAND] / len(self.layers)
         prediction_ms = PREDICTION_MS
-        if self._run.predictor is not None and self._run.predictor.readouts is not None:
+        if run.predictor is not None and run.predictor.ahead.readouts is not None:
             prediction_ms += READOUT_SHARE * window_ms
         head_ms = min(expert_ms, max(0.0, window_ms - prediction_ms))
         run.set_head(head_ms / expert_ms, row_bytes)
-        if run.prefetch == "auto" and head_ms / expert_ms < LEAST_HEAD_SHARE:
+        if run.config.prefetch == "auto" and head_ms / expert_ms < LEAST_HEAD_SHARE:
             share = f"{head_ms / expert_ms:.0%}"
             logger.info("Nothing is prefetched: a layer takes as long as %s of an expert.", share)
             self._choose_variant = partial(int, ON_DEMAND)
@@ -285,10 +317,10 @@ class GraphEngine(Engine):
 
     def _fetch_ms(self) -> float:
         """Time to fetch one expert that is resident already, over itself."""
-        layer = self.layers[0]
+        layer = self.layers[0].residency
         slot = int((layer.tables.expert_in != EMPTY).nonzero()[0])
         place = [int(layer.tables.expert_in[slot]), slot, WHOLE]
-        copies = torch.tensor(place, dtype=torch.int32, device=self.device).unsqueeze(1)
+        copies = torch.tensor(place, dtype=torch.int32, device=self._offloaded.device).unsqueeze(1)
 
         def once() -> None:
             fetch(layer.rows, layer.slots, copies, num_blocks=FETCH_BLOCKS)
@@ -297,8 +329,8 @@ class GraphEngine(Engine):
 
     def stats(self) -> RuntimeStats:
         """Counters and times so far; reads the counters off the device."""
-        stats, expert_bytes = self._run.stats, self.offloaded.expert_bytes
-        head_bytes = int(self._device_run.head_words) * WORD.itemsize
+        stats, expert_bytes = self.run.stats, self._offloaded.expert_bytes
+        head_bytes = int(self.run.head_words) * WORD.itemsize
         totals = (self._counters - self._counted_before).sum(0).tolist()
         misses = totals[MISSES] + totals[TAILS]
         stats.decode = PhaseStats(
@@ -312,19 +344,29 @@ class GraphEngine(Engine):
             prefetched_bytes=totals[PREFETCHES] * expert_bytes + totals[HEADS] * head_bytes,
             wasted_bytes=totals[WASTED] * expert_bytes + totals[WASTED_HEADS] * head_bytes,
         )
-        stats.prefill.fetched_bytes = self._device_run.prefill.prompt_bytes
+        stats.prefill.fetched_bytes = self._prefill.prompt_bytes
         return stats
 
     def reset_stats(self) -> None:
         """Start counting anew; resident experts stay."""
-        super().reset_stats()
-        self._device_run.prefill.prompt_bytes = 0
+        self.run.stats = RuntimeStats()
+        self._prefill.prompt_bytes = 0
         self._counted_before.copy_(self._counters)
 
     def fill_slots(self) -> None:
         """Make as many experts resident as fit, lowest ids first, not counted in the statistics."""
         for layer in self.layers:
-            layer.fill()
+            layer.residency.fill()
+        self.reset_stats()
+
+    def warm(self, rows: Sequence[Sequence[Sequence[int]]]) -> None:
+        """Fill the slots with what a recording used most, not counted in the statistics.
+
+        Args:
+            rows: By layer and token, the experts used, [L][T][K].
+        """
+        for layer, uses in zip(self.layers, rows, strict=True):
+            layer.residency.warm(uses, self._policy)
         self.reset_stats()
 
     def check_integrity(self) -> None:
@@ -333,14 +375,13 @@ class GraphEngine(Engine):
         Raises:
             RuntimeError: If they disagree.
         """
-        torch.cuda.synchronize(self.device)
+        torch.cuda.synchronize(self._offloaded.device)
         for layer in self.layers:
-            layer.check_integrity()
+            layer.residency.check_integrity()
 
     def close(self) -> None:
-        """Detach from the model and drop the captured graph."""
+        """Drop the captured graph."""
         self._graph = None
-        super().close()
 
 
 def _milliseconds(run: Callable[[], object]) -> float:

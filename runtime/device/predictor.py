@@ -11,7 +11,7 @@ from foreroute.estimators.calibration import Calibration
 from foreroute.estimators.stack import EstimatorStack
 from foreroute.estimators.types import InputKind
 from foreroute.runtime.device.kernels.predict import predict_logits, rank_experts
-from foreroute.runtime.early_readout import EarlyReadouts
+from foreroute.runtime.look_ahead import LookAhead
 
 FOLDABLE_INPUTS: tuple[InputKind, ...] = (
     "router-input",
@@ -88,23 +88,15 @@ def fold(stack: EstimatorStack, source_layer: int, dtype: torch.dtype) -> Folded
 class DevicePredictor:
     """Ranks a coming layer's experts and says how likely each is; no host sync."""
 
-    def __init__(
-        self,
-        stack: EstimatorStack,
-        budget: int,
-        dtype: torch.dtype,
-        readouts: EarlyReadouts | None = None,
-    ) -> None:
+    def __init__(self, ahead: LookAhead, dtype: torch.dtype) -> None:
         """Fold what can be folded; the rest runs as it is.
 
         Args:
-            stack: Estimators, on the engine's device.
-            budget: M, experts to rank.
+            ahead: Estimators, on the engine's device, and what they need.
             dtype: Of folded matrices.
-            readouts: Gives readouts; only estimators that read one need it.
         """
-        self._readouts = readouts
-        self._stack, self._budget, self._top_k = stack, budget, stack.geometry.top_k
+        self.ahead = ahead
+        stack = ahead.stack
         self._folded = {layer: fold(stack, layer, dtype) for layer in stack.source_layers}
         calibration = stack.calibration
         self._tables = {
@@ -116,10 +108,6 @@ class DevicePredictor:
     def num_folded(self) -> int:
         """Layer pairs predicted by the kernel."""
         return sum(folded is not None for folded in self._folded.values())
-
-    def target_of(self, source_layer: int) -> int | None:
-        """Decoder layer index predicted from this one, if any."""
-        return self._stack.target_of(source_layer)
 
     def predict(
         self,
@@ -142,14 +130,15 @@ class DevicePredictor:
         Returns:
             Ids [T, M] int64, most likely first, and their probabilities [T, M] float32.
         """
+        stack, readouts = self.ahead.stack, self.ahead.readouts
         readout = None
-        if self._readouts is not None and residual is not None:
-            readout = self._readouts.read(
+        if readouts is not None and residual is not None:
+            readout = readouts.read(
                 source_layer, residual=residual, expert_ids=expert_ids, gate_weights=gate_weights
             )
         folded = self._folded[source_layer]
         if folded is None:
-            logits = self._stack.predict(
+            logits = stack.predict(
                 source_layer,
                 residual=residual,
                 router_input=router_input,
@@ -157,7 +146,7 @@ class DevicePredictor:
                 gate_weights=gate_weights,
                 readout=readout,
             )
-            scores = self._stack.ranking(logits, source_layer).float().contiguous()
+            scores = stack.ranking(logits, source_layer).float().contiguous()
         else:
             states = {"residual": residual, "router_input": router_input, "readout": readout}
             state = states[folded.field]
@@ -171,8 +160,8 @@ class DevicePredictor:
                 expert_ids=expert_ids.contiguous(),
                 gate_weights=gate_weights.contiguous(),
             )
-        table = self._tables[source_layer]
-        return rank_experts(scores, *table, top_k=self._top_k, budget=self._budget)
+        table, top_k = self._tables[source_layer], stack.geometry.top_k
+        return rank_experts(scores, *table, top_k=top_k, budget=self.ahead.budget)
 
 
 def _table(

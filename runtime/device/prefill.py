@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from foreroute.data.adapters import (
     ExpertsView,
@@ -21,10 +21,8 @@ from foreroute.data.adapters import (
 from foreroute.runtime.device.kernels.fetch import fetch
 from foreroute.runtime.device.kernels.plan import plan
 from foreroute.runtime.device.kernels.tables import EMPTY
+from foreroute.runtime.device.residency import DeviceResidency
 from foreroute.runtime.store.host_store import RowLayout
-
-if TYPE_CHECKING:
-    from foreroute.runtime.device.layer import DeviceLayer
 
 COPY_BLOCKS = 32
 
@@ -63,12 +61,18 @@ class StreamedPrefill:
             self._buffers.append(_Buffer(rows, layout.weights(rows), *events))
 
     def run(
-        self, layer: DeviceLayer, hidden: Tensor, expert_ids: Tensor, gate_weights: Tensor
+        self,
+        layer: DeviceResidency,
+        experts: nn.Module,
+        hidden: Tensor,
+        expert_ids: Tensor,
+        gate_weights: Tensor,
     ) -> Tensor:
         """Compute one layer's experts for a prompt; one device-to-host sync.
 
         Args:
             layer: Its slots, tables and host rows.
+            experts: The experts module, without weights.
             hidden: Router input, [T, D].
             expert_ids: [T, K].
             gate_weights: [T, K].
@@ -86,14 +90,14 @@ class StreamedPrefill:
         layer.count_prompt(expert_ids)
         outputs = hidden.new_empty(flat_ids.numel(), hidden.shape[-1])  # [T * K, D]
 
-        def compute(experts: list[int], places: list[int], weights: dict[str, Any]) -> None:
+        def compute(some: list[int], places: list[int], weights: dict[str, Any]) -> None:
             place_of = torch.full((num_experts,), EMPTY)
-            place_of[experts] = torch.tensor(places)
+            place_of[some] = torch.tensor(places)
             place_of_pair = place_of.to(hidden.device)[flat_ids]
             pairs = (place_of_pair != EMPTY).nonzero().squeeze(1)
-            view, rows = ExpertsView(layer.experts, weights).decoded(place_of_pair[pairs])
+            view, rows = ExpertsView(experts, weights).decoded(place_of_pair[pairs])
             outputs[pairs] = unweighted_outputs(
-                stock_experts_function("grouped_mm", layer.experts),
+                stock_experts_function("grouped_mm", experts),
                 view,
                 hidden[pairs // top_k],
                 rows,
@@ -106,14 +110,14 @@ class StreamedPrefill:
             compute(some, [slot_of[e] for e in some], layer.weights)
         num_free = len(layer.slots) - sum(slot != EMPTY for slot in slot_of)
         wanted = sorted(absent, key=lambda e: -counts_list[e])[:num_free]
-        for experts, buffer in self._stream(layer, absent):
-            compute(experts, list(range(len(experts))), buffer.weights)
-            self._keep(layer, experts, [e for e in experts if e in set(wanted)], buffer)
+        for group, buffer in self._stream(layer, absent):
+            compute(group, list(range(len(group))), buffer.weights)
+            self._keep(layer, group, [e for e in group if e in set(wanted)], buffer)
             buffer.is_free.record()
         return combine(outputs, gate_weights)
 
     def _stream(
-        self, layer: DeviceLayer, experts: list[int]
+        self, layer: DeviceResidency, experts: list[int]
     ) -> Iterator[tuple[list[int], _Buffer]]:
         """Groups of experts in a buffer each; the next group is on its way meanwhile."""
         size = self.group_size
@@ -127,7 +131,7 @@ class StreamedPrefill:
             torch.cuda.current_stream().wait_event(buffer.is_filled)
             yield group, buffer
 
-    def _copy(self, layer: DeviceLayer, experts: list[int], buffer: _Buffer) -> None:
+    def _copy(self, layer: DeviceResidency, experts: list[int], buffer: _Buffer) -> None:
         self._copies.wait_event(buffer.is_free)
         with torch.cuda.stream(self._copies):
             for place, expert in enumerate(experts):
@@ -136,7 +140,7 @@ class StreamedPrefill:
         self.prompt_bytes += len(experts) * layer.rows.shape[1]
 
     def _keep(
-        self, layer: DeviceLayer, experts: list[int], kept: list[int], buffer: _Buffer
+        self, layer: DeviceResidency, experts: list[int], kept: list[int], buffer: _Buffer
     ) -> None:
         """Copy a group's frequent experts into free slots, from device to device."""
         if not kept:

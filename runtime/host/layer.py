@@ -15,8 +15,8 @@ from foreroute.data.adapters import (
     unweighted_outputs,
 )
 from foreroute.runtime.host.predictor import HostPredictor, Prediction, distinct, most_wanted
-from foreroute.runtime.host.residency import Residency
-from foreroute.runtime.host.run_state import RunState
+from foreroute.runtime.host.residency import HostResidency
+from foreroute.runtime.host.run_state import HostRun
 from foreroute.runtime.host.slot_cache import EMPTY
 from foreroute.runtime.host.speculation import gate_weights_of, without_missing
 
@@ -24,10 +24,10 @@ NEARLY_CHOSEN = 2  # experts credited per expert chosen
 GATHER_LIMIT_BYTES = 64 * 2**20  # batched_mm copies a token's experts: bound what one call copies
 
 
-class OffloadedLayer:
+class HostLayer:
     """One MoE layer's cache and the function that takes its experts' place."""
 
-    def __init__(self, layer: MoELayer, residency: Residency, run: RunState) -> None:
+    def __init__(self, layer: MoELayer, residency: HostResidency, run: HostRun) -> None:
         """Connect the parts.
 
         Args:
@@ -37,7 +37,7 @@ class OffloadedLayer:
         """
         self.layer_idx = layer.layer_idx
         self.residency = residency
-        self.target: OffloadedLayer | None = None
+        self.target: HostLayer | None = None
         """The layer whose experts are predicted from this one's state."""
         self.seen_from = 1.0
         """Layers from the state that predicts this one; a part of one if that is its own input."""
@@ -136,12 +136,17 @@ class OffloadedLayer:
             columns = self._for_host(predictor, true_ids, ranked, logits)
         return _on_host(columns, ranked, logits)
 
-    def expect_own(self, layer_input: Tensor) -> None:
-        """Load what is predicted for this layer from what enters it, before its attention runs.
+    def enter(self, layer_input: Tensor) -> None:
+        """The decoder layer begins: load what is predicted for it, before its attention runs.
 
         Args:
-            layer_input: Of one token per sequence, [T, D].
+            layer_input: What enters it, [T, D].
         """
+        self.layer_input = layer_input
+        if self.target is self and not self._run.is_prefill:
+            self._expect_own(layer_input)
+
+    def _expect_own(self, layer_input: Tensor) -> None:
         run, predictor = self._run, self._run.predictor
         if predictor is None or not run.is_looking_ahead:
             return

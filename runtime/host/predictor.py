@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from foreroute.estimators.calibration import uncalibrated
-from foreroute.estimators.stack import EstimatorStack
-from foreroute.runtime.early_readout import EarlyReadouts
+from foreroute.runtime.look_ahead import LookAhead
 
 
 @dataclass(frozen=True)
@@ -37,29 +36,13 @@ class Prediction:
 class HostPredictor:
     """Ranks the experts of a coming layer from the state at an earlier one."""
 
-    def __init__(
-        self, stack: EstimatorStack, budget: int, readouts: EarlyReadouts | None = None
-    ) -> None:
+    def __init__(self, ahead: LookAhead) -> None:
         """Use these estimators.
 
         Args:
-            stack: Estimators, on the engine's device.
-            budget: Experts per token and layer.
-            readouts: Gives readouts; only estimators that read one need it.
+            ahead: Estimators, on the engine's device, and what they need.
         """
-        self.stack = stack
-        self.budget = budget
-        self.readouts = readouts
-
-    def target_of(self, source_layer: int) -> int | None:
-        """Decoder layer index predicted from this one, if any."""
-        target = self.stack.target_of(source_layer)
-        return None if self.readouts and target in self.readouts.unread_targets else target
-
-    @property
-    def is_calibrated(self) -> bool:
-        """Whether probabilities were fitted; only those of a bundle are."""
-        return self.stack.calibration is not None
+        self.ahead = ahead
 
     def probabilities(self, source_layer: int, logits: Tensor) -> Tensor:
         """How likely each expert is among the target layer's top K; no host sync.
@@ -72,7 +55,7 @@ class HostPredictor:
             [T, E], float32, 0..1, never falling along the ranking. Without a calibration the
             sigmoid of the decision margin: an order, but no share of what comes true.
         """
-        stack = self.stack
+        stack = self.ahead.stack
         if stack.calibration is None:
             return uncalibrated(stack.ranking(logits, source_layer), stack.geometry.top_k)
         return stack.probabilities(logits, source_layer)
@@ -102,13 +85,13 @@ class HostPredictor:
             likely first; both on the device.
         """
         readout = None
-        if self.readouts is not None and residual is not None:
+        if self.ahead.readouts is not None and residual is not None:
             assert expert_ids is not None  # they come with the residual
             assert gate_weights is not None
-            readout = self.readouts.read(
+            readout = self.ahead.readouts.read(
                 source_layer, residual=residual, expert_ids=expert_ids, gate_weights=gate_weights
             )
-        logits = self.stack.predict(
+        logits = self.ahead.stack.predict(
             source_layer,
             residual=residual,
             router_input=router_input,
@@ -117,8 +100,8 @@ class HostPredictor:
             readout=readout,
             layer_input=layer_input,
         )
-        ranking = self.stack.ranking(logits, source_layer)
-        return logits, ranking.topk(self.budget, dim=-1).indices
+        ranking = self.ahead.stack.ranking(logits, source_layer)
+        return logits, ranking.topk(self.ahead.budget, dim=-1).indices
 
 
 def most_wanted(ranked: list[list[int]], limit: int) -> list[int]:

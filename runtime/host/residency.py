@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from foreroute.runtime.host.ledger import Early
-from foreroute.runtime.host.run_state import RunState
+from foreroute.runtime.host.run_state import HostRun
 from foreroute.runtime.host.slot_cache import EMPTY, SlotCache
 from foreroute.runtime.host.transfers import Ticket
 
 
-class Residency:
+class HostResidency:
     """One layer's host rows, its slots, and the copies between them."""
 
-    def __init__(self, rows: Tensor, cache: SlotCache, run: RunState) -> None:
+    def __init__(self, rows: Tensor, cache: SlotCache, run: HostRun) -> None:
         """Connect the parts.
 
         Args:

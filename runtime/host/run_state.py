@@ -1,25 +1,23 @@
-"""What the layers of one engine share while it runs."""
+"""What the layers of an engine share where the host decides."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from foreroute.estimators.types import GateFamily
-from foreroute.runtime.config import EngineConfig
+from foreroute.runtime.driver import RunState
 from foreroute.runtime.host.ledger import HostLedger
 from foreroute.runtime.host.predictor import HostPredictor
 from foreroute.runtime.host.speculation import AgreementGuard
 from foreroute.runtime.host.transfers import Transfers
 from foreroute.runtime.policies import EvictionPolicy, GiveUp, PrefetchChooser
 from foreroute.runtime.policies.give_up import LOOK_AHEAD
-from foreroute.runtime.stats import PhaseStats, RuntimeStats
 
 
-@dataclass
-class RunState:
+@dataclass(kw_only=True)
+class HostRun(RunState):
     """Settings, shared resources and counters of one engine."""
 
-    config: EngineConfig
     gate_family: GateFamily
     gate_scale: float
     """How gate weights follow from router logits."""
@@ -33,16 +31,6 @@ class RunState:
     """Decides which decode steps look ahead; every one does if None."""
     ledger: HostLedger = field(default_factory=HostLedger)
     """What looking ahead saves and takes."""
-    stats: RuntimeStats = field(default_factory=RuntimeStats)
-    is_prefill: bool = True
-    """Whether the forward pass at hand reads a prompt (else it is one decode step)."""
-    is_looking_ahead: bool = True
-    """Whether the decode step at hand predicts."""
-
-    @property
-    def phase(self) -> PhaseStats:
-        """Counters of the phase that is running."""
-        return self.stats.prefill if self.is_prefill else self.stats.decode
 
     @property
     def is_speculating(self) -> bool:

@@ -22,7 +22,7 @@ from foreroute.runtime.device.kernels.predict import predict_logits, rank_expert
 from foreroute.runtime.device.kernels.products import expert_products
 from foreroute.runtime.device.kernels.tables import ResidencyTables
 from foreroute.runtime.device.kernels.top_k import softmax_top_k
-from foreroute.runtime.device.layer import FETCH_BLOCKS
+from foreroute.runtime.device.residency import FETCH_BLOCKS
 from foreroute.runtime.planning.attention_kernels import AttentionKernels
 from foreroute.runtime.planning.layer_shape import BYTES, EPS, LayerShape, random_weights
 from foreroute.runtime.planning.timings import Call

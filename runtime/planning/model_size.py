@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from foreroute.data.adapters import load_config
+from foreroute.data.adapters.model_class import auto_class
 from foreroute.data.adapters.seam import is_experts_module
 
 
@@ -54,14 +55,14 @@ def measure_model(name: str, *, trust_remote_code: bool = False) -> ModelSize:
         FileNotFoundError: If there is no such model.
         ValueError: If it cannot be read, or has no experts.
     """
-    from transformers import AutoModelForCausalLM
-
     path = Path(name).expanduser()
     folder = str(path.parent) if path.is_file() and path.name == "config.json" else name
     config = load_config(folder, trust_remote_code=trust_remote_code)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = auto_class(config, name).from_config(
+                config, trust_remote_code=trust_remote_code
+            )
     except ValueError as error:
         first_line = str(error).splitlines()[0]
         raise ValueError(f"{name} cannot be planned for: {first_line}") from error

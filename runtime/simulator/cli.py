@@ -296,7 +296,9 @@ def run_simulate(**given: Any) -> None:
     console = Console()
     console.print(table(rows, route.describe()))
     console.print(f"Machine: {profile.describe()}", soft_wrap=True)
-    console.print(f"Predictor: {who}. Slots are filled from: {given['warm_start']}.", soft_wrap=True)
+    console.print(
+        f"Predictor: {who}. Slots are filled from: {given['warm_start']}.", soft_wrap=True
+    )
     if given["json"] is not None:
         _write(Path(given["json"]), rows, route, profile, who, given)
         console.print(str(given["json"]), soft_wrap=True)

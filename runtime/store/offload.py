@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from foreroute.data.adapters import MoEModel, discover, resolve_device
+from foreroute.data.adapters.loading import HubSettings
+from foreroute.runtime.store.checkpoint import Checkpoint
 from foreroute.runtime.store.encodings import encoder_named
 from foreroute.runtime.store.host_store import HostExpertStore
-from foreroute.runtime.store.loading import Source, load_with_host_experts
+from foreroute.runtime.store.loading import load_with_host_experts
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,10 @@ def offload(
 def load_offloaded(
     name: str,
     *,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
     expert_dtype: str = "auto",
+    **hub: Unpack[HubSettings],
 ) -> OffloadedModel:
     """Load `bundled`, a folder or a Hub id with its experts in host memory, and only there.
 
@@ -67,23 +68,16 @@ def load_offloaded(
         name: The model.
         device: `auto`, `cpu` or `cuda`.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
-        revision: Branch, tag or commit of a Hub id.
-        trust_remote_code: Run code that came with the checkpoint.
         expert_dtype: How experts are stored: `auto` (as the checkpoint has them), bf16, fp8, int8
             or int4.
+        **hub: Where the files come from; see `HubSettings`.
 
     Raises:
         FileNotFoundError: If there is no such model.
         ValueError: If it cannot be read, is no MoE that is supported, or does not fit in memory.
     """
     target = resolve_device(device)
-    source = Source(
-        name=name,
-        dtype=dtype,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        expert_dtype=expert_dtype,
-    )
-    moe, store = load_with_host_experts(source, is_pinned=target.type == "cuda")
+    checkpoint = Checkpoint.open(name, dtype=dtype, expert_dtype=expert_dtype, **hub)
+    moe, store = load_with_host_experts(checkpoint, is_pinned=target.type == "cuda")
     moe.model.to(target)
     return OffloadedModel(moe, store, target, expert_dtype)

@@ -1,68 +1,29 @@
-"""Reads experts from a checkpoint's safetensors files, one expert's matrix at a time."""
+"""Reads experts from a checkpoint's tensors, one expert's matrix at a time."""
 
 from __future__ import annotations
 
 import copy
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from foreroute.data.adapters.weightless import ParameterShape, parameters_on_meta
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
-Sink = Callable[[str, int, int, Tensor], None]
-"""(parameter's dotted path, expert_id, first row, rows): takes part of one expert's parameter."""
 
+class ExpertRows(NamedTuple):
+    """Part of one expert's parameter."""
 
-def checkpoint_files(source: str, revision: str | None = None) -> dict[str, Path]:
-    """The file each tensor of a checkpoint lies in.
-
-    Args:
-        source: A local folder, or a Hub id (files are downloaded if they are not cached).
-        revision: Branch, tag or commit of a Hub id.
-
-    Raises:
-        ValueError: If there are no safetensors files; pickled checkpoints are never opened.
-    """
-    index = _find(source, INDEX_FILE, revision)
-    if index is not None:
-        names = json.loads(index.read_text())["weight_map"]
-        files = {name: _find(source, name, revision) for name in set(names.values())}
-        missing = sorted(name for name, path in files.items() if path is None)
-        if missing:
-            raise ValueError(f"The checkpoint {source} lacks {missing[0]}, which its index lists.")
-        return {key: path for key, name in names.items() if (path := files[name]) is not None}
-    single = _find(source, SINGLE_FILE, revision)
-    if single is None:
-        raise ValueError(
-            f"{source} has no safetensors files. Other formats (pytorch_model.bin) run code when "
-            "they are opened, so they are not read; convert the checkpoint to safetensors first."
-        )
-    with safe_open(single, "pt") as file:
-        return dict.fromkeys(file.keys(), single)
-
-
-def _find(source: str, name: str, revision: str | None) -> Path | None:
-    if Path(source).is_dir():
-        path = Path(source) / name
-        return path if path.is_file() else None
-    from transformers.utils import cached_file
-
-    found = cached_file(
-        source,
-        name,
-        revision=revision or "main",
-        _raise_exceptions_for_missing_entries=False,
-    )
-    return Path(found) if found else None
+    target: str
+    """The parameter's dotted path."""
+    expert_id: int
+    row: int
+    """First row of the parameter that the part covers."""
+    rows: Tensor
+    """In the checkpoint's dtype."""
 
 
 @dataclass(frozen=True)
@@ -87,22 +48,21 @@ class ExpertReader:
     def __init__(
         self,
         model: Any,
-        files: Mapping[str, Path],
+        tensors: Mapping[str, Any],
         targets: Mapping[str, ParameterShape],
     ) -> None:
         """Work out which tensors make which parameter.
 
         Args:
             model: The model, its experts without weights.
-            files: As `checkpoint_files` returns them.
+            tensors: The checkpoint's by name; indexing one reads it.
             targets: The experts' parameters by dotted path.
 
         Raises:
             ValueError: If a parameter has no tensor in the checkpoint.
         """
         self._model = model
-        self._files = files
-        self._handles: dict[Path, Any] = {}
+        self._tensors = tensors
         self._groups = self._plan(targets)
         missing = sorted(set(targets) - {group.target for group in self._groups})
         if missing:
@@ -126,7 +86,7 @@ class ExpertReader:
         meta = {name: torch.empty(t.shape, device="meta") for name, t in targets.items()}
         prefix = self._model.base_model_prefix
         groups: dict[str, _Group] = {}
-        for key in sorted(self._files, key=dot_natural_key):
+        for key in sorted(self._tensors, key=dot_natural_key):
             target, pattern = rename_source_key(key, renamings, converters, prefix, meta)
             if target in targets:
                 converter = by_pattern.get(pattern)
@@ -134,42 +94,35 @@ class ExpertReader:
                 groups.setdefault(target, new).keys.append((key, pattern))
         return list(groups.values())
 
-    def read(self, sink: Sink) -> None:
-        """Hand every expert's weights to `sink`, in the checkpoint's dtype."""
+    def parts(self) -> Iterator[ExpertRows]:
+        """Every expert's weights, part by part, in the checkpoint's dtype."""
         for group in self._groups:
             if group.converter is None:
-                self._read_whole(group, sink)
+                yield from self._whole(group)
             elif _is_stacked(group):
-                self._read_stacked(group, sink)
+                yield from self._stacked(group)
             else:
-                self._read_converted(group, sink)
-        self._handles.clear()
+                yield from self._converted(group)
 
-    def _slice(self, key: str) -> Any:
-        path = self._files[key]
-        if path not in self._handles:
-            self._handles[path] = safe_open(path, "pt")
-        return self._handles[path].get_slice(key)
-
-    def _read_whole(self, group: _Group, sink: Sink) -> None:
+    def _whole(self, group: _Group) -> Iterator[ExpertRows]:
         """The tensor holds all experts, as the module does."""
-        tensor = self._slice(group.keys[0][0])
+        tensor = self._tensors[group.keys[0][0]]
         for expert_id in range(group.shape.shape[0]):
-            sink(group.target, expert_id, 0, tensor[expert_id : expert_id + 1][0])
+            yield ExpertRows(group.target, expert_id, 0, tensor[expert_id : expert_id + 1][0])
 
-    def _read_stacked(self, group: _Group, sink: Sink) -> None:
+    def _stacked(self, group: _Group) -> Iterator[ExpertRows]:
         """One tensor per expert and part; the parts lie one below the other."""
         patterns = group.converter.source_patterns
         rows = group.shape.shape[1] // len(patterns)
         for key, pattern in group.keys:
-            expert_id = _expert_in(key, str(pattern))
-            sink(group.target, expert_id, rows * patterns.index(pattern), self._slice(key)[...])
+            expert_id, row = _expert_in(key, str(pattern)), rows * patterns.index(pattern)
+            yield ExpertRows(group.target, expert_id, row, self._tensors[key][...])
 
-    def _read_converted(self, group: _Group, sink: Sink) -> None:
+    def _converted(self, group: _Group) -> Iterator[ExpertRows]:
         """Through transformers' converter: the whole parameter is in memory for a moment."""
         converter = copy.deepcopy(group.converter)
         for key, pattern in group.keys:
-            lazily = self._slice(key)
+            lazily = self._tensors[key]
             converter.add_tensor(group.target, key, pattern, lambda part=lazily: part[...])
         experts = self._model.get_submodule(group.target.rpartition(".")[0])
         with parameters_on_meta(experts):  # some converters look at the shape they shall give
@@ -177,7 +130,7 @@ class ExpertReader:
         whole = result[group.target]
         whole = whole[0] if isinstance(whole, list) else whole
         for expert_id, weight in enumerate(whole):
-            sink(group.target, expert_id, 0, weight)
+            yield ExpertRows(group.target, expert_id, 0, weight)
 
 
 def _is_stacked(group: _Group) -> bool:
@@ -201,13 +154,3 @@ def _expert_in(key: str, pattern: str) -> int:
     if found is None:
         raise ValueError(f"The tensor {key} does not say which expert it belongs to.")
     return int(found.group(1))
-
-
-def float_dtypes(files: Mapping[str, Path]) -> Iterator[torch.dtype]:
-    """Dtypes of the floating tensors of a checkpoint, in order of name."""
-    handles: dict[Path, Any] = {}
-    for key, path in files.items():
-        handle = handles.setdefault(path, safe_open(path, "pt"))
-        dtype = handle.get_slice(key)[:0].dtype
-        if dtype.is_floating_point:
-            yield dtype

@@ -1,0 +1,90 @@
+"""The Hub, by its own client: bundles found by name, folders uploaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+BUNDLE_FILES = ("manifest.json", "estimators.safetensors")
+
+
+def find_bundle(name: str | Path) -> Path:
+    """The folder of a bundle: a local one, or one of the Hub's in its cache.
+
+    Args:
+        name: A folder, or a Hub id such as `me/qwen3-estimators`, `@` a revision if not the newest.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, and no such bundle on the Hub.
+        ValueError: If the Hub cannot be reached and the bundle is not in the cache.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if not HUB_NAME.fullmatch(str(name)):
+        raise FileNotFoundError(
+            f"Bundle {name} is missing; make one with export-estimator, or give a Hub id."
+        )
+    return _download(*str(name).partition("@")[::2])
+
+
+def _download(repo_id: str, revision: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        found = Path(
+            snapshot_download(repo_id, revision=revision or None, allow_patterns=list(BUNDLE_FILES))
+        )
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"There is no folder {repo_id}, and no bundle {repo_id}"
+            f"{'@' * bool(revision)}{revision} on the Hub."
+        ) from error
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"Bundle {repo_id} is not in the local cache, and the Hub cannot be reached."
+        ) from error
+    missing = [file for file in BUNDLE_FILES if not (found / file).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{repo_id} on the Hub holds no bundle: it has no {missing[0]}.")
+    return found
+
+
+def upload(folder: Path, repo_id: str, *, repo_type: str, is_private: bool) -> str:
+    """Upload a folder's files in one commit.
+
+    Args:
+        folder: All of it is uploaded.
+        repo_id: `user/name`; made if it is not there.
+        repo_type: `model` or `dataset`.
+        is_private: Whether only its owner sees it.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: If the Hub refuses; one line says why.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    api = HfApi(library_name="foreroute")
+    try:
+        api.create_repo(repo_id, repo_type=repo_type, private=is_private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            repo_type=repo_type,
+            folder_path=folder,
+            commit_message="Upload from foreroute",
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"The Hub refused {repo_id}: {line}") from error
+    return str(commit.commit_url)

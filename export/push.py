@@ -1,0 +1,83 @@
+"""Puts bundles and traces on the Hub, with a card each and without a local path in either."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from pathlib import Path, PurePath
+from typing import Any
+
+from foreroute.data.manifest import MANIFEST_FILE, TraceManifest
+from foreroute.data.traces import Traces
+from foreroute.estimators.artifacts import write_json
+from foreroute.export.bundle import TENSORS_NAME, BundleManifest, load_bundle, save_manifest
+from foreroute.export.card import bundle_card, traces_card
+from foreroute.export.hub import upload
+
+CARD_FILE = "README.md"
+LOCAL_PATH = re.compile(r"(?<!\S)(?:/|~|\.{1,2}/|[A-Za-z]:\\|[\w.-]+(?:/[\w.-]+){2,})\S*")
+"""A word that is one: absolute, from home or here, or of three parts and more."""
+
+
+def push_bundle(folder: Path, repo_id: str, *, is_private: bool = False) -> str:
+    """Upload a bundle with a card that holds its measured table.
+
+    Args:
+        folder: The bundle.
+        repo_id: `user/name`; made if it is not there.
+        is_private: Whether only its owner sees it.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: If the bundle is damaged, or the Hub refuses.
+    """
+    manifest = BundleManifest.from_dict(without_paths(load_bundle(folder).manifest.to_dict()))
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        save_manifest(place, manifest)
+        shutil.copyfile(folder / TENSORS_NAME, place / TENSORS_NAME)
+        bundle_card(manifest, repo_id).save(place / CARD_FILE)
+        return upload(place, repo_id, repo_type="model", is_private=is_private)
+
+
+def push_traces(folder: Path, repo_id: str, *, is_private: bool = False) -> str:
+    """Upload recorded traces with a card, as a dataset: hidden states with their routing.
+
+    Args:
+        folder: What collect-traces wrote; its files are linked or copied beside it while it lasts.
+        repo_id: `user/name`; made if it is not there.
+        is_private: Whether only its owner sees it.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: If a file is damaged, or the Hub refuses.
+    """
+    traces = Traces.open(folder)
+    traces.verify()
+    manifest = TraceManifest.from_dict(without_paths(traces.manifest.to_dict()))
+    names = {name for shard in manifest.shards for name in shard.sha256}
+    names |= {path.name for path in folder.glob("*.safetensors")}
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".push-") as name:
+        place = Path(name)
+        for file in sorted(names):
+            (place / file).parent.mkdir(parents=True, exist_ok=True)
+            (place / file).symlink_to((folder / file).resolve())
+        write_json(place / MANIFEST_FILE, manifest.to_dict())
+        traces_card(manifest, repo_id).save(place / CARD_FILE)
+        return upload(place, repo_id, repo_type="dataset", is_private=is_private)
+
+
+def without_paths(value: Any) -> Any:
+    """A manifest's values as strangers may see them: of each local path its last part alone."""
+    if isinstance(value, dict):
+        return {key: without_paths(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(entry) for entry in value]
+    if not isinstance(value, str):
+        return value
+    return LOCAL_PATH.sub(lambda found: PurePath(found[0]).name, value)

@@ -1,0 +1,186 @@
+"""One layer's slots and tables on the GPU: what is planned, copied and counted for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from foreroute.data.adapters import MoELayer
+from foreroute.runtime.device.kernels.demand import Demand
+from foreroute.runtime.device.kernels.fetch import WORD, fetch
+from foreroute.runtime.device.kernels.head import plan_head
+from foreroute.runtime.device.kernels.plan import plan
+from foreroute.runtime.device.kernels.tables import ResidencyTables, ScoreRule
+from foreroute.runtime.device.run_state import DeviceRun
+from foreroute.runtime.policies import EvictionPolicy, LayerState
+from foreroute.runtime.store.host_store import RowLayout
+
+FETCH_BLOCKS = 16
+"""Thread blocks per expert that is copied beside the compute."""
+FILL_EXPERTS = 8
+
+
+class DeviceResidency:
+    """One layer's host rows, its slots, and the tables that say what lies where."""
+
+    def __init__(
+        self,
+        layer: MoELayer,
+        rows: Tensor,
+        layout: RowLayout,
+        num_slots: int,
+        run: DeviceRun,
+        counters: Tensor,
+    ) -> None:
+        """Allocate the slots, all empty, on the device of the counters.
+
+        Args:
+            layer: Handles on the model's modules.
+            rows: Host weights, [E, row_bytes] uint8, pinned.
+            layout: How an expert lies in a row.
+            num_slots: S.
+            run: Shared with the engine's other layers.
+            counters: This layer's, [7] int32, on the device.
+        """
+        device = counters.device
+        self.layer_idx = layer.layer_idx
+        self.top_k = layer.top_k
+        self.rows = rows
+        self.slots = torch.zeros(num_slots, rows.shape[1], dtype=torch.uint8, device=device)
+        self.weights = layout.weights(self.slots)
+        """The slots, as the weights that the products read."""
+        self.tables = ResidencyTables.empty(
+            len(rows), num_slots, device, trust=run.trust, counters=counters
+        )
+        self._first_bytes = _end_of(run.form.first, layout)
+        self._run = run
+
+    @property
+    def rule(self) -> ScoreRule:
+        """How experts are scored for eviction."""
+        return self._run.rule
+
+    def plan_demand(self, expert_ids: Tensor) -> tuple[Demand, Tensor]:
+        """What must be copied for these experts, and where each will be.
+
+        Args:
+            expert_ids: [T, K], contiguous; no more than there are slots.
+
+        Returns:
+            The copies, and the places [2, T * K] int32.
+        """
+        num_ids, device = expert_ids.numel(), expert_ids.device
+        copies = torch.empty(3, num_ids, dtype=torch.int32, device=device)
+        places = torch.empty(2, num_ids, dtype=torch.int32, device=device)
+        tables = self.tables
+        plan(expert_ids, tables, self.rule, copies, places=places)
+        demand = Demand(
+            self.rows,
+            self.slots,
+            copies,
+            self._run.head_words,
+            tables.arrived,
+            tables.progress,
+            self._first_bytes,
+        )
+        return demand, places
+
+    def load(self, expert_ids: Tensor, behind: DeviceResidency | None = None) -> None:
+        """Make experts resident before they are asked for, by copies on the current stream.
+
+        Args:
+            expert_ids: [T, K], contiguous; the first ones that find room.
+            behind: A layer whose demand is copied first.
+        """
+        copies = torch.empty(3, expert_ids.numel(), dtype=torch.int32, device=expert_ids.device)
+        plan(
+            expert_ids,
+            self.tables,
+            self.rule,
+            copies,
+            is_prefetch=True,
+            behind=None if behind is None else behind.tables.progress,
+        )
+        fetch(self.rows, self.slots, copies, num_blocks=FETCH_BLOCKS)
+
+    def load_head(self, expert_ids: Tensor, chances: Tensor, behind: DeviceResidency) -> None:
+        """Copy the beginning of the likeliest absent expert, if it is likely enough.
+
+        Args:
+            expert_ids: [T, M], most likely first.
+            chances: How likely each is needed, [T, M] float32, 0..1.
+            behind: A layer whose demand is copied first.
+        """
+        copies = torch.empty(3, 1, dtype=torch.int32, device=expert_ids.device)
+        head_words = self._run.head_words
+        plan_head(
+            expert_ids,
+            chances,
+            self.tables,
+            copies,
+            num_needed=len(expert_ids) * self.top_k,
+            head_words=head_words,
+            num_words=self.rows.shape[1] // WORD.itemsize,
+            behind=behind.tables.progress,
+        )
+        fetch(self.rows, self.slots, copies, num_blocks=FETCH_BLOCKS, head_words=head_words)
+
+    def warm(self, rows: Sequence[Sequence[int]], policy: EvictionPolicy) -> None:
+        """Count a recording's uses, and make the experts resident that it used most.
+
+        Args:
+            rows: By token, the experts used, [T][K].
+            policy: What counts for how much.
+        """
+        state = LayerState(policy, len(self.rows), len(self.slots))
+        state.warm(rows)
+        held = [expert for expert in state.expert_in if expert >= 0]
+        for ids in torch.tensor(held, device=self.slots.device).split(FILL_EXPERTS):
+            self.load(ids)
+        unit = 1.0 if policy.worth == "recency" else state.unit
+        self.tables.score.copy_(torch.tensor(state.worth) / unit)
+        self.tables.step.fill_(state.step)
+        self.tables.is_unused_prefetch.zero_()
+
+    def count_prompt(self, expert_ids: Tensor) -> None:
+        """Let a prompt's uses count for eviction, the last token's most.
+
+        Args:
+            expert_ids: Of the prompt's tokens, in order, [T, K].
+        """
+        weight, rule = self._run.prompt_weight, self.rule
+        if not weight or rule.is_recency:
+            return
+        num_tokens, score = len(expert_ids), self.tables.score
+        age = torch.arange(num_tokens - 1, -1, -1, device=score.device)
+        uses = torch.zeros(num_tokens, len(score), device=score.device).scatter_(
+            1, expert_ids.long(), 1.0
+        )
+        score.mul_(rule.decay**num_tokens).add_(weight * (rule.decay**age @ uses))
+
+    def fill(self) -> None:
+        """Make as many experts resident as fit, lowest ids first."""
+        every = torch.arange(len(self.slots), device=self.slots.device)
+        for ids in every.split(FILL_EXPERTS):
+            self.load(ids)
+
+    def check_integrity(self) -> None:
+        """Check the tables, and every resident expert against its host row.
+
+        Raises:
+            RuntimeError: If they disagree.
+        """
+        self.tables.check_integrity()
+        for slot, expert in enumerate(self.tables.expert_in.tolist()):
+            if expert >= 0 and not torch.equal(self.slots[slot].cpu(), self.rows[expert]):
+                raise RuntimeError(
+                    f"Layer {self.layer_idx}: slot {slot} differs from the host's expert {expert}."
+                )
+
+
+def _end_of(parameter: str, layout: RowLayout) -> int:
+    """Bytes of a row up to the end of a weight, with its bias and its scales if it has any."""
+    specs = [spec for name, spec in layout.parameters.items() if name.startswith(parameter)]
+    return max(spec.offset_bytes + spec.num_bytes for spec in specs)

@@ -1,0 +1,189 @@
+"""Decides on the host, between one layer and the next, which experts are where."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foreroute.data.adapters.early_attention import decoder_layer
+from foreroute.runtime.config import EngineConfig
+from foreroute.runtime.hooks import watch_input, watch_router_logits, watch_source_states
+from foreroute.runtime.host.layer import HostLayer
+from foreroute.runtime.host.ledger import TRIAL_STEPS, HostLedger, time_copy
+from foreroute.runtime.host.predictor import HostPredictor
+from foreroute.runtime.host.residency import HostResidency
+from foreroute.runtime.host.run_state import HostRun
+from foreroute.runtime.host.slot_cache import SlotCache
+from foreroute.runtime.host.speculation import AgreementGuard, gate_weights_of
+from foreroute.runtime.host.transfers import Transfers
+from foreroute.runtime.look_ahead import LookAhead
+from foreroute.runtime.planning.machine import find_profile
+from foreroute.runtime.policies import GiveUp, PrefetchChooser, find_policy, find_prefetch_rule
+from foreroute.runtime.stats import RuntimeStats
+from foreroute.runtime.store.offload import OffloadedModel
+
+logger = logging.getLogger(__name__)
+
+ATTENTION_SHARE = 0.5
+"""Of a layer's compute, taken to be its attention: what there is to hide behind of a fetch for
+experts that are predicted from their own layer's input."""
+
+
+class HostDriver:
+    """Drives any model on any device, in exact and in speculative execution."""
+
+    def __init__(
+        self,
+        offloaded: OffloadedModel,
+        config: EngineConfig,
+        slots_per_layer: Sequence[int],
+        ahead: LookAhead | None,
+    ) -> None:
+        """Give every layer its slots, all empty.
+
+        Args:
+            offloaded: The model and its experts' store.
+            config: How to run it.
+            slots_per_layer: Slots of each MoE layer, [L].
+            ahead: What predicts; None to predict nothing.
+
+        Raises:
+            ValueError: If the model's gate rule is not known and speculation needs it.
+        """
+        self._offloaded = offloaded
+        geometry = offloaded.moe.geometry
+        if config.on_miss == "predicted":  # refuse unknown gate rules before anything runs
+            one = torch.zeros(1, 1)
+            gate_weights_of(one, one.long(), geometry.gate_family, 1.0, torch.float32)
+        self.run = HostRun(
+            config=config,
+            gate_family=geometry.gate_family,
+            gate_scale=geometry.gate_scale,
+            transfers=Transfers.for_device(offloaded.device),
+            predictor=HostPredictor(ahead) if ahead else None,
+            guard=AgreementGuard(config.agreement_floor),
+            policy=find_policy(config.eviction),
+            chooser=_make_chooser(offloaded, config),
+        )
+        self.layers = self._make_layers(slots_per_layer)
+        if ahead is not None:
+            self._link_targets(ahead)
+        self.run.give_up = self._make_give_up()
+
+    def _make_layers(self, slots_per_layer: Sequence[int]) -> list[HostLayer]:
+        moe, store, run = self._offloaded.moe, self._offloaded.store, self.run
+        layers = []
+        for moe_layer, rows, layout, num_slots in zip(
+            moe.layers, store.rows, store.layouts, slots_per_layer, strict=True
+        ):
+            device = self._offloaded.device
+            cache = SlotCache(moe_layer.num_experts, num_slots, layout, device, run.policy)
+            layers.append(HostLayer(moe_layer, HostResidency(rows, cache, run), run))
+        return layers
+
+    def _link_targets(self, ahead: LookAhead) -> None:
+        """Tell each layer which one its state predicts."""
+        place_of = {layer.layer_idx: place for place, layer in enumerate(self.layers)}
+        for place, layer in enumerate(self.layers):
+            target_idx = ahead.target_of(layer.layer_idx)
+            if target_idx is not None:
+                layer.target = self.layers[place_of[target_idx]]
+                layer.target.seen_from = place_of[target_idx] - place or ATTENTION_SHARE
+
+    def _make_give_up(self) -> GiveUp | None:
+        """What ends prefetching that does not pay; speculative execution always looks ahead."""
+        run = self.run
+        if run.chooser is None:
+            return None
+        if not run.transfers.can_hide:
+            logger.info("Nothing is prefetched: copies to this device hide behind nothing.")
+            return GiveUp(None, 0)
+        first = self.layers[0].residency
+        copy_ms = time_copy(run.transfers, first.rows[0], first.cache.slots[0])
+        run.ledger = HostLedger(copy_ms)
+        return GiveUp(run.ledger, TRIAL_STEPS)
+
+    def attach(self, undo: ExitStack) -> None:
+        """Watch what predictions, speculation and `eviction=predicted` read of the model.
+
+        Args:
+            undo: Gets what takes the hooks off again.
+        """
+        run, moe = self.run, self._offloaded.moe
+        fields = run.predictor.ahead.stack.input_fields if run.predictor else ()
+        if run.predictor is not None and run.predictor.ahead.readouts is not None:
+            run.predictor.ahead.readouts.attach(undo, lambda: not run.is_prefill)
+        needs_logits = run.config.on_miss == "predicted" and run.config.weights == "true"
+        for layer, own in zip(moe.layers, self.layers, strict=True):
+            if run.predictor is not None:
+                watch_source_states(layer, own, undo)
+            if "layer_input" in fields:
+                watch_input(decoder_layer(moe, layer), own.enter, undo)
+            if needs_logits or run.policy.likely_bonus > 0:
+                watch_router_logits(layer, partial(setattr, own, "router_logits"), undo)
+
+    def begin_forward(self, tokens: Tensor) -> None:
+        """A forward pass begins; see `RunState.begin_forward`."""
+        self.run.begin_forward(tokens)
+        if not self.run.is_prefill:
+            self.run.begin_step()
+
+    def decoding(self, settings: dict[str, Any], streamer: Any) -> dict[str, Any]:
+        """Nothing else: transformers' own loop decodes."""
+        return {}
+
+    def stats(self) -> RuntimeStats:
+        """Counters and times since the start or the last `reset_stats`; live, not a copy."""
+        return self.run.stats
+
+    def reset_stats(self) -> None:
+        """Start counting anew; resident experts stay."""
+        self.run.stats = RuntimeStats()
+
+    def fill_slots(self) -> None:
+        """Make as many experts resident as fit, lowest ids first, not counted in the statistics."""
+        stats, self.run.stats = self.run.stats, RuntimeStats()
+        for layer in self.layers:
+            layer.residency.fill()
+        self.run.stats = stats
+
+    def warm(self, rows: Sequence[Sequence[Sequence[int]]]) -> None:
+        """Fill the slots with what a recording used most, not counted in the statistics.
+
+        Args:
+            rows: By layer and token, the experts used, [L][T][K].
+        """
+        for layer, uses in zip(self.layers, rows, strict=True):
+            layer.residency.warm(uses)
+
+    def check_integrity(self) -> None:
+        """Check every layer's slots: tables consistent, and each slot equal to its host row.
+
+        Raises:
+            RuntimeError: If not.
+        """
+        if self._offloaded.device.type == "cuda":
+            torch.cuda.synchronize(self._offloaded.device)
+        for layer in self.layers:
+            layer.residency.check_integrity()
+
+    def close(self) -> None:
+        """Nothing is held that must be let go."""
+
+
+def _make_chooser(offloaded: OffloadedModel, config: EngineConfig) -> PrefetchChooser | None:
+    """What decides on prefetches; speculative execution needs every prediction."""
+    if config.prefetch != "auto" or not config.is_exact:
+        return None
+    machine, expert_bytes = find_profile(config.profile), offloaded.expert_bytes
+    return PrefetchChooser(
+        rule=find_prefetch_rule("whole"),
+        layer_ms=machine.layer_ms_for(offloaded.moe.geometry.top_k * expert_bytes),
+        copy_ms=machine.copy_ms(expert_bytes),
+    )
