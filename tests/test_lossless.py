@@ -9,10 +9,19 @@ from tiny_models import tiny_model
 from foreroute.data.adapters import load_model
 from foreroute.data.adapters.weightless import experts_by_path
 from foreroute.runtime import Engine, EngineConfig
-from foreroute.runtime.store.encodings import Lossless, TooManyExceptions, lossless, lossless_on_cpu
+from foreroute.runtime.store import row_writer
+from foreroute.runtime.store.encodings import (
+    Lossless,
+    TooManyExceptions,
+    encoder_named,
+    lossless,
+    lossless_on_cpu,
+)
 from foreroute.runtime.store.encodings.lossless import count_exceptions
-from foreroute.runtime.store.offload import offload
+from foreroute.runtime.store.host_store import HostExpertStore
+from foreroute.runtime.store.offload import load_offloaded, offload
 
+SIZES = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128}
 TOKENS = torch.arange(3, 14).unsqueeze(0)
 
 
@@ -158,10 +167,57 @@ def logits_of(offloaded, slots):
 @pytest.mark.parametrize("slots", ["4", "8"])
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "mixtral", "nemotron_h"])
 def test_packed_and_plain_engines_give_the_same_bits(model_type, slots):
-    sizes = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128}
-    model = tiny_model(model_type, dtype=torch.bfloat16, **sizes)
+    model = tiny_model(model_type, dtype=torch.bfloat16, **SIZES)
     plain = offload(copy.deepcopy(model), device=torch.device("cpu"))
     packed = offload(model, device=torch.device("cpu"), expert_dtype="lossless")
     assert packed.store.layouts[0].encoded
     assert packed.expert_bytes < plain.expert_bytes
     assert torch.equal(logits_of(packed, slots), logits_of(plain, slots))
+
+
+def save(model, folder):
+    model.save_pretrained(folder, max_shard_size="200KB")
+    return str(folder)
+
+
+def with_wild_exponents(model):
+    """A model one of whose matrices has no use for codes of four bits."""
+    experts = next(iter(experts_by_path(model).values()))
+    with torch.no_grad():
+        wild = torch.arange(experts.down_proj[3].numel()).to(torch.int16).view(torch.bfloat16)
+        experts.down_proj[3].copy_(wild.nan_to_num(1.0, 1.0, 1.0).view_as(experts.down_proj[3]))
+    return model
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+def test_what_does_not_pay_stays_as_it_is(model_type, tmp_path, caplog):
+    model = with_wild_exponents(tiny_model(model_type, dtype=torch.bfloat16, **SIZES))
+    folder = save(model, tmp_path)
+    loaded = load_offloaded(folder, device="cpu", expert_dtype="lossless")
+    assert "down_proj stays in bfloat16" in caplog.text
+    moved = offload(copy.deepcopy(model), device=torch.device("cpu"), expert_dtype="lossless")
+    for layout in (*loaded.store.layouts, *moved.store.layouts):
+        assert isinstance(layout.encoded["gate_up_proj"].encoding, Lossless)
+        assert layout.parameters["down_proj"].dtype == torch.bfloat16
+        assert layout.is_exact
+    assert all(map(torch.equal, loaded.store.rows, moved.store.rows))
+    plain = offload(model, device=torch.device("cpu"))
+    assert torch.equal(logits_of(loaded, "4"), logits_of(plain, "4"))
+
+
+def test_parts_of_matrices_may_come_in_any_order(monkeypatch):
+    monkeypatch.setattr(row_writer, "BATCH_BYTES", 3 * 64 * 128 * 2)
+    module = next(
+        iter(experts_by_path(tiny_model("qwen3_moe", dtype=torch.bfloat16, **SIZES)).values())
+    )
+    weights = {name: p.detach() for name, p in module.named_parameters()}
+    store = HostExpertStore([module], is_pinned=False, encoder=encoder_named("lossless"))
+    writer = row_writer.RowWriter(store.layouts[0], store.rows[0])
+    for name, weight in weights.items():
+        half = weight.shape[1] // 2
+        for expert_id in range(len(weight)):
+            writer.put(name, expert_id, half, weight[expert_id, half:])
+        for expert_id in reversed(range(len(weight))):
+            writer.put(name, expert_id, 0, weight[expert_id, :half])
+    for name, stored in store.layouts[0].weights(store.rows[0]).items():
+        assert torch.equal(bits_of(stored[:]), bits_of(weights[name]))

@@ -90,6 +90,11 @@ class RowLayout:
         """Whether the row holds the checkpoint's own low-bit tensors."""
         return any(parameter.encoding.is_native for parameter in self.encoded.values())
 
+    def span(self, name: str) -> tuple[int, int]:
+        """Where the parts of an encoded parameter lie in the row: first byte, end."""
+        specs = [self.parameters[name + suffix] for suffix in self.encoded[name].encoding.parts()]
+        return specs[0].offset_bytes, specs[-1].offset_bytes + specs[-1].num_bytes
+
     def weights(self, rows: Tensor) -> dict[str, Any]:
         """The module's parameters inside a buffer of rows.
 
@@ -125,21 +130,21 @@ class RowLayout:
 def _chosen_encodings(experts: nn.Module, encoder: Encoder | None) -> dict[str, Encoding]:
     """How each matrix of an experts module is stored, where not as the module has it."""
     chosen: dict[str, Encoding] = {}
+    stays: set[str] = set()
+    if encoder is None:
+        return chosen
     for name, (shape, dtype) in parameter_shapes(experts).items():
-        if encoder is None or len(shape) < 3:
+        if len(shape) < 3:
             continue
         rows, columns = shape[:0:-1] if experts.is_transposed else shape[1:]
         encoding = encoder(name, rows, columns)
         chosen[name] = encoding if encoding.pays(dtype) else Plain(rows, columns, dtype)
-    are_as_they_were = {
-        name: encoding.parts() == {"": ((encoding.rows, encoding.columns), shape.dtype)}
-        for name, shape in parameter_shapes(experts).items()
-        if (encoding := chosen.get(name)) is not None
-    }
-    # products read all matrices of an expert alike: all with outputs as rows, or all as they were
-    if experts.is_transposed and not all(are_as_they_were.values()):
+        if chosen[name].parts() == {"": ((rows, columns), dtype)}:
+            stays.add(name)
+    # products read all matrices of an expert alike: with outputs as rows, or as the module does
+    if experts.is_transposed and stays != set(chosen):
         return chosen
-    return {name: encoding for name, encoding in chosen.items() if not are_as_they_were[name]}
+    return {name: encoding for name, encoding in chosen.items() if name not in stays}
 
 
 def allocate_host(num_rows: int, row_bytes: int, *, is_pinned: bool) -> Tensor:
@@ -169,54 +174,16 @@ def allocate_host(num_rows: int, row_bytes: int, *, is_pinned: bool) -> Tensor:
     return rows
 
 
-class RowWriter:
-    """Writes weights into rows, encoding those that are stored in fewer bits."""
-
-    def __init__(self, layout: RowLayout, rows: Tensor) -> None:
-        """Write into these rows.
-
-        Args:
-            layout: How an expert lies in a row.
-            rows: [E, row_bytes] uint8.
-        """
-        self._layout = layout
-        self._views = layout.views(rows)
-        self._staged: dict[tuple[str, int], tuple[Tensor, int]] = {}
-
-    def put(self, name: str, expert_id: int, row: int, part: Tensor) -> None:
-        """Write part of one expert's parameter.
-
-        Args:
-            name: Of the parameter, or of a part of it that a low-bit checkpoint holds.
-            expert_id: Which expert.
-            row: First row that the part covers.
-            part: Some rows of the parameter, any float dtype.
-        """
-        parameter = self._layout.encoded.get(name)
-        if parameter is None or parameter.encoding.is_native:
-            self._views[name][expert_id][row : row + len(part)].copy_(part)
-            return
-        empty = (torch.empty(parameter.shape, dtype=parameter.dtype), 0)
-        whole, num_rows = self._staged.pop((name, expert_id), empty)
-        whole[row : row + len(part)].copy_(part)
-        if num_rows + len(part) < len(whole):  # the rest of the matrix comes in another tensor
-            self._staged[name, expert_id] = (whole, num_rows + len(part))
-            return
-        for suffix, stored in parameter.encode(whole).items():
-            self._views[name + suffix][expert_id].copy_(stored)
-
-
 class HostExpertStore:
     """The experts of all MoE layers, in host memory, out of the model's reach."""
 
     def __init__(
         self, all_experts: list[nn.Module], *, is_pinned: bool, encoder: Encoder | None = None
     ) -> None:
-        """Allocate the rows, and move the weights there from modules that have any.
+        """Allocate the rows, to be filled.
 
         Args:
-            all_experts: The experts modules of a model, on the CPU; their parameters are removed,
-                one layer at a time. Of modules built without weights the rows stay to be filled.
+            all_experts: The experts modules of a model.
             is_pinned: Page-lock the memory, so that a CUDA device can copy from it unattended.
             encoder: How to store matrices; as they are if None.
         """
@@ -227,14 +194,8 @@ class HostExpertStore:
         for experts in all_experts:
             layout = RowLayout.of(experts, encoder)
             num_experts = next(iter(parameter_shapes(experts).values())).shape[0]
-            rows = allocate_host(num_experts, layout.row_bytes, is_pinned=is_pinned)
-            writer = RowWriter(layout, rows)
-            for name in list(experts._parameters):
-                for expert_id, weight in enumerate(experts.get_parameter(name).detach()):
-                    writer.put(name, expert_id, 0, weight)
-                del experts._parameters[name]
             self.layouts.append(layout)
-            self.rows.append(rows)
+            self.rows.append(allocate_host(num_experts, layout.row_bytes, is_pinned=is_pinned))
 
     @property
     def num_bytes(self) -> int:

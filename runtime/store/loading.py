@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
@@ -14,18 +16,22 @@ from foreroute.data.adapters import MoEModel, discover
 from foreroute.data.adapters.loading import loading_alone
 from foreroute.data.adapters.weightless import ParameterShape, parameter_shapes, weightless
 from foreroute.runtime.store.checkpoint import Checkpoint
+from foreroute.runtime.store.encodings import TooManyExceptions, without
 from foreroute.runtime.store.expert_reader import ExpertReader
-from foreroute.runtime.store.host_store import HostExpertStore, RowWriter
+from foreroute.runtime.store.host_store import HostExpertStore
+from foreroute.runtime.store.row_writer import RowWriter
+
+logger = logging.getLogger(__name__)
 
 
 def load_with_host_experts(
-    checkpoint: Checkpoint, *, is_pinned: bool
+    checkpoint: Checkpoint, device: torch.device
 ) -> tuple[MoEModel, HostExpertStore]:
     """Load a model on the CPU; its experts exist once, in the store.
 
     Args:
         checkpoint: What to load.
-        is_pinned: Page-lock the store's memory.
+        device: Where it will run; memory for a GPU is page-locked, and the GPU encodes.
 
     Raises:
         ValueError: If it cannot be read, is no MoE that is supported, or does not fit in memory.
@@ -33,10 +39,30 @@ def load_with_host_experts(
     with loading_alone():
         checkpoint.require_host_memory()  # before the files: they may be downloaded
         moe = discover(_load_the_rest(checkpoint), checkpoint.name)
-        experts = [layer.experts for layer in moe.layers]
-        store = HostExpertStore(experts, is_pinned=is_pinned, encoder=checkpoint.encoder)
-        fill_store(store, moe, checkpoint)
+        store = filled_store(moe, checkpoint, device)
     return moe, store
+
+
+def filled_store(moe: MoEModel, checkpoint: Checkpoint, device: torch.device) -> HostExpertStore:
+    """A store with all experts, each parameter in the checkpoint's encoding if it can be.
+
+    Args:
+        moe: The model; its experts have no weights.
+        checkpoint: Whose files to read.
+        device: Where it will run.
+    """
+    experts, encoder = [layer.experts for layer in moe.layers], checkpoint.encoder
+    while True:
+        store = HostExpertStore(experts, is_pinned=device.type == "cuda", encoder=encoder)
+        try:
+            fill_store(store, moe, checkpoint, device)
+        except TooManyExceptions as error:
+            assert encoder is not None  # it was the one that met them
+            logger.warning("%s stays in bfloat16, and is read again: %s", error.parameter, error)
+            encoder = without(encoder, error.parameter)
+            store.close()
+            continue
+        return store
 
 
 def _load_the_rest(checkpoint: Checkpoint) -> Any:
@@ -62,21 +88,25 @@ def _load_the_rest(checkpoint: Checkpoint) -> Any:
     return model.eval()
 
 
-def fill_store(store: HostExpertStore, moe: MoEModel, checkpoint: Checkpoint) -> None:
+def fill_store(
+    store: HostExpertStore, moe: MoEModel, checkpoint: Checkpoint, device: torch.device
+) -> None:
     """Read all experts into the store's rows, with a progress bar in bytes on a terminal.
 
     Args:
         store: Allocated, not filled.
         moe: The model; its experts have no weights.
         checkpoint: Whose files to read.
+        device: A GPU encodes what is stored in another way than it is read.
 
     Raises:
+        TooManyExceptions: If a parameter must be stored as it is.
         ValueError: If the checkpoint lacks part of an expert.
     """
     writers: dict[str, tuple[RowWriter, str]] = {}
     targets: dict[str, ParameterShape] = {}
     for layer, layout, rows in zip(moe.layers, store.layouts, store.rows, strict=True):
-        writer = RowWriter(layout, rows)
+        writer = RowWriter(layout, rows, device if device.type == "cuda" else None)
         shapes = parameter_shapes(layer.experts)
         if layout.is_native:  # the checkpoint has the stored parts themselves
             shapes = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -10,9 +11,12 @@ import torch
 from foreroute.data.adapters import MoEModel, discover, resolve_device
 from foreroute.data.adapters.loading import HubSettings
 from foreroute.runtime.store.checkpoint import Checkpoint
-from foreroute.runtime.store.encodings import encoder_named
+from foreroute.runtime.store.encodings import TooManyExceptions, encoder_named, without
 from foreroute.runtime.store.host_store import HostExpertStore
 from foreroute.runtime.store.loading import load_with_host_experts
+from foreroute.runtime.store.row_writer import move_weights
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,15 @@ def offload(
     encoder = encoder_named(expert_dtype)
     moe = discover(model, model_name)
     experts = [layer.experts for layer in moe.layers]
-    store = HostExpertStore(experts, is_pinned=device.type == "cuda", encoder=encoder)
+    while True:
+        store = HostExpertStore(experts, is_pinned=device.type == "cuda", encoder=encoder)
+        try:
+            move_weights(experts, store)
+            break
+        except TooManyExceptions as error:
+            assert encoder is not None  # it was the one that met them
+            logger.warning("%s stays in bfloat16: %s", error.parameter, error)
+            encoder = without(encoder, error.parameter)
     model.to(device)
     return OffloadedModel(moe, store, device, expert_dtype)
 
@@ -78,6 +90,6 @@ def load_offloaded(
     """
     target = resolve_device(device)
     checkpoint = Checkpoint.open(name, dtype=dtype, expert_dtype=expert_dtype, **hub)
-    moe, store = load_with_host_experts(checkpoint, is_pinned=target.type == "cuda")
+    moe, store = load_with_host_experts(checkpoint, target)
     moe.model.to(target)
     return OffloadedModel(moe, store, target, expert_dtype)

@@ -40,6 +40,7 @@ __all__ = [
     "TooManyExceptions",
     "encoder_named",
     "native_encoder",
+    "without",
 ]
 
 EXPERT_DTYPES: dict[str, type[Encoding]] = {
@@ -64,3 +65,12 @@ def encoder_named(name: str) -> Encoder | None:
         raise ValueError(f"Unknown expert_dtype {name!r}; known: auto, {', '.join(EXPERT_DTYPES)}.")
     encoding = EXPERT_DTYPES[name]
     return lambda _, rows, columns: encoding(rows, columns)
+
+
+def without(encoder: Encoder, parameter: str) -> Encoder:
+    """The same, but for one parameter: in bfloat16."""
+
+    def encode(name: str, rows: int, columns: int) -> Encoding:
+        return Cast(rows, columns) if name == parameter else encoder(name, rows, columns)
+
+    return encode

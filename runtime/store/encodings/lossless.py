@@ -33,8 +33,11 @@ MANTISSAS, SIGNS, CODES = 0x007F007F, -0x7FFF8000, 0x07800780
 """Of the two numbers in a word."""
 
 
-class TooManyExceptions(ValueError):  # noqa: N818 (says what is wrong)
+class TooManyExceptions(ValueError):
     """A matrix has more exceptions than there is room for; it is to stay as it is."""
+
+    parameter = ""
+    """Which one, where that is known."""
 
 
 class Lossless(Encoding):
@@ -148,7 +151,8 @@ class Lossless(Encoding):
         if data.device.type == "cuda":
             from foreroute.runtime.device.kernels.lossless import unpack
 
-            return unpack(data, lines, self).unflatten(0, outer)
+            matrices: Tensor = unpack(data, lines, self)
+            return matrices.view(*outer, self.rows, self.columns)
         numbers = self._coded(data, lines[:, : self.rows, :1] & 0xFF)  # zero where exceptions are
         row = torch.arange(lines.shape[1]).repeat(len(lines), 1)
         row[:, self.rows :] = lines[:, self.rows :, 0]
@@ -157,7 +161,7 @@ class Lossless(Encoding):
         at = row.unsqueeze(-1) * (PLANES * self.words) + column
         bits = numbers.view(torch.int16).flatten(1)
         bits.scatter_add_(1, at.flatten(1), listed.to(torch.int16).flatten(1))
-        return numbers[..., : self.columns].contiguous().unflatten(0, outer)
+        return numbers[..., : self.columns].reshape(*outer, self.rows, self.columns)
 
     def _coded(self, data: Tensor, base: Tensor) -> Tensor:
         """Numbers by their codes, [n, rows, 8 N] bfloat16; see `kernels/lossless.py`."""
