@@ -11,7 +11,7 @@ CODE = estimators data train export runtime tests benchmarks examples
 .PHONY: demo test lint format check wheel clean
 
 demo: $(READY)
-	$(BIN)/python examples/demo.py --out demo-out
+	$(BIN)/foreroute tune --model bundled --out demo-out --tokens 49152 --prompt "def read_config(path):"
 
 test: $(READY)
 	$(BIN)/python -m pytest

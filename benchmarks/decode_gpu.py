@@ -46,14 +46,14 @@ from replayed_routing import (
     fit_routes,
     near_miss_predictions,
     random_routes,
-    read_routes,
+    read_steps,
 )
 from torch import Tensor
 
 from foreroute.data.adapters import ExpertsView, stock_experts_function
 from foreroute.runtime import Engine, EngineConfig
-from foreroute.runtime.config import parse_slots
 from foreroute.runtime.device.driver import DeviceDriver, why_not_on_device
+from foreroute.runtime.policies.slots import parse_slots
 from foreroute.runtime.store.offload import OffloadedModel
 
 NO_CACHE_WARM_UP_TOKENS = 4
@@ -175,7 +175,7 @@ class ShapeBenchmark:
         self.device = self.offloaded.device
         self.link_gb_s = link_bandwidth(self.offloaded.store.rows[0], self.device)
         self.recorded = (
-            read_routes(args.routes)
+            read_steps(args.routes)
             if args.routes
             else random_routes(96, geometry.num_layers, geometry.num_experts, geometry.top_k)
         )

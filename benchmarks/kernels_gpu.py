@@ -35,8 +35,9 @@ from foreroute.runtime.device.kernels.plan import plan
 from foreroute.runtime.device.kernels.predict import predict_logits, rank_experts
 from foreroute.runtime.device.kernels.products import expert_products
 from foreroute.runtime.device.kernels.rotary import rotate
-from foreroute.runtime.device.kernels.tables import ResidencyTables, lrfu
+from foreroute.runtime.device.kernels.tables import ResidencyTables
 from foreroute.runtime.device.kernels.top_k import softmax_top_k
+from foreroute.runtime.policies import find_policy
 from foreroute.runtime.store.encodings import (
     EncodedParameter,
     EncodedWeights,
@@ -49,6 +50,7 @@ from foreroute.runtime.store.encodings import (
 
 DEVICE = torch.device("cuda")
 CALLS, REPEATS = 48, 7
+LRFU = find_policy("lrfu").device_rule()
 CONTEXT = 768
 
 
@@ -196,7 +198,7 @@ def around_the_experts(shape: Shape) -> dict[str, float]:
     tables = ResidencyTables.empty(shape.experts, shape.experts, DEVICE)
     copies = no_copies(shape.top_k)
     for some in torch.arange(shape.experts, device=DEVICE).split(8):
-        plan(some, tables, lrfu(20.0), no_copies(len(some)))
+        plan(some, tables, LRFU, no_copies(len(some)))
     ids = torch.arange(shape.top_k, device=DEVICE).view(1, -1)
     rows = torch.zeros(1, 1 << 20, dtype=torch.uint8, pin_memory=True)
     weight, bias = random(shape.experts, shape.hidden), torch.zeros(shape.experts, device=DEVICE)
@@ -217,7 +219,7 @@ def around_the_experts(shape: Shape) -> dict[str, float]:
         "softmax and top-k": microseconds(
             lambda i: softmax_top_k(logits, shape.top_k, renormalise=True)
         ),
-        "plan, all resident": microseconds(lambda i: plan(ids, tables, lrfu(20.0), copies)),
+        "plan, all resident": microseconds(lambda i: plan(ids, tables, LRFU, copies)),
         "predict logits, quasi-hidden": microseconds(
             lambda i: predict_logits(
                 hidden,

@@ -27,7 +27,7 @@ from foreroute.data.adapters.model_class import auto_class, writing_part
 from foreroute.data.recorder import RoutingRecorder
 from foreroute.runtime import Engine, EngineConfig
 from foreroute.runtime.device.expert_form import find_expert_form
-from foreroute.runtime.doctor import diagnose, report
+from foreroute.runtime.planning.doctor import diagnose, report
 from foreroute.runtime.store.offload import OffloadedModel, offload
 
 ROOT = Path(__file__).parents[1]

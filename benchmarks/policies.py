@@ -14,10 +14,10 @@ from json import loads
 from pathlib import Path
 from typing import Any
 
-from replayed_routing import read_routes
+from replayed_routing import read_steps
 from simulator_agreement import shape_of
 
-from foreroute.data.routes import ReadOptions, Route
+from foreroute.data.routes import Route, read_route
 from foreroute.estimators.artifacts import write_json
 from foreroute.estimators.console import run_command
 from foreroute.runtime.planning.machine import MachineProfile, find_profile
@@ -30,7 +30,7 @@ from foreroute.runtime.simulator import (
     bounds,
     simulate,
 )
-from foreroute.runtime.simulator.cli import predictions_of, read_any, without_first
+from foreroute.runtime.simulator.cli import predictions_of, without_first
 from foreroute.runtime.simulator.replay import Replay
 
 ROOT = Path(__file__).parents[1]
@@ -74,7 +74,7 @@ def main(
         json: The rows to write.
     """
     machine = find_profile("h100-pcie5")
-    route = read_any(routes, ReadOptions())
+    route = read_route(routes)
     scenario = _scenario(route, machine)
     near = SimulatedPredictor().predict(route, max(HORIZONS))
     scenario = dataclasses.replace(scenario, predictions=near)
@@ -174,7 +174,7 @@ def _other_predictors(scenario: Scenario) -> list[dict[str, Any]]:
 def _shapes(routes: Path) -> list[dict[str, Any]]:
     """The GPU's rule where experts are fewer and larger, x on demand, from cold slots."""
     cells = [row for row in loads(DECODE_GPU.read_text())["rows"] if row["batch"] == 1]
-    recorded, machine = read_routes(routes), find_profile("h100-engine")
+    recorded, machine = read_steps(routes), find_profile("h100-engine")
     rows = []
     for label in dict.fromkeys(row["shape"] for row in cells):
         shape = shape_of(label, [row for row in cells if row["shape"] == label], recorded)
@@ -208,7 +208,7 @@ def _shapes(routes: Path) -> list[dict[str, Any]]:
 
 def _bundled(traces: Path, bundle: Path, machine: MachineProfile) -> dict[str, Rows]:
     """The bundled model's routing, as if its layers and experts had the reference model's size."""
-    route = read_any(traces, ReadOptions())
+    route = read_route(traces)
     said, seen = predictions_of(traces, bundle, 2)
     route, said = without_first(route, said, seen)
     scenario = dataclasses.replace(_scenario(route, machine), predictions=said)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 
 from foreroute.data.adapters import MoEModel
 from foreroute.data.adapters.seam import HANDLER_ATTRIBUTE
-from foreroute.data.routes import Route
+from foreroute.data.routes import ABSENT, Route, read_route
 from foreroute.runtime import Engine
 from foreroute.runtime.host.predictor import HostPredictor
 from foreroute.runtime.simulator import SimulatedPredictor
@@ -24,17 +22,12 @@ STEPS_BETWEEN_SEQUENCES = 17
 LEAST_PROBABILITY = 1e-3
 
 
-def read_routes(path: Path) -> Tensor:
-    """Decode steps of a route file, [steps, layers, k] int64, most weighted expert first."""
-    steps: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-    with path.open() as file:
-        rows = (line for line in file if not line.startswith("#"))
-        for row in csv.DictReader(rows):
-            if row["phase"] == "1":
-                steps[int(row["step"])][int(row["layer"])].append(int(row["expert"]))
-    num_layers = max(len(layers) for layers in steps.values())
-    whole = [steps[s] for s in sorted(steps) if len(steps[s]) == num_layers]
-    return torch.tensor([[step[layer] for layer in sorted(step)] for step in whole])
+def read_steps(path: Path) -> Tensor:
+    """Decode steps of a route file, [steps, layers, k] int64, in the order of the file."""
+    route = read_route(path)
+    ids = route.expert_ids[route.is_decode]
+    is_whole = (ids != ABSENT).all((1, 2))
+    return torch.from_numpy(ids[is_whole].astype(np.int64))
 
 
 def random_routes(num_steps: int, num_layers: int, num_experts: int, top_k: int) -> Tensor:

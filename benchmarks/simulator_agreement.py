@@ -20,14 +20,14 @@ from typing import Any
 
 import numpy as np
 from random_shapes import settings_of
-from replayed_routing import fit_routes, read_routes
+from replayed_routing import fit_routes, read_steps
 from torch import Tensor
 
 from foreroute.data.routes import Route
 from foreroute.estimators.console import run_command
-from foreroute.runtime.config import parse_slots
 from foreroute.runtime.planning.machine import MachineProfile, find_profile
 from foreroute.runtime.policies import find_policy, find_prefetch_rule
+from foreroute.runtime.policies.slots import parse_slots
 from foreroute.runtime.simulator import LinkTimes, Predictions, SimulatedPredictor
 from foreroute.runtime.simulator.replay import Replay
 
@@ -89,7 +89,7 @@ def main(
         out: Where the rows go.
     """
     rows = [row for row in _read(results)["rows"] if row["batch"] == 1]
-    recorded, machine = read_routes(routes), find_profile(profile)
+    recorded, machine = read_steps(routes), find_profile(profile)
     print(f"{machine.describe()}\n\nms, mean of the same tokens (medians in brackets)\n")
     print("| shape | arm | slots | hits | simulated | TPOT | simulated | ratio |")
     print("|---|---|---|---|---|---|---|---|")

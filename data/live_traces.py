@@ -23,7 +23,7 @@ from foreroute.data.layout import Layout, shard_bytes, tokens_path
 from foreroute.data.manifest import MANIFEST_FILE, ShardEntry, TraceManifest
 from foreroute.data.packing import TokenSequence
 from foreroute.data.trace_writer import ShardRows
-from foreroute.data.traces import Traces
+from foreroute.data.traces import Traces, read_finished
 from foreroute.estimators.artifacts import write_json
 from foreroute.estimators.byte_sizes import format_bytes
 from foreroute.estimators.types import LayerAnchors
@@ -122,15 +122,15 @@ class LiveTraces(Traces):
         return cls(folder, manifest, moe.found_anchors, collection, prompts, buffer_bytes)
 
     @classmethod
-    def reopen(
-        cls, folder: Path, manifest: TraceManifest, anchors: LayerAnchors | None
-    ) -> LiveTraces:
+    def open(cls, folder: Path) -> LiveTraces:
         """Load the model again, to go on reading.
 
         Raises:
             FileNotFoundError: If model or dataset are not there any more.
             ValueError: If one of them is not the same.
         """
+        folder = Path(folder)
+        manifest, anchors = read_finished(folder)
         device = resolve_device(manifest.device)
         model = load_model(
             manifest.model, dtype=manifest.dtype, device=device, revision=manifest.revision or None

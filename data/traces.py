@@ -59,26 +59,16 @@ class Traces:
 
     @classmethod
     def open(cls, folder: Path) -> Traces:
-        """Open a trace folder; live traces load the model that they were made of.
+        """Open a folder of stored traces; `opening.open_traces` opens any.
 
         Raises:
             FileNotFoundError: If there are no traces, or a shard is missing; names it.
-            ValueError: If they are unfinished or damaged; names the file and what to do.
+            ValueError: If they are unfinished, damaged or live; names the file and what to do.
         """
-        folder = Path(folder)
-        manifest = read_manifest(folder)
-        if not manifest.is_complete:
-            raise ValueError(
-                f"{folder} is unfinished ({manifest.num_tokens} of {manifest.tokens} tokens). "
-                "Run the same collect-traces command again; it goes on where it stopped."
-            )
-        manifest.require_whole(folder)
-        anchors = _read_anchors(folder, manifest)
+        manifest, anchors = read_finished(folder)
         if manifest.live_sha256:
-            from foreroute.data.live_traces import LiveTraces  # it builds on this module
-
-            return LiveTraces.reopen(folder, manifest, anchors)
-        return cls(folder, manifest, anchors)
+            raise ValueError(f"{folder} stores no traces: they are made of a model while it runs.")
+        return cls(Path(folder), manifest, anchors)
 
     @property
     def geometry(self) -> MoEGeometry:
@@ -214,6 +204,24 @@ class Traces:
                     f"{self.folder / name} is damaged (its sha256 is not the recorded one). "
                     f"{REMEDY}"
                 )
+
+
+def read_finished(folder: Path) -> tuple[TraceManifest, LayerAnchors | None]:
+    """What finished traces say of themselves, and the copies of the model's routers.
+
+    Raises:
+        FileNotFoundError: If there are no traces, or a shard is missing; names it.
+        ValueError: If they are unfinished or damaged; names the file and what to do.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if not manifest.is_complete:
+        raise ValueError(
+            f"{folder} is unfinished ({manifest.num_tokens} of {manifest.tokens} tokens). "
+            "Run the same collect-traces command again; it goes on where it stopped."
+        )
+    manifest.require_whole(folder)
+    return manifest, _read_anchors(folder, manifest)
 
 
 def _read_anchors(folder: Path, manifest: TraceManifest) -> LayerAnchors | None:

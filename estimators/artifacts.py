@@ -36,6 +36,13 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     partial.replace(path)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write text so that a reader never sees half of it; its folder exists."""
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    partial.write_text(text)
+    partial.replace(path)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 

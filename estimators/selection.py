@@ -34,6 +34,24 @@ def router_scores(router_logits: Tensor, family: GateFamily) -> Tensor:
     return logits.softmax(dim=-1)
 
 
+def nearly_chosen(router_logits: Tensor, top_k: int) -> Tensor:
+    """How near a router came to choosing each expert: a guess at what the next token will use.
+
+    Args:
+        router_logits: [*, E], float.
+        top_k: K, experts of a token.
+
+    Returns:
+        [*, E], float32, 0..1: K times the softmax's share, at most 1.
+
+    Example:
+        >>> import torch
+        >>> nearly_chosen(torch.tensor([1.0, 1.0, 1.0, 1.0]), top_k=2)
+        tensor([0.5000, 0.5000, 0.5000, 0.5000])
+    """
+    return router_logits.float().softmax(dim=-1).mul(top_k).clamp(max=1)
+
+
 def selection_scores(router_logits: Tensor, family: GateFamily, selection_bias: Tensor) -> Tensor:
     """What the experts of a model with a selection bias are chosen by (DeepSeek-V3 and its kin).
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from foreroute.data.manifest import MANIFEST_FILE
+from foreroute.data.opening import open_traces
 from foreroute.data.traces import Traces
 from foreroute.estimators.artifacts import new_folder, require_free, sha256_of, write_command
 from foreroute.estimators.calibration import uncalibrated
@@ -69,7 +70,7 @@ def export_estimator(
     finished = runs[run.name]
     for name, other in runs.items():
         require_comparable(finished, other, name)
-    traces = open_traces(finished, traces_path)
+    traces = traces_of(finished, traces_path)
     for name, other in runs.items():
         check_claims(other, traces, name)
     parts = split_held_out(finished.plan.split.held_out)
@@ -97,7 +98,7 @@ def export_estimator(
     return manifest
 
 
-def open_traces(finished: FinishedRun, traces_path: Path | None) -> Traces:
+def traces_of(finished: FinishedRun, traces_path: Path | None) -> Traces:
     """Open the traces a run was trained on.
 
     Raises:
@@ -106,7 +107,7 @@ def open_traces(finished: FinishedRun, traces_path: Path | None) -> Traces:
     """
     path = traces_path or Path(finished.plan.traces)
     try:
-        traces = Traces.open(path)
+        traces = open_traces(path)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error} Say where the run's traces are with --traces.") from error
     if sha256_of(path / MANIFEST_FILE) != finished.plan.traces_sha256:

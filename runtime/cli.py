@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,6 +126,7 @@ def bench(
     new_tokens: int = 64,
     repeats: int = 2,
     json: Path | None = None,
+    html: Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
     expert_dtype: str = "auto",
@@ -143,6 +145,7 @@ def bench(
         new_tokens: Tokens generated after each, and forced for perplexity.
         repeats: Times every prompt is run, after one warm-up.
         json: Write the results here too.
+        html: Draw them here, as one page that needs nothing from elsewhere.
         device: auto, cpu or cuda.
         dtype: auto, float32, bfloat16 or float16.
         expert_dtype: How experts are stored: auto (as the checkpoint has them, exact), bf16, fp8,
@@ -153,11 +156,12 @@ def bench(
     from rich.progress import Progress
 
     from foreroute.data.adapters import discover, load_model, load_tokenizer, resolve_device
-    from foreroute.estimators.artifacts import package_versions, write_json
+    from foreroute.estimators.artifacts import package_versions, write_json, write_text
     from foreroute.export.bundle import load_bundle
     from foreroute.runtime import bench as measure
-    from foreroute.runtime.config import EngineConfig, parse_slots
-    from foreroute.runtime.slot_plan import plan_slots
+    from foreroute.runtime.config import EngineConfig
+    from foreroute.runtime.planning.slot_plan import plan_slots
+    from foreroute.runtime.policies.slots import parse_slots
     from foreroute.runtime.store.checkpoint import Checkpoint
     from foreroute.runtime.store.offload import offload
 
@@ -213,16 +217,22 @@ def bench(
             console.print(note)
     if target.type == "cpu":
         console.print(CPU_NOTE)
+    settings = {
+        "device": str(target),
+        "versions": package_versions(),
+        "model": geometry.to_dict(),
+        "expert_slots": slots,
+        "expert_bytes": offloaded.expert_bytes,
+    }
+    found = settings | measure.to_json(results)
     if json is not None:
-        settings = {
-            "device": str(target),
-            "versions": package_versions(),
-            "model": geometry.to_dict(),
-            "expert_slots": slots,
-            "expert_bytes": offloaded.expert_bytes,
-        }
-        write_json(json, settings | measure.to_json(results))
+        write_json(json, found)
         console.print(str(json), soft_wrap=True)
+    if html is not None:
+        from foreroute.export.report.bench_page import bench_page
+
+        write_text(html, bench_page(found, title, shlex.join(sys.argv)))
+        console.print(str(html), soft_wrap=True)
 
 
 def doctor(
@@ -241,7 +251,7 @@ def doctor(
     """
     from rich.console import Console
 
-    from foreroute.runtime.doctor import diagnose, report
+    from foreroute.runtime.planning.doctor import diagnose, report
 
     found = diagnose(model, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
     Console().print(report(found))
@@ -432,7 +442,9 @@ def main() -> None:
     """Entry point of `foreroute`."""
     from foreroute.data.cli import collect
     from foreroute.export.report.cli import report
+    from foreroute.runtime.evaluation.cli import evaluate
     from foreroute.runtime.serving.cli import serve
+    from foreroute.runtime.tune.cli import tune
 
     run_command(
         "foreroute",
@@ -446,6 +458,8 @@ def main() -> None:
             "profile": profile,
             "report": report,
             "serve": serve,
+            "evaluate": evaluate,
+            "tune": tune,
         },
     )
 

@@ -104,33 +104,3 @@ class EngineConfig:
     def is_exact(self) -> bool:
         """Whether the output is that of the unchanged model."""
         return self.on_miss == "fetch"
-
-
-def parse_slots(text: str | int, *, num_experts: int, top_k: int) -> int:
-    """Turn `8` or `25%` into slots per layer.
-
-    Args:
-        text: A number of slots, or a share of the experts with a percent sign.
-        num_experts: E.
-        top_k: K; fewer slots could not hold one token's experts.
-
-    Raises:
-        ValueError: If it is not a number, or the slots do not lie in top_k..num_experts.
-    """
-    word = str(text).strip()
-    try:
-        slots = round(float(word[:-1]) / 100 * num_experts) if word.endswith("%") else int(word)
-    except ValueError:
-        raise ValueError(
-            f"expert_slots must be a number or a percentage such as 25%, not {text!r}."
-        ) from None
-    if slots > num_experts:
-        raise ValueError(
-            f"expert_slots {text} is {slots} slots, more than the {num_experts} experts of a layer."
-        )
-    if slots < top_k:
-        raise ValueError(
-            f"expert_slots {text} is {slots} of {num_experts} experts, fewer than the {top_k} that "
-            f"one token needs; give at least {top_k}."
-        )
-    return slots

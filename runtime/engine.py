@@ -21,7 +21,7 @@ from foreroute.runtime.config import EngineConfig
 from foreroute.runtime.driver import Driver
 from foreroute.runtime.host.driver import HostDriver
 from foreroute.runtime.look_ahead import LookAhead
-from foreroute.runtime.slot_plan import plan_slots, read_recording
+from foreroute.runtime.planning.slot_plan import plan_slots, read_recording
 from foreroute.runtime.stats import RuntimeStats
 from foreroute.runtime.store.offload import OffloadedModel, load_offloaded
 from foreroute.runtime.streamer import TimingStreamer

@@ -24,8 +24,9 @@ from foreroute.runtime.device.kernels.predict import predict_logits, rank_expert
 from foreroute.runtime.device.kernels.products import expert_products
 from foreroute.runtime.device.kernels.quasi_hidden import add_expected_output
 from foreroute.runtime.device.kernels.rotary import rotate
-from foreroute.runtime.device.kernels.tables import LRU, ResidencyTables, lrfu
+from foreroute.runtime.device.kernels.tables import ResidencyTables
 from foreroute.runtime.device.kernels.top_k import softmax_top_k
+from foreroute.runtime.policies import find_policy
 from foreroute.runtime.store.encodings import (
     EncodedParameter,
     EncodedWeights,
@@ -78,7 +79,7 @@ def call_everything() -> None:
     tables = ResidencyTables.empty(16, 8, "cpu")
     copies = torch.zeros(3, 4, dtype=torch.int32)
     places = torch.zeros(2, 4, dtype=torch.int32)
-    for rule in (lrfu(20.0), LRU):
+    for rule in (find_policy("lrfu").device_rule(), find_policy("lru").device_rule()):
         plan(ids, tables, rule, copies, places=places)
         plan(ids, tables, rule, copies, is_prefetch=True)
         plan(ids, tables, rule, copies, is_prefetch=True, behind=tables.progress)

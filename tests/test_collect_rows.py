@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from foreroute.data.adapters import load_tokenizer
-from foreroute.data.collect import collect_traces
+from foreroute.data.collect import CollectRequest, collect_traces
 from foreroute.data.layout import DECODE, PREFILL
 from foreroute.data.live_traces import LiveTraces
+from foreroute.data.opening import open_traces
 
 LENGTH = 16
 
@@ -51,8 +52,6 @@ def test_rows_that_a_model_continued_are_recorded_as_they_are(tiny_moe, tmp_path
 
 
 def test_live_traces_know_the_same_rows(tiny_moe, tmp_path):
-    from foreroute.data.collect import CollectRequest
-
     rows = [{"input_ids": ids} for ids in rows_of_ids(6)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     request = CollectRequest(
@@ -67,7 +66,7 @@ def test_live_traces_know_the_same_rows(tiny_moe, tmp_path):
     live = LiveTraces.begin(tiny_moe.moe, tokenizer, manifest, tmp_path / "live")
     phases = torch.cat([live.tokens(shard.shard_idx).phases for shard in live.manifest.shards])
     assert (phases == DECODE).sum() == 4 * (LENGTH - 5)
-    reopened = LiveTraces.reopen(tmp_path / "live", live.manifest, live.anchors)
+    reopened = open_traces(tmp_path / "live")
     assert torch.equal(reopened.tokens(0).token_ids, live.tokens(0).token_ids)
 
 

@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING
 from foreroute.data.adapters import discover
 from foreroute.data.adapters.discovery import discover_outline
 from foreroute.data.adapters.weightless import outline
-from foreroute.runtime.doctor import diagnose, report
+from foreroute.runtime.planning.doctor import diagnose, report
 
 
 def diagnose_tiny(folder, model_type, **overrides):

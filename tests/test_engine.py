@@ -13,11 +13,11 @@ from transformers import TextIteratorStreamer
 
 from foreroute.estimators import EstimatorStack
 from foreroute.export.bundle import PairEntry, save_bundle
-from foreroute.runtime import Engine, EngineConfig, slot_plan
-from foreroute.runtime.config import parse_slots
+from foreroute.runtime import Engine, EngineConfig
 from foreroute.runtime.host import layer as layer_module
 from foreroute.runtime.host.transfers import ImmediateTransfers
-from foreroute.runtime.planning.planner import RESERVE_BYTES
+from foreroute.runtime.planning import slot_plan
+from foreroute.runtime.policies.slots import RESERVE_BYTES, parse_slots
 from foreroute.runtime.store.offload import OffloadedModel, offload
 
 PROMPT_SHAPES = [(1, 1), (1, 17), (3, 5), (2, 40)]

@@ -35,8 +35,11 @@ def test_a_route_file_is_read_and_folded_to_another_shape(tmp_path: Path) -> Non
     lines = [f"0,1,{s},{la},{i},{e},0.5,0,1" for s, la, es in rows for i, e in enumerate(es)]
     path = tmp_path / "route.csv"
     path.write_text("\n".join(["# a comment", header, "0,0,0,0,0,1,1,0,1", *lines]) + "\n")
-    routes = replayed_routing.read_routes(path)
-    assert routes.tolist() == [[[5, 9], [2, 6]], [[1, 3], [0, 4]]]  # step 3 is not whole
+    routes = replayed_routing.read_steps(path)
+    assert routes.tolist() == [
+        [[5, 9], [2, 6]],
+        [[1, 3], [0, 4]],
+    ]  # step 3 is not whole
     moe = SimpleNamespace(geometry=SimpleNamespace(num_layers=2, num_experts=4, top_k=2))
     fitted = replayed_routing.fit_routes(routes, moe, batch=2)
     assert fitted[0, :, 0].tolist() == [[1, 0], [2, 0]]  # 5 and 9 are both expert 1 of 4

@@ -19,16 +19,14 @@ from foreroute.runtime.device.kernels.plan import plan, plan_reference
 from foreroute.runtime.device.kernels.products import expert_products, expert_products_reference
 from foreroute.runtime.device.kernels.tables import (
     HEAD,
-    LFU,
-    LRU,
     TAIL,
     TAILS,
     WASTED_HEADS,
     WHOLE,
     ResidencyTables,
-    ScoreRule,
-    lrfu,
 )
+from foreroute.runtime.policies import find_policy
+from foreroute.runtime.policies.eviction import ScoreRule
 from foreroute.runtime.store.encodings import (
     EXPERT_DTYPES,
     EncodedParameter,
@@ -41,6 +39,7 @@ from foreroute.runtime.store.encodings import (
 from foreroute.runtime.store.host_store import ParameterSpec, RowLayout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LRU, LFU, LRFU = (find_policy(name).device_rule() for name in ("lru", "lfu", "lrfu:5"))
 NUM_SEQUENCES = 1002 if torch.cuda.is_available() else 40
 
 
@@ -52,7 +51,7 @@ def no_copies(count: int) -> torch.Tensor:
     return torch.full((3, count), -1, dtype=torch.int32, device=DEVICE)
 
 
-@pytest.mark.parametrize("rule", [LRU, LFU, lrfu(5.0)], ids=["lru", "lfu", "lrfu"])
+@pytest.mark.parametrize("rule", [LRU, LFU, LRFU], ids=["lru", "lfu", "lrfu"])
 def test_plans_agree_with_the_reference_over_random_residency_sequences(rule: ScoreRule) -> None:
     for seed in range(NUM_SEQUENCES // 3):
         generator = torch.Generator().manual_seed(seed)
@@ -159,8 +158,8 @@ def test_heads_agree_with_the_reference_over_random_residency_sequences(num_toke
             assert torch.equal(both[1].cpu(), both[0])
             size = (5, ids.numel())
             both = [torch.full(size, -7, dtype=torch.int32, device=d) for d in ("cpu", DEVICE)]
-            plan_reference(ids, expected, lrfu(5.0), both[0][:3], places=both[0][3:])
-            plan(ids.to(DEVICE), got, lrfu(5.0), both[1][:3], places=both[1][3:])
+            plan_reference(ids, expected, LRFU, both[0][:3], places=both[0][3:])
+            plan(ids.to(DEVICE), got, LRFU, both[1][:3], places=both[1][3:])
             assert torch.equal(both[1].cpu(), both[0])
             for name, tensor in vars(expected).items():
                 torch.testing.assert_close(vars(got)[name].cpu(), tensor, rtol=1e-5, atol=1e-6)

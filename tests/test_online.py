@@ -8,7 +8,7 @@ import torch
 from foreroute.data.adapters import discover, load_model, load_tokenizer
 from foreroute.data.collect import CollectRequest, collect_traces
 from foreroute.data.live_traces import LiveTraces
-from foreroute.data.traces import Traces
+from foreroute.data.opening import open_traces
 from foreroute.estimators import EstimatorSpec
 from foreroute.estimators.artifacts import read_json
 from foreroute.export.export import export_estimator
@@ -158,7 +158,7 @@ def test_the_command_trains_without_traces_and_export_runs_the_model_again(
     assert "none on the disk" in printed
     metrics = read_json(tmp_path / "run" / "metrics.json")
     assert metrics["num_held_out_tokens"] == 3 * 512
-    assert isinstance(Traces.open(tmp_path / "run.live"), LiveTraces)
+    assert isinstance(open_traces(tmp_path / "run.live"), LiveTraces)
     manifest = export_estimator(tmp_path / "run", tmp_path / "bundle")
     assert len(manifest.pairs) == 3
 
@@ -174,7 +174,7 @@ def test_other_text_than_the_run_was_trained_on_is_refused(
     for path in texts.iterdir():
         path.write_text(path.read_text().replace("parse", "sparse"))
     with pytest.raises(ValueError, match=r"dataset .* has changed since"):
-        Traces.open(traces.folder)
+        open_traces(traces.folder)
 
 
 @pytest.mark.parametrize("given", [[], ["--traces", "a", "--model", "bundled"]])

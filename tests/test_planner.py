@@ -4,17 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from tiny_models import tiny_model
 from transformers import Qwen3MoeConfig
 
 from foreroute.runtime.planning.machine import find_profile
 from foreroute.runtime.planning.model_size import ModelSize, measure_model
 from foreroute.runtime.planning.plan_report import run_plan
-from foreroute.runtime.planning.planner import (
-    auto_slots,
-    hit_rate_at,
-    plan_choices,
-    prefill_group,
-)
+from foreroute.runtime.planning.planner import hit_rate_at, plan_choices
+from foreroute.runtime.policies.slots import auto_slots, cache_values, prefill_group
 
 GIB = 2**30
 
@@ -47,6 +45,17 @@ def test_a_configuration_alone_gives_the_sizes(big: Path) -> None:
     assert size.all_expert_params == pytest.approx(28.99e9, rel=0.01)
     assert size.other_params == pytest.approx(1.54e9, rel=0.01)
     assert measure_model(str(big / "config.json")).expert_params == size.expert_params
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "deepseek_v3", "jamba"])
+def test_as_many_keys_and_values_are_counted_as_transformers_keeps(model_type: str) -> None:
+    model, num_tokens = tiny_model(model_type), 5
+    with torch.no_grad():
+        cache = model(torch.ones(1, num_tokens, dtype=torch.long), use_cache=True).past_key_values
+    kept = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    text = model.config.get_text_config()
+    counted = num_tokens * cache_values(text, text.num_hidden_layers)
+    assert sum(layer.keys.numel() + layer.values.numel() for layer in kept) == counted
 
 
 def test_auto_slots_fills_what_is_free() -> None:

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from foreroute.data.manifest import MANIFEST_FILE
+from foreroute.data.opening import open_traces
 from foreroute.data.traces import Traces
 from foreroute.estimators import (
     SOURCE_FIELDS,
@@ -78,7 +79,7 @@ def train_estimator(
     """
     start = time.monotonic()
     chosen = choose_device(device)
-    traces = source if isinstance(source, Traces) else Traces.open(source)
+    traces = source if isinstance(source, Traces) else open_traces(source)
     plan = plan_run(traces, spec, config)
     vectors = train_default_vectors(traces, plan)
     torch.manual_seed(config.seed)

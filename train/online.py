@@ -8,6 +8,7 @@ from foreroute.data.adapters import discover, load_model, load_tokenizer, resolv
 from foreroute.data.collect import CollectRequest
 from foreroute.data.live_traces import BUFFER_BYTES, LiveTraces
 from foreroute.data.manifest import MANIFEST_FILE
+from foreroute.data.opening import open_traces
 from foreroute.data.traces import Traces
 from foreroute.estimators import InputKind
 from foreroute.estimators.artifacts import require_free
@@ -56,7 +57,7 @@ def open_live_traces(
     """
     folder = out.with_name(out.name + LIVE_SUFFIX)
     if resume and (folder / MANIFEST_FILE).is_file():
-        return Traces.open(folder)
+        return open_traces(folder)
     request = CollectRequest(
         out=folder,
         model=model,

@@ -150,7 +150,9 @@ def discover_outline(model: Any, model_name: str = "") -> MoEModel:
         make_up_numbers(model, but_not=all_experts.values())
     try:
         return discover(model, model_name)
-    except (RuntimeError, TypeError, IndexError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # whatever values that cannot be end in
         raise ValueError(
             f"{model_name} ({model.config.model_type}) cannot be followed without its weights: its "
             f"forward pass fails on made-up numbers ({error}). Load it with Engine.from_pretrained."

@@ -12,6 +12,7 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 
+from foreroute.data.adapters.config_file import check_config_file
 from foreroute.data.adapters.model_class import auto_class, writing_part
 from foreroute.data.adapters.weight_files import find_weight_files
 
@@ -129,14 +130,21 @@ def load_config(name: str, **hub: Unpack[HubSettings]) -> Any:
             transformers has no model of it that writes text.
     """
     from transformers import AutoConfig  # lazily: transformers' auto classes import scikit-learn
+    from transformers.utils import CONFIG_NAME, cached_file
 
-    source = resolve_model(name)
+    source, settings = resolve_model(name), hub | {"revision": hub.get("revision") or "main"}
+    trusted = settings.pop("trust_remote_code", False)
     try:
-        config = AutoConfig.from_pretrained(
-            source, **(hub | {"revision": hub.get("revision") or "main"})
-        )
+        file = cached_file(source, CONFIG_NAME, **settings)
+    except (OSError, ValueError) as error:
+        raise ValueError(_unreadable(name, error)) from error
+    check_config_file(Path(file))
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trusted, **settings)
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(_unreadable(name, error)) from error
+    except Exception as error:  # each model's config checks its fields in its own way
+        raise ValueError(f"{file} cannot be used: {' '.join(str(error).split())}") from error
     config = writing_part(config)
     auto_class(config, name)  # or it raises
     return config

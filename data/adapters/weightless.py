@@ -48,17 +48,19 @@ def outline(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False)
     Raises:
         ValueError: If transformers cannot build a model from it.
     """
+    model_class = auto_class(config)
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         del config.quantization_config
     try:
         with torch.device("meta"):
-            model = auto_class(config).from_config(
+            model = model_class.from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
-    except (TypeError, AttributeError, KeyError, IndexError) as error:
+    except Exception as error:  # whatever a value that cannot be ends in
+        said = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"Transformers cannot build a {config.model_type} model from this config: {error}."
+            f"Transformers cannot build a {config.model_type} model from this config: {said}."
         ) from error
     finally:
         if quantization is not None:

@@ -3,5 +3,15 @@
 from foreroute.data.routes.assemble import ReadOptions
 from foreroute.data.routes.registry import READERS, RouteReader, read_route
 from foreroute.data.routes.route import ABSENT, Ids, Route
+from foreroute.data.routes.traces import GUESSES_PER_EXPERT
 
-__all__ = ["ABSENT", "READERS", "Ids", "ReadOptions", "Route", "RouteReader", "read_route"]
+__all__ = [
+    "ABSENT",
+    "GUESSES_PER_EXPERT",
+    "READERS",
+    "Ids",
+    "ReadOptions",
+    "Route",
+    "RouteReader",
+    "read_route",
+]

@@ -16,6 +16,7 @@ from foreroute.data.routes.tables import (
     read_activation_list,
     read_table,
 )
+from foreroute.data.routes.traces import is_traces, read_traces
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,12 @@ class RouteReader:
 
 
 READERS: list[RouteReader] = [
+    RouteReader(
+        kind="traces",
+        about="a folder that collect-traces wrote",
+        matches=is_traces,
+        read=read_traces,
+    ),
     RouteReader(
         kind="arrays",
         about="routed_experts of vLLM or SGLang, [tokens, layers, top_k]: .npy, .npz, .safetensors",
@@ -58,18 +65,15 @@ READERS: list[RouteReader] = [
         read=read_activation_list,
     ),
 ]
-"""In the order they are tried; command lines add foreroute's own traces."""
+"""In the order they are tried."""
 
 
-def read_route(
-    path: Path | str, options: ReadOptions | None = None, readers: list[RouteReader] | None = None
-) -> Route:
+def read_route(path: Path | str, options: ReadOptions | None = None) -> Route:
     """Read recorded routing of any known kind.
 
     Args:
         path: File or folder.
         options: What the file itself does not say.
-        readers: Kinds to try; `READERS` if None.
 
     Raises:
         FileNotFoundError: If there is nothing.
@@ -78,9 +82,8 @@ def read_route(
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"There is no recorded routing at {path}.")
-    known = READERS if readers is None else readers
-    for reader in known:
+    for reader in READERS:
         if reader.matches(path):
             return reader.read(path, options or ReadOptions())
-    kinds = "; ".join(f"{reader.kind} ({reader.about})" for reader in known)
+    kinds = "; ".join(f"{reader.kind} ({reader.about})" for reader in READERS)
     raise ValueError(f"{path} is no recorded routing of a known kind. Known: {kinds}.")

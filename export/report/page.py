@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from foreroute.export.report.document import document, picture, table
 from foreroute.export.report.gather import Measured
 from foreroute.export.report.learning_curve import CurvePoint
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1050px; margin: 2em auto; padding: 0 1em }
-img { max-width: 100% } figure { margin: 2em 0 } figcaption { color: #444 }
-table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums }
-th, td { padding: 2px 9px; text-align: right; border-bottom: 1px solid #ddd }
-th { border-bottom: 2px solid #888 } th:first-child, td:first-child { text-align: left }
-div.wide { overflow-x: auto } pre { background: #f4f4f4; padding: 1em; white-space: pre-wrap }
-"""
 
 
 def render(
@@ -36,7 +27,10 @@ def render(
         folder: Where the pictures are.
         command: What was typed, when, on which versions.
     """
-    pictures = "".join(_picture(folder / name, text) for name, text in captions.items())
+    pictures = "".join(
+        picture(Path(name).stem, (folder / name).read_bytes(), text)
+        for name, text in captions.items()
+    )
     parts = [
         f"<h1>{html.escape(measured.title)}</h1>",
         f"<p>Measured on {measured.num_tokens:,} held-out tokens of {measured.num_sequences} "
@@ -58,20 +52,7 @@ def render(
     if curve:
         parts += ["<h3>Learning curve</h3>", _curve(curve)]
     parts += ["<h2>Made by</h2>", f"<pre>{html.escape(command)}</pre>"]
-    title = html.escape(f"foreroute report: {measured.title}")
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{STYLE}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
-    )
-
-
-def _picture(path: Path, caption: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    text = html.escape(caption)
-    return (
-        f'<figure id="{path.stem}"><img alt="{text}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{text}</figcaption></figure>\n"
-    )
+    return document(f"foreroute report: {measured.title}", parts)
 
 
 def _summary(measured: Measured) -> str:
@@ -112,7 +93,7 @@ def _summary(measured: Measured) -> str:
         f"one half are fetched. µs: one token, one layer, called from Python, {measured.device}; "
         "without the making of what it reads.</p>"
     )
-    return _table(heads, rows) + note
+    return table(heads, rows) + note
 
 
 def _budgets(measured: Measured) -> str:
@@ -121,7 +102,7 @@ def _budgets(measured: Measured) -> str:
         [row.name, *(_mean(row.metrics.recall_at_budgets[budget]) for budget in budgets)]
         for row in measured.rows
     ]
-    return _table(["predictor", *(f"budget {budget}" for budget in budgets)], rows)
+    return table(["predictor", *(f"budget {budget}" for budget in budgets)], rows)
 
 
 def _by_layer(measured: Measured, columns: list[list[float]]) -> str:
@@ -131,7 +112,7 @@ def _by_layer(measured: Measured, columns: list[list[float]]) -> str:
         for pair, layer in enumerate(measured.layers)
     ]
     rows.append(["mean", *map(_mean, columns)])
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
 def _errors(measured: Measured) -> str:
@@ -145,23 +126,14 @@ def _errors(measured: Measured) -> str:
         for pair, layer in enumerate(measured.layers)
     ]
     rows.append(["mean", *map(_mean, columns)])
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
 def _curve(curve: Sequence[CurvePoint]) -> str:
     rows = [
         [point.form, f"{point.num_train_tokens:,}", f"{point.recall_at_k:.4f}"] for point in curve
     ]
-    return _table(["form", "training tokens", "recall"], rows)
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="wide">{table}</div>'
+    return table(["form", "training tokens", "recall"], rows)
 
 
 def _mean(values: Sequence[float]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from foreroute.estimators.artifacts import new_folder, require_free, write_command, write_json
 from foreroute.export.bundle import load_bundle
-from foreroute.export.export import load_comparable, open_traces
+from foreroute.export.export import load_comparable, traces_of
 from foreroute.export.report.gather import gather
 from foreroute.export.report.learning_curve import fit_curve
 from foreroute.export.report.page import render
@@ -54,7 +54,7 @@ def write_report(
     chosen = choose_device(device)
     runs = load_comparable([run, *also])
     first = runs[run.name]
-    traces = open_traces(first, traces_path)
+    traces = traces_of(first, traces_path)
     loaded = None if bundle is None else load_bundle(bundle)
     measured = gather(runs, traces, chosen, loaded)
     curve = fit_curve(first.plan, traces, chosen) if learning_curve else []

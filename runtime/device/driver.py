@@ -40,10 +40,10 @@ from foreroute.runtime.device.run_state import DeviceRun
 from foreroute.runtime.device.sampling import decode_loop
 from foreroute.runtime.hooks import watch_source_states
 from foreroute.runtime.look_ahead import LookAhead
-from foreroute.runtime.planning.planner import prefill_group
 from foreroute.runtime.policies import GiveUp, find_policy
 from foreroute.runtime.policies.give_up import LOOK_AHEAD, ON_DEMAND
 from foreroute.runtime.policies.prefetching import PRIOR_PREFETCHES
+from foreroute.runtime.policies.slots import prefill_group
 from foreroute.runtime.stats import PhaseStats, RuntimeStats
 from foreroute.runtime.store.offload import OffloadedModel
 

@@ -12,9 +12,10 @@ from foreroute.runtime.device.kernels.demand import Demand
 from foreroute.runtime.device.kernels.fetch import WORD, fetch
 from foreroute.runtime.device.kernels.head import plan_head
 from foreroute.runtime.device.kernels.plan import plan
-from foreroute.runtime.device.kernels.tables import ResidencyTables, ScoreRule
+from foreroute.runtime.device.kernels.tables import ResidencyTables
 from foreroute.runtime.device.run_state import DeviceRun
 from foreroute.runtime.policies import EvictionPolicy, LayerState
+from foreroute.runtime.policies.eviction import ScoreRule
 from foreroute.runtime.store.host_store import RowLayout
 
 FETCH_BLOCKS = 16

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from foreroute.runtime.device.kernels.activation import ExpertForm
 from foreroute.runtime.device.kernels.fetch import BLOCK_WORDS, WORD
-from foreroute.runtime.device.kernels.tables import ScoreRule
 from foreroute.runtime.device.predictor import DevicePredictor
 from foreroute.runtime.driver import RunState
+from foreroute.runtime.policies.eviction import ScoreRule
 
 
 @dataclass(kw_only=True)

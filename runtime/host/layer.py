@@ -14,13 +14,14 @@ from foreroute.data.adapters import (
     stock_experts_function,
     unweighted_outputs,
 )
+from foreroute.data.routes import GUESSES_PER_EXPERT
+from foreroute.estimators.selection import nearly_chosen
 from foreroute.runtime.host.predictor import HostPredictor, Prediction, distinct, most_wanted
 from foreroute.runtime.host.residency import HostResidency
 from foreroute.runtime.host.run_state import HostRun
 from foreroute.runtime.host.slot_cache import EMPTY
 from foreroute.runtime.host.speculation import gate_weights_of, without_missing
 
-NEARLY_CHOSEN = 2  # experts credited per expert chosen
 GATHER_LIMIT_BYTES = 64 * 2**20  # batched_mm copies a token's experts: bound what one call copies
 
 
@@ -87,8 +88,8 @@ class HostLayer:
     def _expect_next(self, top_k: int) -> None:
         """Credit what the router nearly chose: the next token may."""
         assert self.router_logits is not None  # the engine hooks the router under this policy
-        chances = self.router_logits.float().softmax(-1).mul(top_k).clamp(max=1).amax(0)  # [E]
-        best = chances.topk(min(NEARLY_CHOSEN * top_k, len(chances)))
+        chances = nearly_chosen(self.router_logits, top_k).amax(0)  # [E], of any of the tokens
+        best = chances.topk(min(GUESSES_PER_EXPERT * top_k, len(chances)))
         self.residency.cache.state.expect(best.indices.tolist(), best.values.tolist())
 
     def _decode(self, router_input: Tensor, expert_ids: Tensor, gate_weights: Tensor) -> Tensor:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
-from foreroute.data.adapters import load_config
-from foreroute.data.adapters.model_class import auto_class
+from foreroute.data.adapters import discover, load_config
+from foreroute.data.adapters.loading import HubSettings
 from foreroute.data.adapters.seam import is_experts_module
+from foreroute.data.adapters.weightless import outline
+from foreroute.runtime.policies.slots import cache_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,7 @@ class ModelSize:
     head_params: int
     """Of those, what a token reads once: the output head."""
     cache_values: int
-    """Keys and values kept per token of context, all layers, if every layer attends to all."""
+    """Keys and values kept per token of context, in all layers."""
     dtype_bytes: int
     """Per value, as the checkpoint has it."""
 
@@ -44,36 +46,30 @@ class ModelSize:
         return self.num_layers * self.num_experts * self.expert_params
 
 
-def measure_model(name: str, *, trust_remote_code: bool = False) -> ModelSize:
+def measure_model(name: str, **hub: Unpack[HubSettings]) -> ModelSize:
     """Build a model without memory and count.
 
     Args:
         name: `bundled`, a folder, a config.json, or a Hub id.
-        trust_remote_code: Run code that came with the checkpoint.
+        **hub: Where its files come from; see `HubSettings`.
 
     Raises:
         FileNotFoundError: If there is no such model.
-        ValueError: If it cannot be read, or has no experts.
+        ValueError: If it cannot be read, or has no experts that can be taken over.
     """
-    path = Path(name).expanduser()
-    folder = str(path.parent) if path.is_file() and path.name == "config.json" else name
-    config = load_config(folder, trust_remote_code=trust_remote_code)
-    try:
-        with torch.device("meta"):
-            model = auto_class(config, name).from_config(
-                config, trust_remote_code=trust_remote_code
-            )
-    except ValueError as error:
-        first_line = str(error).splitlines()[0]
-        raise ValueError(f"{name} cannot be planned for: {first_line}") from error
+    config = load_config(model_folder(name), **hub)
+    dtype = config.dtype or config.get_text_config().dtype or torch.bfloat16
+    model = outline(config, dtype, trust_remote_code=hub.get("trust_remote_code", False))
     text = config.get_text_config()
     experts = [module for module in model.modules() if is_experts_module(module)]
     stacked = [m for m in experts if any(p.ndim >= 2 for p in m.parameters(recurse=False))]
     if not stacked:
-        raise ValueError(f"{name} ({config.model_type}) has no experts that can be offloaded.")
+        discover(model, name)  # says why there are none
     rows = [list(module.parameters(recurse=False)) for module in stacked]
     num_experts = max(p.shape[0] for p in rows[0])
     expert_params = max(sum(p.numel() for p in row) // num_experts for row in rows)
+    if not expert_params:
+        raise ValueError(f"{name} ({config.model_type}) cannot be planned for: experts of size 0.")
     in_experts = sum(p.numel() for row in rows for p in row)
     other = sum(p.numel() for p in model.parameters()) - in_experts
     embedding = _params(model.get_input_embeddings())
@@ -91,9 +87,15 @@ def measure_model(name: str, *, trust_remote_code: bool = False) -> ModelSize:
         other_params=other,
         layer_params=max(0, other - outside) // layers,
         head_params=head_params,
-        cache_values=_cache_values(text, layers),
+        cache_values=cache_values(text, layers),
         dtype_bytes=_dtype_bytes(config),
     )
+
+
+def model_folder(name: str) -> str:
+    """What a user calls a model, where a config.json stands for its folder."""
+    path = Path(name).expanduser()
+    return str(path.parent) if path.is_file() and path.name == "config.json" else name
 
 
 def _params(module: Any) -> int:
@@ -108,17 +110,6 @@ def _top_k(text: Any) -> int:
     raise ValueError(
         f"The configuration of {text.model_type} does not say how many experts a token uses."
     )
-
-
-def _cache_values(text: Any, layers: int) -> int:
-    """Values per token of context: keys and values of every layer, or MLA's compressed ones."""
-    rank = getattr(text, "kv_lora_rank", None)
-    if rank:
-        return layers * int(rank + getattr(text, "qk_rope_head_dim", 0))
-    heads = int(getattr(text, "num_attention_heads", 1))
-    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
-    width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
-    return 2 * layers * kv_heads * width
 
 
 def _dtype_bytes(config: Any) -> int:

@@ -6,9 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from foreroute.data.adapters.loading import HubSettings
 from foreroute.estimators.byte_sizes import parse_bytes
+from foreroute.runtime.planning.doctor import diagnose
 from foreroute.runtime.planning.machine import find_profile
-from foreroute.runtime.planning.model_size import ModelSize, measure_model
+from foreroute.runtime.planning.model_size import ModelSize, measure_model, model_folder
 from foreroute.runtime.planning.planner import PlanChoice, assumptions, command_line, plan_choices
 
 if TYPE_CHECKING:
@@ -24,20 +26,23 @@ def run_plan(
     profile: str,
     context: int,
     json: Path | None,
-    trust_remote_code: bool,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> None:
     """Plan a run and print it; takes the command's flags.
 
     Raises:
         FileNotFoundError: If there is no such model.
-        ValueError: If something cannot be read.
+        ValueError: If something cannot be read, or doctor refuses the model.
     """
     from rich.console import Console
 
     if context < 1:
         raise ValueError(f"context must be at least 1 token, not {context}.")
     machine = find_profile(profile)
-    size = measure_model(model, trust_remote_code=trust_remote_code)
+    hub: HubSettings = {"revision": revision, "trust_remote_code": trust_remote_code}
+    diagnose(model_folder(model), revision=revision, trust_remote_code=trust_remote_code)
+    size = measure_model(model, **hub)
     memory = {"gpu_bytes": parse_bytes(gpu_memory), "host_bytes": parse_bytes(host_memory)}
     choices = plan_choices(size, machine, **memory, context=context)
     notes = assumptions(size, machine, context)

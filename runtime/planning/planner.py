@@ -7,19 +7,15 @@ from dataclasses import dataclass
 
 from foreroute.runtime.planning.machine import MachineProfile
 from foreroute.runtime.planning.model_size import ModelSize
+from foreroute.runtime.policies.slots import (
+    PREFILL_BYTES,
+    PREFILL_GROUP,
+    RESERVE_BYTES,
+    auto_slots,
+)
 
-RESERVE_BYTES = int(1.5 * 2**30)
-"""Device memory left for CUDA itself, activations and fragmentation."""
 HOST_RESERVE_BYTES = 4 * 2**30
 """Host memory left for the system and the Python process."""
-PREFILL_GROUP = 16
-"""Experts of a prompt's layer that are copied and multiplied together; fewer if they are large."""
-PREFILL_BYTES = 256 << 20
-"""Of a group as it is copied, unless one expert is larger; two are held."""
-DECODING_BYTES = 1 << 30
-"""Device memory for decoding a group that is stored in fewer bits; within what is reserved."""
-DECODING_BYTES_PER_WEIGHT = 16
-"""Codes, indices and float32 numbers at once."""
 HIT_RATES = (
     (0.05, 0.379),
     (0.10, 0.598),
@@ -62,54 +58,6 @@ class PlanChoice:
     def fits(self) -> bool:
         """Whether both memories suffice."""
         return self.fits_host and self.slots > 0
-
-
-def prefill_group(expert_bytes: int, num_experts: int, decoded_weights: int = 0) -> int:
-    """Experts of a prompt's layer that are copied, and multiplied, together.
-
-    Args:
-        expert_bytes: Of one expert, as it is copied.
-        num_experts: E.
-        decoded_weights: Weights of an expert that are decoded first; 0 if they are used as stored.
-    """
-    that_fit = PREFILL_BYTES // expert_bytes
-    if decoded_weights:
-        that_fit = min(that_fit, DECODING_BYTES // (DECODING_BYTES_PER_WEIGHT * decoded_weights))
-    return max(1, min(PREFILL_GROUP, num_experts, that_fit))
-
-
-def auto_slots(
-    free_bytes: int,
-    *,
-    expert_bytes: int,
-    num_layers: int,
-    num_experts: int,
-    top_k: int,
-    reserve_bytes: int = RESERVE_BYTES,
-) -> int:
-    """Slots per layer that fit: what `--expert-slots auto` means.
-
-    Args:
-        free_bytes: Device memory that is free once everything but the experts is loaded.
-        expert_bytes: One expert as copied.
-        num_layers: L, MoE layers.
-        num_experts: E.
-        top_k: K, the fewest slots.
-        reserve_bytes: To leave free; prefill's buffers come on top.
-
-    Raises:
-        ValueError: If not even `top_k` slots fit; says how much is missing.
-    """
-    buffers = 2 * prefill_group(expert_bytes, num_experts) * expert_bytes
-    room = free_bytes - reserve_bytes - buffers
-    slots = min(num_experts, room // (num_layers * expert_bytes)) if room > 0 else 0
-    if slots < top_k:
-        needed = top_k * num_layers * expert_bytes + buffers + reserve_bytes
-        raise ValueError(
-            f"{free_bytes / 2**30:.1f} GiB are free on the device; {top_k} slots in each of "
-            f"{num_layers} layers need {needed / 2**30:.1f} GiB, working space included."
-        )
-    return int(slots)
 
 
 def plan_choices(

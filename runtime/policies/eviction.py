@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    from foreroute.runtime.device.kernels.tables import ScoreRule
+from typing import Literal
 
 WorthKind = Literal["recency", "frequency", "static", "future"]
 DEFAULT_POLICY = "default"
@@ -16,6 +13,20 @@ LIKELY_BONUS = 1.0
 """Best of 0.25 to 4 on the bundled model's held-out traces; flat around it (docs/policies.md)."""
 PROMPT_WEIGHT = 0.25
 """Best of 0.1 to 1 on the recorded route and no loss on the bundled model's (docs/policies.md)."""
+
+
+@dataclass(frozen=True)
+class ScoreRule:
+    """How an expert's score follows from its uses; the slot with the least score is evicted.
+
+    At each step `score = decay * score`, and `+ 1` for experts in use; or, for recency, the score
+    of experts in use is the step's number.
+    """
+
+    decay: float = 1.0
+    """1 counts uses (LFU); 0.5 ** (1 / h) halves a use's worth every h steps (LRFU)."""
+    is_recency: bool = False
+    """Least recently used goes first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +72,6 @@ class EvictionPolicy:
         Raises:
             ValueError: If the kernel has no such rule.
         """
-        from foreroute.runtime.device.kernels.tables import ScoreRule
-
         if self.worth == "recency":
             return ScoreRule(is_recency=True)
         if self.worth == "frequency":

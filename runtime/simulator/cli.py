@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from foreroute.data.routes import READERS, ReadOptions, Route, RouteReader, read_route
+from foreroute.data.routes import ReadOptions, Route, read_route
 from foreroute.runtime.simulator.calibration import Calibration, margins_of
 from foreroute.runtime.simulator.predictions import Predictions, SimulatedPredictor
 
@@ -21,67 +21,8 @@ if TYPE_CHECKING:
 
 CALIBRATION_SHARE = 0.25
 """Of the tokens, the first: probabilities are learnt on them, and only the others are replayed."""
-GUESSES_PER_EXPERT = 2
+PREDICTED_PER_EXPERT = 2
 """Predictions kept per expert that a token uses."""
-
-
-def read_any(path: Path, options: ReadOptions) -> Route:
-    """Read recorded routing, foreroute's own traces too."""
-    return read_route(path, options, [*READERS, TRACES])
-
-
-def read_traces(path: Path, options: ReadOptions) -> Route:
-    """Read traces that collect-traces wrote.
-
-    If no token was generated, all count as decode steps. What the router nearly chose is taken as
-    likely for the next token.
-    """
-    from foreroute.data.layout import DECODE
-    from foreroute.data.traces import Traces
-
-    traces = Traces.open(path)
-    geometry = traces.geometry
-    phases = np.concatenate(
-        [traces.tokens(shard).phases.numpy() for shard in range(len(traces.manifest.shards))]
-    )
-    is_decode = phases == DECODE
-    ids = np.stack([_gathered(traces, layer, "expert_ids") for layer in geometry.layer_indices], 1)
-    likely = [_likely(traces, layer) for layer in geometry.layer_indices]
-    return Route(
-        name=str(path),
-        expert_ids=ids.astype(np.int16),
-        is_decode=is_decode if is_decode.any() else np.ones(len(phases), dtype=bool),
-        num_experts=geometry.num_experts,
-        likely_ids=np.stack([entry[0] for entry in likely], 1),
-        likely_probability=np.stack([entry[1] for entry in likely], 1),
-    )
-
-
-TRACES = RouteReader(
-    kind="traces",
-    about="a folder that collect-traces wrote",
-    matches=lambda path: path.is_dir() and (path / "manifest.json").is_file(),
-    read=read_traces,
-)
-
-
-def _gathered(traces: Traces, layer_idx: int, name: str) -> Any:
-    """One tensor of one layer over all shards, [T, ...]."""
-    shards = range(len(traces.manifest.shards))
-    return np.concatenate(
-        [traces.read(layer_idx, shard, (name,))[name].float().numpy() for shard in shards]
-    )
-
-
-def _likely(traces: Traces, layer_idx: int) -> tuple[Any, Any]:
-    """The experts with the highest gate probabilities, used or not, [T, N] each."""
-    top_k = traces.geometry.top_k
-    logits = _gathered(traces, layer_idx, "router_logits")
-    shifted = np.exp(logits - logits.max(-1, keepdims=True))
-    ids = np.argsort(-logits, axis=-1)[:, : GUESSES_PER_EXPERT * top_k]
-    share = shifted / shifted.sum(-1, keepdims=True)
-    probability = np.minimum(1.0, top_k * np.take_along_axis(share, ids, -1))
-    return ids.astype(np.int16), probability.astype(np.float32)
 
 
 def predictions_of(traces_path: Path, bundle_path: Path, horizon: int) -> tuple[Predictions, int]:
@@ -100,15 +41,15 @@ def predictions_of(traces_path: Path, bundle_path: Path, horizon: int) -> tuple[
     Raises:
         ValueError: If the two do not belong together.
     """
-    from foreroute.data.traces import Traces
+    from foreroute.data.opening import open_traces
     from foreroute.estimators import EstimatorStack
     from foreroute.export.bundle import load_bundle
 
-    traces, bundle = Traces.open(traces_path), load_bundle(bundle_path)
+    traces, bundle = open_traces(traces_path), load_bundle(bundle_path)
     geometry = traces.geometry
     bundle.require_fits(geometry)
     seen = int(traces.num_tokens * CALIBRATION_SHARE)
-    shape = (horizon, traces.num_tokens, geometry.num_layers, GUESSES_PER_EXPERT * geometry.top_k)
+    shape = (horizon, traces.num_tokens, geometry.num_layers, PREDICTED_PER_EXPERT * geometry.top_k)
     ids = np.full(shape, -1, dtype=np.int16)
     confidence = np.zeros(shape, dtype=np.float32)
     for ahead in range(1, horizon + 1):
@@ -133,6 +74,8 @@ def _predict(
     """The likeliest experts of one target layer and their probabilities, [T, count] each."""
     import torch
 
+    from foreroute.data.routes.traces import gathered
+
     logits = []
     names = ("residual", "router_input", "expert_ids", "gate_weights")
     for shard in range(len(traces.manifest.shards)):
@@ -144,7 +87,7 @@ def _predict(
     margins = margins_of(np.concatenate(logits), top_k)  # [T, E]
     ids = np.argsort(-margins, axis=-1)[:, :count]
     best = np.take_along_axis(margins, ids, -1)
-    true = _gathered(traces, target, "expert_ids")
+    true = gathered(traces, target, "expert_ids").numpy()
     is_used = (ids[:, :, None] == true[:, None, :]).any(-1)
     return ids.astype(np.int16), Calibration.fit(best[:seen], is_used[:seen])(best)
 
@@ -279,7 +222,7 @@ def run_simulate(**given: Any) -> None:
 
     profile = find_profile(given["profile"])
     options = ReadOptions(num_experts=given["num_experts"], prompt_tokens=given["prompt_tokens"])
-    route = read_any(Path(given["routes"]), options)
+    route = read_route(Path(given["routes"]), options)
     lists = {name: _words(given[name], name) for name in ("slots", "eviction", "prefetch")}
     predictions, who = None, "none"
     if set(lists["prefetch"]) != {"none"}:
@@ -334,7 +277,7 @@ def _predictions(route: Route, given: dict[str, Any]) -> tuple[Route, Prediction
 def _warm_route(warm: str, route: Route, options: ReadOptions) -> Route | None:
     if warm in ("prompt", "none"):
         return None
-    other = read_any(Path(warm), options)
+    other = read_route(Path(warm), options)
     if (other.num_layers, other.num_experts) != (route.num_layers, route.num_experts):
         raise ValueError(f"{other.describe()} does not fit {route.describe()}.")
     return other

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from foreroute.data.routes import Route
-from foreroute.runtime.config import parse_slots
 from foreroute.runtime.policies import (
     EvictionPolicy,
     PrefetchRule,
@@ -16,6 +15,7 @@ from foreroute.runtime.policies import (
     find_prefetch_rule,
     slots_by_misses,
 )
+from foreroute.runtime.policies.slots import parse_slots
 from foreroute.runtime.simulator.link import LinkTimes
 from foreroute.runtime.simulator.predictions import Predictions
 from foreroute.runtime.simulator.replay import Replay

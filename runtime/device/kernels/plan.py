@@ -20,8 +20,8 @@ from foreroute.runtime.device.kernels.tables import (
     WASTED_HEADS,
     WHOLE,
     ResidencyTables,
-    ScoreRule,
 )
+from foreroute.runtime.policies.eviction import ScoreRule
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""What the kernels know about residency: one layer's tables on the device, and scoring rules."""
+"""What the kernels know about residency: one layer's tables on the device."""
 
 from __future__ import annotations
 
@@ -17,29 +17,6 @@ WHOLE, HEAD, TAIL = range(3)
 HEAD_RULE = find_prefetch_rule("head")
 TRUST_MEMORY = 1 - 1 / HEAD_RULE.trust_tokens
 """Kept of what is known about earlier heads, when another one is settled."""
-
-
-@dataclass(frozen=True)
-class ScoreRule:
-    """How an expert's score follows from its uses; the slot with the least score is evicted.
-
-    At each step `score = decay * score`, and `+ 1` for experts in use; or, for recency, the score
-    of experts in use is the step's number.
-    """
-
-    decay: float = 1.0
-    """1 counts uses (LFU); 0.5 ** (1 / h) halves a use's worth every h steps (LRFU)."""
-    is_recency: bool = False
-    """Least recently used goes first."""
-
-
-LRU = ScoreRule(is_recency=True)
-LFU = ScoreRule()
-
-
-def lrfu(half_life_steps: float) -> ScoreRule:
-    """Decayed frequency."""
-    return ScoreRule(decay=0.5 ** (1 / half_life_steps))
 
 
 @dataclass

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 
+from foreroute.data.routes import ReadOptions, Route, read_route
 from foreroute.estimators.host_memory import available_host_bytes
-from foreroute.runtime.config import EngineConfig, parse_slots
-from foreroute.runtime.planning.planner import auto_slots
+from foreroute.runtime.config import EngineConfig
 from foreroute.runtime.policies import equal_slots, find_policy, slots_by_misses
+from foreroute.runtime.policies.slots import auto_slots, cache_values, parse_slots
 from foreroute.runtime.store.offload import OffloadedModel
-
-if TYPE_CHECKING:
-    from foreroute.data.routes import Route
 
 MOST_TOKENS = 1024
 """Of a recording that slots are shared by; its first ones."""
@@ -67,8 +64,11 @@ def fitting_slots(offloaded: OffloadedModel, context: int) -> int:
     free = _free_bytes(offloaded.device)
     if free is None:
         return geometry.num_experts
+    model = offloaded.moe.model
+    text = model.config.get_text_config()
+    kept = context * cache_values(text, text.num_hidden_layers) * model.dtype.itemsize
     return auto_slots(
-        free - context * _cache_bytes_per_token(offloaded.moe.model),
+        free - kept,
         expert_bytes=offloaded.expert_bytes,
         num_layers=geometry.num_layers,
         num_experts=geometry.num_experts,
@@ -84,14 +84,6 @@ def _free_bytes(device: torch.device) -> int | None:
     return int(torch.cuda.mem_get_info(device)[0])
 
 
-def _cache_bytes_per_token(model: Any) -> int:
-    """Keys and values of one token in all layers, if every layer attends to all."""
-    text = model.config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(2 * text.num_hidden_layers * heads * width * model.dtype.itemsize)
-
-
 def read_recording(offloaded: OffloadedModel, config: EngineConfig) -> Route | None:
     """The recorded routing that `warm_start` names, if it names one.
 
@@ -101,11 +93,8 @@ def read_recording(offloaded: OffloadedModel, config: EngineConfig) -> Route | N
     """
     if config.warm_start in ("none", "prompt"):
         return None
-    from foreroute.data.routes import ReadOptions
-    from foreroute.runtime.simulator.cli import read_any
-
     geometry = offloaded.moe.geometry
-    route = read_any(Path(config.warm_start), ReadOptions(num_experts=geometry.num_experts))
+    route = read_route(Path(config.warm_start), ReadOptions(num_experts=geometry.num_experts))
     if (route.num_layers, route.num_experts) != (geometry.num_layers, geometry.num_experts):
         raise ValueError(
             f"warm_start {route.describe()} does not fit this model: {geometry.describe()}."

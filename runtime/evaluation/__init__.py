@@ -1,0 +1,1 @@
+"""Scores an engine with lm-evaluation-harness. Needs the extra `eval`."""

@@ -1,0 +1,89 @@
+"""The command `foreroute tune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def tune(
+    out: Path,
+    model: str = "bundled",
+    dataset: str = "python-stdlib",
+    tokens: int = 200_000,
+    form: str = "low-rank",
+    expert_slots: str = "25%",
+    device: str = "auto",
+    gpu_memory: str | None = None,
+    host_memory: str | None = None,
+    revision: str | None = None,
+    prompt: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """From a model's name to a faster engine: every step, resumable, and a page at the end.
+
+    Runs doctor, profile, plan, collect-traces, train-estimator, export-estimator, report and
+    bench, each as a user would type it. The same command goes on where it was ended.
+
+    Args:
+        out: Folder that everything goes to.
+        model: `bundled`, a local folder or a Hub id.
+        dataset: Text to learn from, as collect-traces takes it.
+        tokens: To record.
+        form: Of the estimators, as train-estimator takes it.
+        expert_slots: Slots per MoE layer to measure: a number, a share such as 25%, or auto.
+        device: auto, cpu or cuda.
+        gpu_memory: To plan for, such as 24GiB; this GPU's unless said, no plan where there is none.
+        host_memory: To plan for, such as 64GiB; what is available here unless said.
+        revision: Branch, tag or commit of a Hub id.
+        prompt: Text to go on with at the end.
+        trust_remote_code: Run code that came with the checkpoint.
+    """
+    from rich.console import Console
+
+    from foreroute.estimators.artifacts import write_json
+    from foreroute.estimators.host_memory import available_host_bytes
+    from foreroute.runtime.tune.plan import Tuning
+    from foreroute.runtime.tune.steps import Journal, run_all
+    from foreroute.runtime.tune.summary import show, summarise
+
+    if out.is_file():
+        raise ValueError(f"{out} is a file; give a folder.")
+    tuning = Tuning(
+        model=model,
+        out=out,
+        dataset=dataset,
+        tokens=tokens,
+        form=form,
+        expert_slots=expert_slots,
+        device=device,
+        gpu_memory=gpu_memory or _gpu_memory(device),
+        host_memory=host_memory or _as_text(available_host_bytes()),
+        revision=revision,
+        prompt=prompt,
+        trust_remote_code=trust_remote_code,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    journal = Journal(out)
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    run_all(tuning.steps(), journal, say)
+    summary = summarise(out, journal.seconds)
+    write_json(out / "summary.json", summary)
+    show(out, summary, Console())
+    if not summary["runtime"]["exact_tokens_equal"]:
+        raise SystemExit(1)
+
+
+def _gpu_memory(device: str) -> str | None:
+    import torch
+
+    if device == "cpu" or not torch.cuda.is_available():
+        return None
+    return _as_text(torch.cuda.mem_get_info()[1])
+
+
+def _as_text(num_bytes: int | None) -> str | None:
+    """In whole GiB, so that the same machine gives the same commands."""
+    return None if num_bytes is None else f"{num_bytes // 2**30}GiB"

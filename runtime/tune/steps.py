@@ -1,0 +1,106 @@
+"""The steps of a tuning: each a command that a user could type, done once."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from foreroute.estimators.artifacts import read_json, write_json
+
+STATE_NAME = "tune.json"
+MODULES = {
+    "collect-traces": "foreroute.data.cli",
+    "train-estimator": "foreroute.train.cli",
+    "export-estimator": "foreroute.export.cli",
+    "foreroute": "foreroute.runtime.cli",
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of a tuning."""
+
+    name: str
+    """What it does, one word."""
+    argv: tuple[str, ...]
+    """The command as a user types it."""
+    again: tuple[str, ...] = ()
+    """Flags that let it go on, or begin anew, where it was killed before."""
+
+    @property
+    def text(self) -> str:
+        """The command in one line."""
+        return shlex.join(self.argv)
+
+
+class StepFailed(ValueError):
+    """A step's command ended with an error that it has printed."""
+
+
+class Journal:
+    """What has been done in a tuning's folder; the same call goes on after the last step done."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read what was done before.
+
+        Args:
+            folder: Of the tuning; exists.
+
+        Raises:
+            ValueError: If its journal is damaged.
+        """
+        self._path = folder / STATE_NAME
+        found = read_json(self._path) if self._path.is_file() else {"steps": {}}
+        steps = found.get("steps")
+        if not isinstance(steps, dict):
+            raise ValueError(f"{self._path} is damaged (no steps). Remove it to begin anew.")
+        self._steps = steps
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What each step took, by name."""
+        return {name: float(entry["seconds"]) for name, entry in self._steps.items()}
+
+    def has_done(self, step: Step) -> bool:
+        """Whether this very command has been done here."""
+        entry = self._steps.get(step.name)
+        return entry is not None and entry.get("command") == step.text
+
+    def note(self, step: Step, seconds: float) -> None:
+        """Write down that a step is done."""
+        self._steps[step.name] = {"command": step.text, "seconds": seconds}
+        write_json(self._path, {"steps": self._steps})
+
+
+def run_all(steps: Sequence[Step], journal: Journal, say: Callable[[str], None]) -> None:
+    """Run what has not been done yet, in the open; what follows a step that ran runs too.
+
+    Args:
+        steps: In order.
+        journal: Of their folder.
+        say: Prints a line.
+
+    Raises:
+        StepFailed: If a command ends with an error.
+    """
+    is_changed = False
+    for step in steps:
+        if journal.has_done(step) and not is_changed:
+            say(f"Done before: {step.text}")
+            continue
+        is_changed = True
+        say(f"\n$ {step.text}")
+        start = time.monotonic()
+        module, arguments = MODULES[step.argv[0]], (*step.argv[1:], *step.again)
+        done = subprocess.run([sys.executable, "-m", module, *arguments], check=False)
+        if done.returncode != 0:
+            raise StepFailed(
+                f"{step.name} ended with exit code {done.returncode}; the same command goes on "
+                "from there once its reason is gone."
+            )
+        journal.note(step, time.monotonic() - start)

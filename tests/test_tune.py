@@ -1,0 +1,120 @@
+"""A tuning runs each command once, goes on where it was ended, and types what the commands take."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from foreroute.data.collect import collect_traces
+from foreroute.export.cli import export
+from foreroute.export.report.bench_page import bench_page
+from foreroute.export.report.cli import report
+from foreroute.runtime import cli
+from foreroute.runtime.tune import steps
+from foreroute.runtime.tune.plan import Tuning
+from foreroute.runtime.tune.steps import Journal, Step, StepFailed, run_all
+from foreroute.train.cli import train
+
+COMMANDS = {"collect-traces": collect_traces, "train-estimator": train, "export-estimator": export}
+SUBCOMMANDS = {"report": report}
+MODULE = "import sys, pathlib; pathlib.Path(sys.argv[1]).open('a').write('x'); sys.exit({code})\n"
+
+
+def tuning(**changed: Any) -> Tuning:
+    settings: dict[str, Any] = {
+        "model": "some/model",
+        "out": Path("out"),
+        "dataset": "python-stdlib",
+        "tokens": 1000,
+        "form": "low-rank",
+        "expert_slots": "25%",
+        "device": "cpu",
+        "gpu_memory": "24GiB",
+        "host_memory": "64GiB",
+        "revision": None,
+        "prompt": "def parse(",
+        "trust_remote_code": True,
+    }
+    return Tuning(**(settings | changed))
+
+
+def test_every_flag_is_one_that_its_command_takes() -> None:
+    for step in tuning().steps():
+        name, rest = step.argv[0], step.argv[1:]
+        if name == "foreroute":
+            name, rest = rest[0], rest[1:]
+            command = SUBCOMMANDS.get(name) or getattr(cli, name)
+        else:
+            command = COMMANDS[name]
+        taken = {f"--{flag.replace('_', '-')}" for flag in inspect.signature(command).parameters}
+        typed = {word for word in (*rest, *step.again) if word.startswith("--")}
+        assert typed <= taken, step.text
+
+
+def test_no_gpu_means_no_plan() -> None:
+    assert "plan" in [step.name for step in tuning().steps()]
+    assert "plan" not in [step.name for step in tuning(gpu_memory=None).steps()]
+
+
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that write an x into the file they are given; `bad` then fails."""
+    for name, code in (("good", 0), ("bad", 3)):
+        (tmp_path / f"{name}.py").write_text(MODULE.format(code=code))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(steps, "MODULES", {"good": "good", "bad": "bad"})
+
+
+def count(path: Path) -> int:
+    return len(path.read_text()) if path.exists() else 0
+
+
+@pytest.mark.usefixtures("modules")
+def test_a_tuning_goes_on_after_the_last_step_that_was_done(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("one", "two", "three")]
+    broken = [Step("a", ("good", str(files[0]))), Step("b", ("bad", str(files[1])))]
+    with pytest.raises(StepFailed, match="b ended with exit code 3"):
+        run_all(broken, Journal(tmp_path), print)
+    mended = [broken[0], Step("b", ("good", str(files[1]))), Step("c", ("good", str(files[2])))]
+    run_all(mended, Journal(tmp_path), print)
+    assert list(map(count, files)) == [1, 2, 1]
+    run_all(mended, Journal(tmp_path), print)
+    assert list(map(count, files)) == [1, 2, 1]
+
+
+@pytest.mark.usefixtures("modules")
+def test_another_command_makes_all_that_follows_anew(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("one", "two")]
+    first = [Step("a", ("good", str(files[0]))), Step("b", ("good", str(files[1])))]
+    run_all(first, Journal(tmp_path), print)
+    run_all([Step("a", ("good", str(files[0]), "changed")), first[1]], Journal(tmp_path), print)
+    assert list(map(count, files)) == [2, 2]
+
+
+def test_a_damaged_journal_is_named(tmp_path: Path) -> None:
+    (tmp_path / steps.STATE_NAME).write_text("{")
+    with pytest.raises(ValueError, match=r"tune\.json is damaged"):
+        Journal(tmp_path)
+
+
+def test_the_benchs_page_needs_nothing_from_elsewhere() -> None:
+    row: dict[str, Any] = {
+        "is_exact": True,
+        "tpot_ms": 2.0,
+        "tpot_ms_p25": 1.5,
+        "tpot_ms_p75": 2.5,
+        "ttft_ms": 9.0,
+        "hit_rate": None,
+        "bytes_per_token": 1e6,
+        "wasted_bytes_per_token": 0.0,
+        "agreement": 1.0,
+        "perplexity_change": None,
+    }
+    speculative = row | {"is_exact": False, "perplexity_change": 0.01, "hit_rate": 0.5}
+    modes = {"stock": row, "on-demand": row, "<b>skip</b>": speculative}
+    page = bench_page({"modes": modes, "exact_tokens_equal": True}, "m & n", "foreroute bench")
+    assert "http" not in page
+    assert "<b>skip" not in page
+    assert "m &amp; n" in page
+    assert page.count("data:image/png;base64,") == 1
