@@ -17,6 +17,9 @@ from foreroute.data.adapters.weightless import experts_by_path, outline
 from foreroute.estimators.host_memory import require_host_memory
 from foreroute.runtime.store.encodings import Encoder, encoder_named, native_encoder
 from foreroute.runtime.store.host_store import RowLayout
+from foreroute.runtime.store.prepared import PreparedModel
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +32,12 @@ class Checkpoint:
     """Where its files come from."""
     config: Any
     """As transformers loads it; told to dequantise all but the experts."""
+    expert_dtype: str
+    """What the experts are stored as; `auto` where it is as the checkpoint has them."""
     encoder: Encoder | None
     """How the experts are stored; None where it is as the model has them."""
+    prepared: PreparedModel | None = None
+    """Its manifest, where `foreroute pack` has made it."""
     asked_dtype: torch.dtype | None
     """What the user asked for or the config says; None where only the files can say."""
 
@@ -41,6 +48,7 @@ class Checkpoint:
         *,
         dtype: str | torch.dtype = "auto",
         expert_dtype: str = "auto",
+        device: torch.device = CPU,
         **hub: Unpack[HubSettings],
     ) -> Checkpoint:
         """Read a model's config; no file of weights is opened.
@@ -48,8 +56,9 @@ class Checkpoint:
         Args:
             name: `bundled`, a local folder or a Hub id.
             dtype: `auto`, `float32`, `bfloat16`, `float16`, or one of torch's.
-            expert_dtype: How experts are stored: `auto` (as the checkpoint has them), bf16, fp8,
-                int8 or int4.
+            expert_dtype: How experts are stored: `auto`, lossless, bf16, fp8, int8 or int4; see
+                `default_expert_dtype`.
+            device: Where the model will run.
             **hub: See `HubSettings`.
 
         Raises:
@@ -57,6 +66,15 @@ class Checkpoint:
             ValueError: If it cannot be read, or its experts cannot be stored that way.
         """
         config = load_config(name, **hub)
+        prepared = PreparedModel.find(resolve_model(name))
+        if prepared is not None:
+            encoder = prepared.encoder(expert_dtype, _encoder(config, "auto"))
+            expert_dtype = prepared.expert_dtype
+        else:
+            expert_dtype = (
+                default_expert_dtype(config, device) if expert_dtype == "auto" else expert_dtype
+            )
+            encoder = _encoder(config, expert_dtype)
         known = resolve_dtype(dtype)
         if not isinstance(known, torch.dtype):
             known = config.dtype or config.get_text_config().dtype
@@ -64,7 +82,9 @@ class Checkpoint:
             name=name,
             hub=hub,
             config=config,
-            encoder=_encoder(config, expert_dtype),
+            expert_dtype=expert_dtype,
+            encoder=encoder,
+            prepared=prepared,
             asked_dtype=known,
         )
 
@@ -145,6 +165,17 @@ class Checkpoint:
             model_name=self.name,
             remedy="The stock model is loaded whole, in full precision; foreroute generate is not.",
         )
+
+
+def default_expert_dtype(config: Any, device: torch.device) -> str:
+    """What `expert_dtype=auto` stands for.
+
+    On a GPU 12 bits without loss: faster at the same memory and exact (docs/gpu.md); what is not
+    in bfloat16 stays as it is all the same. On a CPU, and of a checkpoint in fewer bits, `auto`:
+    as the checkpoint has them.
+    """
+    is_quantised = getattr(config, "quantization_config", None) is not None
+    return "lossless" if device.type == "cuda" and not is_quantised else "auto"
 
 
 def _encoder(config: Any, expert_dtype: str) -> Encoder | None:

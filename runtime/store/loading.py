@@ -5,20 +5,23 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from torch import Tensor
 
-from foreroute.data.adapters import MoEModel, discover
+from foreroute.data.adapters import MoELayer, MoEModel, discover
 from foreroute.data.adapters.loading import loading_alone
 from foreroute.data.adapters.weightless import ParameterShape, parameter_shapes, weightless
 from foreroute.runtime.store.checkpoint import Checkpoint
-from foreroute.runtime.store.encodings import TooManyExceptions, without
+from foreroute.runtime.store.encodings import Encoder, TooManyExceptions, without
 from foreroute.runtime.store.expert_reader import ExpertReader
-from foreroute.runtime.store.host_store import HostExpertStore
+from foreroute.runtime.store.host_store import HostExpertStore, RowLayout
+from foreroute.runtime.store.prepared import read_rows
 from foreroute.runtime.store.row_writer import RowWriter
 
 logger = logging.getLogger(__name__)
@@ -38,7 +41,7 @@ def load_with_host_experts(
     """
     with loading_alone():
         checkpoint.require_host_memory()  # before the files: they may be downloaded
-        moe = discover(_load_the_rest(checkpoint), checkpoint.name)
+        moe = discover(load_the_rest(checkpoint), checkpoint.name)
         store = filled_store(moe, checkpoint, device)
     return moe, store
 
@@ -55,17 +58,17 @@ def filled_store(moe: MoEModel, checkpoint: Checkpoint, device: torch.device) ->
     while True:
         store = HostExpertStore(experts, is_pinned=device.type == "cuda", encoder=encoder)
         try:
-            fill_store(store, moe, checkpoint, device)
+            fill_store(store, moe, replace(checkpoint, encoder=encoder), device)
         except TooManyExceptions as error:
             assert encoder is not None  # it was the one that met them
-            logger.warning("%s stays in bfloat16, and is read again: %s", error.parameter, error)
+            logger.warning("%s stays in bfloat16; all is read again: %s", error.parameter, error)
             encoder = without(encoder, error.parameter)
             store.close()
             continue
         return store
 
 
-def _load_the_rest(checkpoint: Checkpoint) -> Any:
+def load_the_rest(checkpoint: Checkpoint) -> Any:
     """The model with all its weights but the experts'."""
     from transformers.utils import logging
 
@@ -101,44 +104,98 @@ def fill_store(
 
     Raises:
         TooManyExceptions: If a parameter must be stored as it is.
-        ValueError: If the checkpoint lacks part of an expert.
+        ValueError: If the checkpoint lacks part of an expert, or is prepared and damaged.
     """
-    writers: dict[str, tuple[RowWriter, str]] = {}
-    targets: dict[str, ParameterShape] = {}
-    for layer, layout, rows in zip(moe.layers, store.layouts, store.rows, strict=True):
-        writer = RowWriter(layout, rows, device if device.type == "cuda" else None)
-        shapes = parameter_shapes(layer.experts)
-        if layout.is_native:  # the checkpoint has the stored parts themselves
-            shapes = {
-                name: ParameterShape((len(rows), *spec.shape), spec.dtype)
-                for name, spec in layout.parameters.items()
-            }
-        for name, shape in shapes.items():
-            writers[f"{layer.name}.{name}"] = (writer, name)
-            targets[f"{layer.name}.{name}"] = shape
-    expected = sum(math.prod(target.shape) for target in targets.values())
-    num_bytes = sum(math.prod(t.shape) * t.dtype.itemsize for t in targets.values())
-    done = 0
-    with _byte_progress("experts", num_bytes) as progress:
-        for part in ExpertReader(moe.model, checkpoint.files, targets).parts():
-            writer, name = writers[part.target]
+    if checkpoint.prepared is not None:
+        with byte_progress("experts", store.num_bytes) as tick:
+            read_rows(checkpoint.prepared, checkpoint.source, store, tick)
+        return
+    reader = LayerReader(checkpoint, moe, device)
+    with reader.progress() as tick:
+        for number, (layout, rows) in enumerate(zip(store.layouts, store.rows, strict=True)):
+            reader.read(number, layout, rows, tick)
+
+
+class LayerReader:
+    """Reads the experts of one MoE layer after the other out of a checkpoint's files."""
+
+    def __init__(self, checkpoint: Checkpoint, moe: MoEModel, device: torch.device) -> None:
+        """Work out which tensors make which parameter.
+
+        Args:
+            checkpoint: Whose files to read.
+            moe: The model; its experts have no weights.
+            device: A GPU encodes what is stored in another way than it is read.
+
+        Raises:
+            ValueError: If a parameter has no tensor in the checkpoint.
+        """
+        self._layers = moe.layers
+        self._gpu = device if device.type == "cuda" else None
+        self._targets = [_targets(layer, checkpoint.encoder) for layer in moe.layers]
+        every = {name: shape for targets in self._targets for name, shape in targets.items()}
+        self._reader = ExpertReader(moe.model, checkpoint.files, every)
+        self._num_bytes = sum(math.prod(t.shape) * t.dtype.itemsize for t in every.values())
+
+    @property
+    def tensor_names(self) -> set[str]:
+        """Of the checkpoint's tensors that hold experts."""
+        return self._reader.tensor_names
+
+    def progress(self) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+        """A bar for all layers; the function it gives is told of bytes that were read."""
+        return byte_progress("experts", self._num_bytes)
+
+    def read(
+        self, number: int, layout: RowLayout, rows: Tensor, tick: Callable[[int], None]
+    ) -> None:
+        """Read one layer's experts into rows.
+
+        Args:
+            number: Which MoE layer, from 0.
+            layout: Of a row.
+            rows: Written, [E, row_bytes] uint8.
+            tick: Called with the bytes that were read.
+
+        Raises:
+            TooManyExceptions: If a parameter must be stored as it is.
+            ValueError: If the checkpoint lacks part of an expert.
+        """
+        targets, prefix = self._targets[number], f"{self._layers[number].name}."
+        writer, done = RowWriter(layout, rows, self._gpu), 0
+        for part in self._reader.parts(targets):
+            name = part.target.removeprefix(prefix)
             writer.put(name, part.expert_id, part.row, part.rows)
             done += part.rows.numel()
-            part_bytes = part.rows.numel() * targets[part.target].dtype.itemsize
-            progress.advance(progress.task_ids[0], part_bytes)
-    if done != expected:
-        raise ValueError(
-            f"The checkpoint holds {done} numbers of experts, the model has {expected}; "
-            "some are missing or have another shape."
-        )
+            tick(part.rows.numel() * targets[part.target].dtype.itemsize)
+        expected = sum(math.prod(target.shape) for target in targets.values())
+        if done != expected:
+            raise ValueError(
+                f"The checkpoint holds {done} numbers of experts of {prefix[:-1]}, the model has "
+                f"{expected}; some are missing or have another shape."
+            )
+
+
+def _targets(layer: MoELayer, encoder: Encoder | None) -> dict[str, ParameterShape]:
+    """What the checkpoint is asked for, by dotted path: parameters, or their stored parts."""
+    shapes = parameter_shapes(layer.experts)
+    layout = RowLayout.of(layer.experts, encoder)
+    if layout.is_native:  # the checkpoint has the stored parts themselves
+        num_experts = next(iter(shapes.values())).shape[0]
+        shapes = {
+            name: ParameterShape((num_experts, *spec.shape), spec.dtype)
+            for name, spec in layout.parameters.items()
+        }
+    return {f"{layer.name}.{name}": shape for name, shape in shapes.items()}
 
 
 @contextlib.contextmanager
-def _byte_progress(what: str, num_bytes: int) -> Iterator[Progress]:
+def byte_progress(what: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar in bytes on a terminal; gives what is called with bytes that are done."""
     console = Console(stderr=True)
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bar:
-        bar.add_task(what, total=num_bytes)
-        yield bar
+        task = bar.add_task(what, total=num_bytes)
+        yield lambda count: bar.advance(task, count)

@@ -10,7 +10,7 @@ import torch
 
 from foreroute.data.adapters import MoEModel, discover, resolve_device
 from foreroute.data.adapters.loading import HubSettings
-from foreroute.runtime.store.checkpoint import Checkpoint
+from foreroute.runtime.store.checkpoint import Checkpoint, default_expert_dtype
 from foreroute.runtime.store.encodings import TooManyExceptions, encoder_named, without
 from foreroute.runtime.store.host_store import HostExpertStore
 from foreroute.runtime.store.loading import load_with_host_experts
@@ -28,7 +28,7 @@ class OffloadedModel:
     device: torch.device
     """Where everything but the experts is."""
     expert_dtype: str = "auto"
-    """How experts are stored; `auto` is as the checkpoint has them."""
+    """How experts are stored; `auto` is as the model has them."""
 
     @property
     def expert_bytes(self) -> int:
@@ -45,11 +45,14 @@ def offload(
         model: Transformers causal LM; it can only be used through an engine afterwards.
         device: Where to run it.
         model_name: What the user calls it, for messages.
-        expert_dtype: How experts are stored: `auto` (as they are), bf16, fp8, int8 or int4.
+        expert_dtype: How experts are stored: `auto`, lossless, bf16, fp8, int8 or int4; see
+            `default_expert_dtype`.
 
     Raises:
         ValueError: If it is no MoE that is supported; says what is missing.
     """
+    if expert_dtype == "auto":
+        expert_dtype = default_expert_dtype(model.config, device)
     encoder = encoder_named(expert_dtype)
     moe = discover(model, model_name)
     experts = [layer.experts for layer in moe.layers]
@@ -80,8 +83,8 @@ def load_offloaded(
         name: The model.
         device: `auto`, `cpu` or `cuda`.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
-        expert_dtype: How experts are stored: `auto` (as the checkpoint has them), bf16, fp8, int8
-            or int4.
+        expert_dtype: How experts are stored: `auto`, lossless, bf16, fp8, int8 or int4; see
+            `default_expert_dtype`.
         **hub: Where the files come from; see `HubSettings`.
 
     Raises:
@@ -89,7 +92,7 @@ def load_offloaded(
         ValueError: If it cannot be read, is no MoE that is supported, or does not fit in memory.
     """
     target = resolve_device(device)
-    checkpoint = Checkpoint.open(name, dtype=dtype, expert_dtype=expert_dtype, **hub)
+    checkpoint = Checkpoint.open(name, dtype=dtype, expert_dtype=expert_dtype, device=target, **hub)
     moe, store = load_with_host_experts(checkpoint, target)
     moe.model.to(target)
-    return OffloadedModel(moe, store, target, expert_dtype)
+    return OffloadedModel(moe, store, target, checkpoint.expert_dtype)

@@ -22,95 +22,65 @@ UNPACK_ROWS, UNPACK_WORDS = 8, 128
 
 
 @triton.jit
-def add_rows(  # noqa: ANN201
-    total,
-    extra,
-    factor,
-    weight,
-    lines,
-    num_rows,
-    row,
-    state,
-    COLUMNS: tl.constexpr,
-    AT_ONCE: tl.constexpr,
+def packed_sums(  # noqa: ANN201
+    words, lines, num_rows, row, state, COLUMNS: tl.constexpr, AT_ONCE: tl.constexpr
 ):
-    """Add some rows' products with one token's inputs, lane by lane, so that sums come last.
+    """Sums over rows of several matrices, or of parts of one, [G, R] float32.
 
     Args:
-        total: Of coded weights so far, [R, C] float32.
-        extra: Of exceptions so far, [R, 4] float32.
-        factor: What these products are multiplied with.
-        weight: Pointer to the matrix's words.
-        lines: Pointer to its lines.
-        num_rows: Of the matrix.
-        row: Outputs, [R].
-        state: Pointer to the inputs.
-        COLUMNS: Of the matrix.
+        words: Pointers to matrices' words, [G, 1].
+        lines: Pointers to their lines, [G, 1].
+        num_rows: Of each matrix.
+        row: Outputs, [G, R]; those beyond the matrix give 0.
+        state: Pointers to inputs, [G, 1] or [1, 1].
+        COLUMNS: Of each matrix.
         AT_ONCE: Words of a plane that are read at once, C.
-
-    Returns:
-        `total`, `extra`, and how many spare lines the row with most of them has.
     """
     NUM_WORDS: tl.constexpr = (COLUMNS + 7) // 8
     is_row = row < num_rows
-    head = tl.load(lines + 4 * row, mask=is_row, other=0)
-    listed, inputs = _listed(lines + 4 * row, is_row, state)
-    base = weight + row * (3 * NUM_WORDS)
-    coded = tl.zeros(total.shape, dtype=tl.float32)
-    if NUM_WORDS <= 8 * AT_ONCE:
+    own = lines + 4 * row
+    head = tl.load(own, mask=is_row, other=0)
+    few = tl.arange(0, 4)[None, None, :]  # the first of a line is no exception
+    listed = tl.load(own[:, :, None] + few, mask=is_row[:, :, None] & (few > 0), other=0)
+    base = (words + row * (3 * NUM_WORDS))[:, :, None]
+    mask = is_row[:, :, None]
+    total = tl.zeros([row.shape[0], row.shape[1], AT_ONCE], dtype=tl.float32)
+    if NUM_WORDS <= 4 * AT_ONCE:
         for start in tl.static_range(0, NUM_WORDS, AT_ONCE):
-            coded += _coded(base, is_row, state, start, COLUMNS, AT_ONCE)
+            total = _add_tile(total, base, mask, state, start, COLUMNS, AT_ONCE)
     else:
         for start in range(0, NUM_WORDS, AT_ONCE):
-            coded += _coded(base, is_row, state, start, COLUMNS, AT_ONCE)
-    scale = factor * (((head & 0xFF) + 63) << 23).to(tl.float32, bitcast=True)  # 2 ** (base - 64)
-    total += coded * scale[:, None]
-    extra += factor * listed * inputs
-    return total, extra, tl.max((head >> 8) & 0xFF, 0)
+            total = _add_tile(total, base, mask, state, start, COLUMNS, AT_ONCE)
+    scale = (((head & 0xFF) + 63) << 23).to(tl.float32, bitcast=True)  # 2 ** (base - 64)
+    sums = tl.sum(total, 2) * scale + tl.sum(_listed_products(listed, state), 2)
+    num_spare = (head >> 8) & 0xFF
+    most = tl.max(tl.max(num_spare, 1), 0)
+    if most > 0:  # few rows have more exceptions than their own line holds
+        first = lines + 4 * (num_rows + ((head >> 16) & 0xFFFF))
+        for i in range(0, most):
+            has_more = (i < num_spare)[:, :, None] & (few > 0)
+            listed = tl.load((first + 4 * i)[:, :, None] + few, mask=has_more, other=0)
+            sums += tl.sum(_listed_products(listed, state), 2)
+    return sums
 
 
 @triton.jit
-def add_spare(extra, factor, lines, num_rows, row, state, num_steps):  # noqa: ANN201
-    """Add the products of exceptions in spare lines, which few rows have.
-
-    Args:
-        extra: See `add_rows`, also what follows.
-        factor: ..
-        lines: ..
-        num_rows: ..
-        row: ..
-        state: ..
-        num_steps: At least the lines of the row with most of them.
-    """
-    head = tl.load(lines + 4 * row, mask=row < num_rows, other=0)
-    first = lines + 4 * (num_rows + ((head >> 16) & 0xFFFF))
-    for i in range(0, num_steps):
-        listed, inputs = _listed(first + 4 * i, i < ((head >> 8) & 0xFF), state)
-        extra += factor * listed * inputs
-    return extra
+def _listed_products(listed, state):
+    """Exceptions times their inputs, [G, R, 4] float32."""
+    where = state[:, :, None] + ((listed >> 16) & 0xFFFF)
+    inputs = tl.load(where, mask=listed != 0, other=0.0).to(tl.float32)
+    return (listed << 16).to(tl.float32, bitcast=True) * inputs
 
 
 @triton.jit
-def _listed(line, mask, state):
-    """Exceptions of a line each, and their inputs, [R, 4] float32; the first is none."""
-    few = tl.arange(0, 4)
-    is_listed = mask[:, None] & (few > 0)[None, :]
-    listed = tl.load(line[:, None] + few[None, :], mask=is_listed, other=0)
-    inputs = tl.load(state + ((listed >> 16) & 0xFFFF), mask=listed != 0, other=0.0)
-    return (listed << 16).to(tl.float32, bitcast=True), inputs.to(tl.float32)
-
-
-@triton.jit
-def _coded(base, is_row, state, start, COLUMNS: tl.constexpr, AT_ONCE: tl.constexpr):
-    """A tile of coded numbers times inputs, summed over the planes, [R, C] float32."""
+def _add_tile(total, base, mask, state, start, COLUMNS: tl.constexpr, AT_ONCE: tl.constexpr):
+    """Add a tile of coded numbers times inputs, [G, R, C] float32."""
     NUM_WORDS: tl.constexpr = (COLUMNS + 7) // 8
-    word = start + tl.arange(0, AT_ONCE)
-    is_there = word < NUM_WORDS
-    mask = is_row[:, None]
+    word = start + tl.arange(0, AT_ONCE)[None, None, :]
     if NUM_WORDS % AT_ONCE != 0:
-        mask = mask & is_there[None, :]
-    pairs = load_pairs(base[:, None] + word[None, :], mask, NUM_WORDS)
-    total = _low(pairs[0]) * _inputs(state, word, 0, COLUMNS, AT_ONCE)
+        mask = mask & (word < NUM_WORDS)
+    pairs = load_pairs(base + word, mask, NUM_WORDS)
+    total += _low(pairs[0]) * _inputs(state, word, 0, COLUMNS, AT_ONCE)
     total += _low(pairs[1]) * _inputs(state, word, 1, COLUMNS, AT_ONCE)
     total += _high(pairs[0]) * _inputs(state, word, 2, COLUMNS, AT_ONCE)
     total += _high(pairs[1]) * _inputs(state, word, 3, COLUMNS, AT_ONCE)
@@ -123,15 +93,15 @@ def _coded(base, is_row, state, start, COLUMNS: tl.constexpr, AT_ONCE: tl.conste
 
 @triton.jit
 def _inputs(state, word, PLANE: tl.constexpr, COLUMNS: tl.constexpr, AT_ONCE: tl.constexpr):
-    """Inputs of a plane's columns, scaled, [1, C] float32."""
+    """Inputs of a plane's columns, scaled, [G or 1, 1, C] float32."""
     NUM_WORDS: tl.constexpr = (COLUMNS + 7) // 8
     column = PLANE * NUM_WORDS + word
+    where = state[:, :, None] + column
     if NUM_WORDS % AT_ONCE != 0 or COLUMNS % 8 != 0:
-        is_there = (word < NUM_WORDS) & (column < COLUMNS)
-        loaded = tl.load(state + column, mask=is_there, other=0.0)
+        loaded = tl.load(where, mask=(word < NUM_WORDS) & (column < COLUMNS), other=0.0)
     else:
-        loaded = tl.load(state + column)
-    return (loaded.to(tl.float32) * 1.8446744073709552e19)[None, :]  # 2 ** 64
+        loaded = tl.load(where)
+    return loaded.to(tl.float32) * 1.8446744073709552e19  # 2 ** 64
 
 
 @triton.jit

@@ -24,7 +24,7 @@ from foreroute.runtime.device.kernels.demand import (
     serve_demand,
     slot_named,
 )
-from foreroute.runtime.device.kernels.lossless import add_rows, add_spare
+from foreroute.runtime.device.kernels.lossless import packed_sums
 from foreroute.runtime.device.kernels.matrices import (
     LOSSLESS,
     PLAIN,
@@ -40,8 +40,8 @@ DOWN_ROWS, DOWN_COLUMNS, DOWN_WARPS = 2, 1024, 4
 # The same where experts are stored in fewer bits.
 FEW_ROWS, FEW_COLUMNS, FEW_WARPS = 8, 512, 4
 # Without loss in 12 bits, in words of eight columns.
-PACKED_UP_ROWS, PACKED_UP_COLUMNS, PACKED_UP_WARPS = 4, 128, 4
-PACKED_DOWN_ROWS, PACKED_DOWN_COLUMNS, PACKED_DOWN_WARPS = 2, 128, 2
+PACKED_UP_ROWS, PACKED_UP_COLUMNS, PACKED_UP_WARPS = 1, 256, 1
+PACKED_DOWN_ROWS, PACKED_DOWN_COLUMNS, PACKED_DOWN_WARPS = 4, 32, 8
 
 
 @triton.jit
@@ -133,12 +133,15 @@ def _up_kernel(
         if KIND == 6:
             lines = scales + slot * scale_slot_stride
             words = weight + slot * slot_stride
+            parts = tl.arange(0, 2 if HAS_GATE else 1)[:, None]  # the gate's rows, and up's
+            rows_of_parts = row[None, :] + (parts if HAS_GATE else 1) * apart
+            one = tl.zeros([1, 1], dtype=tl.int64)
+            sums = packed_sums(
+                words + one, lines + one, num_rows, rows_of_parts, state + one, COLUMNS, AT_ONCE
+            )
+            up = tl.sum(tl.where(parts == parts.shape[0] - 1, sums, 0.0), 0)
             if HAS_GATE:
-                both = tl.reshape(tl.join(row, row + apart), [2 * ROWS])
-                sums = _packed_sums(words, lines, num_rows, both, state, COLUMNS, AT_ONCE)
-                gate, up = tl.split(tl.reshape(sums, [ROWS, 2]))
-            else:
-                up = _packed_sums(words, lines, num_rows, row, state, COLUMNS, AT_ONCE)
+                gate = tl.sum(tl.where(parts == 0, sums, 0.0), 0)
         else:
             for start in range(0, num_steps, AT_ONCE):
                 tile = load_inputs(state, start, num_elements, KIND, GROUP, PADDED, AT_ONCE)
@@ -152,19 +155,6 @@ def _up_kernel(
             up += tl.load(where_bias + apart, mask=is_at, other=0.0).to(tl.float32)
         value = activate(gate, up, alpha, limit, ACTIVATION, HAS_GATE)
         tl.store(inner + pair * width + at, value, mask=is_at)
-
-
-@triton.jit
-def _packed_sums(words, lines, num_rows, row, state, COLUMNS: tl.constexpr, AT_ONCE: tl.constexpr):
-    """Sums over rows stored in 12 bits, [R] float32."""
-    lanes = tl.zeros([row.shape[0], AT_ONCE], dtype=tl.float32)
-    extra = tl.zeros([row.shape[0], 4], dtype=tl.float32)
-    lanes, extra, most = add_rows(
-        lanes, extra, 1.0, words, lines, num_rows, row, state, COLUMNS, AT_ONCE
-    )
-    if most > 0:
-        extra = add_spare(extra, 1.0, lines, num_rows, row, state, most)
-    return tl.sum(lanes, 1) + tl.sum(extra, 1)
 
 
 @triton.jit
@@ -189,6 +179,7 @@ def _down_kernel(
     scale_row_stride,
     height,
     TOP_K: tl.constexpr,
+    MOST_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     KIND: tl.constexpr,
@@ -214,27 +205,20 @@ def _down_kernel(
     )
     total = tl.zeros([ROWS], dtype=tl.float32)
     if KIND == 6:
-        lanes = tl.zeros([ROWS, AT_ONCE], dtype=tl.float32)
-        extra = tl.zeros([ROWS, 4], dtype=tl.float32)
-        most = 0
-        for k in tl.static_range(TOP_K):
-            pair = token * TOP_K + k
-            slot = slot_named(tl.load(places + pair))
-            factor = tl.load(gate_weights + pair).to(tl.float32)
-            lines, words = scales + slot * scale_slot_stride, weight + slot * slot_stride
-            state = inner + pair * width
-            lanes, extra, spare = add_rows(
-                lanes, extra, factor, words, lines, num_rows, row, state, COLUMNS, AT_ONCE
-            )
-            most = tl.maximum(most, spare)
-        if most > 0:
-            for k in tl.static_range(TOP_K):
-                pair = token * TOP_K + k
-                lines = scales + slot_named(tl.load(places + pair)) * scale_slot_stride
-                factor = tl.load(gate_weights + pair).to(tl.float32)
-                state = inner + pair * width
-                extra = add_spare(extra, factor, lines, num_rows, row, state, most)
-        total += tl.sum(lanes, 1) + tl.sum(extra, 1)
+        k = tl.arange(0, MOST_K)[:, None]  # all experts side by side
+        pair = token * TOP_K + k
+        slot = slot_named(tl.load(places + pair, mask=k < TOP_K, other=0))
+        sums = packed_sums(
+            weight + slot * slot_stride,
+            scales + slot * scale_slot_stride,
+            num_rows,
+            tl.where(k < TOP_K, row[None, :], num_rows),
+            inner + tl.where(k < TOP_K, pair, 0) * width,
+            COLUMNS,
+            AT_ONCE,
+        )
+        factor = tl.load(gate_weights + pair, mask=k < TOP_K, other=0.0).to(tl.float32)
+        total += tl.sum(factor * sums, 0)
     for k in tl.static_range(TOP_K):
         pair = token * TOP_K + k
         slot = slot_named(tl.load(places + pair))
@@ -318,6 +302,7 @@ def expert_products(
         depth=depth,
         bias_slot_stride=0 if second_bias is None else second_bias.stride(0),
         TOP_K=top_k,
+        MOST_K=triton.next_power_of_2(top_k),
         HAS_BIAS=second_bias is not None,
         ROWS=rows,
         num_warps=num_warps,

@@ -1,0 +1,187 @@
+"""Prepared models: the rest of a model as it is, and its experts' rows as the store holds them.
+
+`foreroute pack` writes one, and wherever a model is loaded it can be given in the model's place:
+its rows are read straight into the store's memory. docs/formats.md says what is in the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from foreroute.data.adapters.loading import PREPARED_MANIFEST
+from foreroute.estimators.artifacts import read_versioned
+from foreroute.runtime.store.encodings import Encoder, encoder_named, without
+from foreroute.runtime.store.host_store import HostExpertStore, RowLayout
+
+FORMAT_VERSION = 1
+REMEDY = "Pack the model again with foreroute pack."
+ROWS = "rows"
+READ_BYTES = 16 << 20
+MOST_READERS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedModel:
+    """The manifest of a prepared model."""
+
+    source: str
+    """The model it was made of, as its user named it."""
+    revision: str | None
+    """The commit or branch of the source, if it was on the Hub."""
+    router_fingerprint: str
+    """Of the source's routers; bundles are made for these."""
+    dtype: str
+    """Of the model's parameters."""
+    expert_dtype: str
+    """How the experts are stored."""
+    stays: tuple[str, ...]
+    """Parameters that this did not pay for: as the model has them."""
+    parameters: dict[str, Any]
+    """What lies in a row, by name: shape, dtype, offset in bytes."""
+    row_bytes: int
+    plain_bytes: int
+    """Of all experts, as the model has them."""
+    exceptions: dict[str, int]
+    """Weights that 12 bits do not reach, and that are listed, by parameter."""
+    shards: tuple[dict[str, Any], ...]
+    """Of each MoE layer: file, experts, sha256."""
+    rest: dict[str, Any]
+    """The file of all other weights, and its sha256."""
+
+    @classmethod
+    def find(cls, folder: str) -> PreparedModel | None:
+        """Read the manifest of a folder; None if it is no prepared model.
+
+        Raises:
+            ValueError: If it is damaged or of another version.
+        """
+        path = Path(folder) / PREPARED_MANIFEST
+        if not path.is_file():
+            return None
+
+        def build(values: dict[str, Any]) -> PreparedModel:
+            fields = {name: values[name] for name in cls.__dataclass_fields__}
+            return cls(**fields | {name: tuple(fields[name]) for name in ("stays", "shards")})
+
+        return read_versioned(path, FORMAT_VERSION, build, REMEDY)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the manifest holds."""
+        return {"format_version": FORMAT_VERSION} | asdict(self)
+
+    def encoder(self, asked: str, native: Encoder | None) -> Encoder | None:
+        """How the rows are encoded.
+
+        Args:
+            asked: The `expert_dtype` that the user asked for.
+            native: The encoder of a checkpoint in fewer bits, if the source was one.
+
+        Raises:
+            ValueError: If another than the model's own was asked for.
+        """
+        if asked not in ("auto", self.expert_dtype):
+            raise ValueError(
+                f"The prepared model holds experts in {self.expert_dtype}; expert_dtype={asked} "
+                f"needs the source, {self.source}."
+            )
+        encoder = native or encoder_named(self.expert_dtype)
+        for name in self.stays if encoder is not None else ():
+            encoder = without(encoder, name)
+        return encoder
+
+    def require_fits(
+        self, folder: str, layouts: Sequence[RowLayout], num_experts: list[int]
+    ) -> None:
+        """Refuse rows that are laid out in another way than this program does.
+
+        Raises:
+            ValueError: If the model, or the way it is to be loaded, does not fit the rows.
+        """
+        same = all(describe_layout(layout) == self.parameters for layout in layouts)
+        if not same or [shard["experts"] for shard in self.shards] != num_experts:
+            raise ValueError(
+                f"The rows in {folder} are of a model in {self.dtype} with {len(self.shards)} MoE "
+                f"layers of {self.row_bytes:,} bytes an expert; it is being loaded as another (its "
+                f"config, or --dtype). {REMEDY}"
+            )
+
+
+def describe_layout(layout: RowLayout) -> dict[str, Any]:
+    """What a manifest says of a row, by parameter."""
+    return {
+        name: {
+            "shape": list(spec.shape),
+            "dtype": str(spec.dtype).removeprefix("torch."),
+            "offset_bytes": spec.offset_bytes,
+        }
+        for name, spec in layout.parameters.items()
+    }
+
+
+def read_rows(
+    prepared: PreparedModel, folder: str, store: HostExpertStore, tick: Callable[[int], None]
+) -> None:
+    """Read all experts into a store, several layers at once, each checked against its sha256.
+
+    Args:
+        prepared: The manifest.
+        folder: Where it was found.
+        store: Allocated, not filled.
+        tick: Called with the bytes that were read.
+
+    Raises:
+        ValueError: If a file is missing or damaged; names it.
+    """
+    prepared.require_fits(folder, store.layouts, [len(rows) for rows in store.rows])
+    num_threads = min(MOST_READERS, len(os.sched_getaffinity(0)), len(store.rows))
+    with ThreadPoolExecutor(num_threads) as threads:
+        jobs = [
+            threads.submit(_read_shard, Path(folder) / shard["file"], rows, shard["sha256"], tick)
+            for shard, rows in zip(prepared.shards, store.rows, strict=True)
+        ]
+        try:
+            for job in jobs:
+                job.result()
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            raise
+
+
+def _read_shard(path: Path, rows: Tensor, sha256: str, tick: Callable[[int], None]) -> None:
+    """One layer's rows, straight into their memory."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing. {REMEDY}")
+    digest, view = hashlib.sha256(), memoryview(rows.numpy()).cast("B")
+    with path.open("rb", buffering=0) as file:
+        start = file.read(8)
+        header = file.read(int.from_bytes(start, "little") if len(start) == 8 else 0)
+        digest.update(start + header)
+        is_whole = _describes(header, rows)
+        at = 0
+        while is_whole and at < len(view):
+            count = file.readinto(view[at : at + READ_BYTES]) or 0
+            digest.update(view[at : at + count])
+            tick(count)
+            is_whole, at = count > 0, at + count
+        is_whole = is_whole and not file.read(1)
+    if not is_whole or digest.hexdigest() != sha256:
+        raise ValueError(f"{path} is damaged: it is not what the manifest says. {REMEDY}")
+
+
+def _describes(header: bytes, rows: Tensor) -> bool:
+    """Whether a safetensors header is that of such rows and nothing else."""
+    try:
+        entry = json.loads(header)[ROWS]
+    except (ValueError, KeyError, TypeError):
+        return False
+    place = {"dtype": "U8", "shape": list(rows.shape), "data_offsets": [0, rows.nbytes]}
+    return bool(entry == place)
