@@ -1,108 +1,90 @@
-"""Prints the tables of docs/estimators.md from benchmarks/results/estimators.json."""
+"""Puts comparisons into benchmarks/results/estimators.json and their tables into the docs.
+
+    foreroute compare-predictors --model bundled --out bundled
+    python benchmarks/estimator_tables.py bundled
+
+Rows of the same model and texts are replaced; so is what lies between the comments of a table's
+name in docs/estimators.md.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from estimators import RESULTS  # noqa: TID251 - the benchmark, not the room
-from foreroute.estimators.artifacts import read_json
-
-CODE, PROSE = "python-stdlib", "installed packages' prose"
-SAMPLED, OTHER = ", 128 of 512", ", other files"
-MEASURED = (
-    "| input | h | form | recall@K | 95 % interval | @1.5 K | gate mass | exact set | calib. error "
-    "| parameters | us |"
-)
-ANOTHER_KIND = (
-    "| trained on | tested on | next router | quasi-hidden | low-rank | least gain on each |"
+from foreroute.estimators.artifacts import read_json, write_json
+from foreroute.export.compare.plan import RESULTS_NAME
+from foreroute.export.compare.tables import (
+    Row,
+    curve_table,
+    main_table,
+    markdown,
+    saved_table,
+    worth_table,
 )
 
-
-def main() -> None:
-    """Print one table per model, the learning curves, and text of another kind."""
-    found = read_json(RESULTS)
-    rows: list[dict[str, Any]] = found["rows"]
-    for model, tested_on in (("bundled", CODE), ("12x64 top-8", CODE), ("12x64 top-8", PROSE)):
-        chosen = [
-            row
-            for row in rows
-            if (row["model"], row["trained_on"], row["tested_on"]) == (model, CODE, tested_on)
-        ]
-        print_table(f"{model}, tested on {tested_on}", MEASURED, map(measured_cells, chosen))
-    curve = {
-        (p["model"], p["train_tokens"], p["form"]): p["recall_at_k"]
-        for p in found["learning_curve"]
-    }
-    points = dict.fromkeys((model, tokens) for model, tokens, _ in curve)
-    print_table(
-        "learning curve",
-        "| model | training tokens | ridge | low-rank |",
-        (
-            [
-                model,
-                f"{tokens:,}",
-                *(decimals(curve[model, tokens, f]) for f in ("ridge", "low-rank")),
-            ]
-            for model, tokens in points
-        ),
-    )
-    texts = (CODE, PROSE)
-    print_table(
-        "text of another kind",
-        ANOTHER_KIND,
-        (another_kind_cells(rows, a + SAMPLED, b + OTHER) for a in texts for b in texts),
-    )
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "estimators.json"
+PAGE = ROOT / "docs" / "estimators.md"
+KEY = ("model", "trained_on", "tested_on")
 
 
-def measured_cells(row: dict[str, Any]) -> list[str]:
-    """What one row of the results says."""
-    low, high = row["recall_at_k_ci"]
-    numbers = [row[k] for k in ("recall_at_1_5k", "gate_mass_recall", "exact_set", "ece")]
-    is_timed = row["us_per_token"] is not None
-    return [
-        row["input"],
-        str(row["horizon"]),
-        row["form"],
-        decimals(row["recall_at_k"]),
-        f"{decimals(low)}-{decimals(high)}",
-        *map(decimals, numbers),
-        f"{row['params']:,}" if is_timed else "",
-        f"{row['us_per_token']:.0f}" if is_timed else "",
-    ]
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """All rows, those of the new comparison in the place of older ones on the same texts."""
+    content = {}
+    for name in ("rows", "learning_curve"):
+        keys = {tuple(row[k] for k in KEY) for row in new[name]}
+        kept = [r for r in old.get(name, []) if tuple(r.get(k) for k in KEY) not in keys]
+        content[name] = kept + new[name]
+    return content
 
 
-def another_kind_cells(rows: list[dict[str, Any]], trained_on: str, tested_on: str) -> list[str]:
-    """The default beside the training-free forms, and the layer where it gains least on each."""
+def tables_of(results: dict[str, Any]) -> dict[str, str]:
+    """Every table of a comparison in Markdown, by name."""
+    model, rows = results["model"], results["rows"]
+    first = results["plan"]["dataset"]
+    own: list[Row] = [row for row in rows if row["tested_on"] == first]
     found = {
-        (row["form"], row["input"]): row
-        for row in rows
-        if (row["trained_on"], row["tested_on"]) == (trained_on, tested_on)
+        f"{model}": main_table(own),
+        f"{model}, curve": curve_table(
+            [p for p in results["learning_curve"] if p["tested_on"] == first]
+        ),
+        f"{model}, saved": saved_table(own),
+        f"{model}, worth": worth_table(own),
     }
-    default = found["low-rank", "quasi-hidden"]
-    free = [found["next-router", kind] for kind in ("router-input", "quasi-hidden")]
-    least = (
-        min(a - b for a, b in zip(default["recall_per_layer"], f["recall_per_layer"], strict=True))
-        for f in free
-    )
-    return [
-        trained_on.removesuffix(SAMPLED),
-        tested_on.removesuffix(OTHER),
-        *(decimals(row["recall_at_k"]) for row in (*free, default)),
-        ", ".join(f"{100 * gain:+.1f}" for gain in least),
-    ]
+    for row in rows:
+        if row["tested_on"] != first:
+            other = [r for r in rows if r["tested_on"] == row["tested_on"]]
+            found.setdefault(f"{model}, other text", main_table(other))
+    return {name: markdown(table) for name, table in found.items()}
 
 
-def print_table(title: str, head: str, body: Iterable[list[str]]) -> None:
-    """One table in Markdown."""
-    print(f"\n{title}\n\n{head}\n{'|---' * (head.count('|') - 1)}|")
-    for cells in body:
-        print(f"| {' | '.join(cells)} |")
+def with_tables(page: str, tables: dict[str, str]) -> str:
+    """The page with the tables that it has a place for."""
+    for name, text in tables.items():
+        place = re.compile(
+            rf"(<!-- table: {re.escape(name)} -->\n).*?(<!-- end of table -->)", re.DOTALL
+        )
+        page = place.sub(lambda found, text=text: f"{found[1]}{text}{found[2]}", page)
+    return page
 
 
-def decimals(value: float | None) -> str:
-    """Four of them, without the zero in front."""
-    return "" if value is None else f"{value:.4f}".removeprefix("0")
+def main(folders: Sequence[str] | None = None) -> None:
+    """Read comparisons, write the results and the page."""
+    given = sys.argv[1:] if folders is None else folders
+    content = read_json(RESULTS)
+    page = PAGE.read_text()
+    for folder in given:
+        results = read_json(Path(folder) / RESULTS_NAME)
+        content = merged(content, results)
+        page = with_tables(page, tables_of(results))
+    write_json(RESULTS, content)
+    PAGE.write_text(page)
+    print(RESULTS)
+    print(PAGE)
 
 
 if __name__ == "__main__":

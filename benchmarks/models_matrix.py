@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
+from tiny_images import image_prompt, takes_images
 from tiny_models import SUPPORTED, tiny_model
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 
 from foreroute.data.adapters import MoEModel, discover, gate_weights, stock_experts_function
+from foreroute.data.adapters.exceptions import why_not_captured
 from foreroute.data.adapters.model_class import auto_class, writing_part
 from foreroute.data.recorder import RoutingRecorder
 from foreroute.runtime import Engine, EngineConfig
@@ -86,6 +88,28 @@ LEGEND = """\
   nothing known stands in the way of one CUDA graph per token. `tests/test_decode_step.py` holds the
   step with its kernels, interpreted, to the plain logits. `tests/test_gpu.py` runs qwen3_moe,
   gpt_oss, mixtral, olmoe and deepseek_v3 on a GPU; **the others were not run on one**.
+* **images**: a prompt with an image in it (made-up pixels, in the layout of transformers'
+  processor) and 16 generated tokens are bit-equal too; `-` where the model reads text alone.
+"""
+
+IMAGES = """\
+## Images in the prompt
+
+Models that take images are built whole (`AutoModelForImageTextToText`), so `generate` takes what
+their processor gives; images are read with the prompt, and what is written is text, in the same
+decode steps as ever. Where a whole also speaks (qwen3_omni_moe), its thinker is run.
+
+```python
+inputs = AutoProcessor.from_pretrained(name).apply_chat_template(
+    [{"role": "user", "content": [{"type": "image", "path": "cat.png"},
+                                  {"type": "text", "text": "What is this?"}]}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+)
+ids = Engine.from_pretrained(name, expert_slots="25%").generate(**inputs, max_new_tokens=64)
+```
+
+Any text model above inside a whole of another type (mistral3 with mistral4, internvl with
+qwen3_moe) goes the same way: parts are found by structure.
 """
 
 
@@ -102,6 +126,8 @@ class Row:
     """`yes`, `skip only` or `no`."""
     graph: str
     """`yes` or `no`."""
+    images: str
+    """`yes`, `no` or `-` for a model of text alone."""
     note: str
     """The reasons, one line."""
 
@@ -117,7 +143,7 @@ def row_of(model_type: str) -> Row:
         model = tiny_model(model_type)
         moe = discover(model, model_type)
     except ValueError as error:
-        return Row(model_type, "no", "no", "no", "no", str(error).rpartition(": ")[2])
+        return Row(model_type, "no", "no", "no", "no", "no", str(error).rpartition(": ")[2])
     model.set_experts_implementation("batched_mm")
     stock = copy.deepcopy(model)
     check_recording(moe)
@@ -130,8 +156,15 @@ def row_of(model_type: str) -> Row:
     notes = [f"layers {hashed} route by token, not by logits"] if hashed else []
     notes += [f"predicted: {predicted}"] if predicted else []
     notes += [f"graph: {graph}"] if graph else []
-    speculative = "skip only" if predicted else "yes"
-    return Row(model_type, "yes", "yes", speculative, "no" if graph else "yes", "; ".join(notes))
+    return Row(
+        model_type=model_type,
+        recorded="yes",
+        exact="yes",
+        speculative="skip only" if predicted else "yes",
+        graph="no" if graph else "yes",
+        images="yes" if takes_images(stock) else "-",
+        note="; ".join(notes),
+    )
 
 
 def prompt(batch: int, length: int) -> Tensor:
@@ -218,6 +251,9 @@ def check_exact(stock: Any, offloaded: OffloadedModel) -> None:
                 assert torch.equal(engine(tokens, use_cache=False).logits, expected), shape
             for shape in GENERATED_SHAPES:
                 assert torch.equal(greedy(engine, prompt(*shape)), reference[shape]), shape
+            if takes_images(stock):
+                tokens, image = image_prompt(stock)
+                assert torch.equal(greedy(engine, tokens, **image), greedy(stock, tokens, **image))
             for name in EXTRAS if prefetch == "none" else []:
                 assert torch.equal(with_extra(engine, name), with_extra(stock, name)), name
             engine.check_integrity()
@@ -249,8 +285,8 @@ def why_no_graph(stock: Any, offloaded: OffloadedModel) -> str:
     """What is known to keep a decode step out of one CUDA graph; empty if nothing is."""
     if find_expert_form(offloaded.moe.layers[0].experts) is None:
         return "the experts' activation has no kernel"
-    if not stock._can_compile_fullgraph:
-        return "transformers says its forward pass cannot be captured whole"
+    if reason := why_not_captured(stock):
+        return reason
     tokens = prompt(1, 9)
     settings = {"cache_implementation": "static", "disable_compile": True}
     try:
@@ -282,12 +318,12 @@ def page_of(rows: list[Row]) -> str:
         "`tests/test_models_matrix.py` fails when a row stops being true.",
         "",
         LEGEND,
-        "| model type | recorded | exact | speculative | graph | note |",
-        "|---|---|---|---|---|---|",
+        "| model type | recorded | exact | speculative | graph | images | note |",
+        "|---|---|---|---|---|---|---|",
     ]
     lines += ["| " + " | ".join(asdict(row).values()) + " |" for row in rows]
+    lines += ["", IMAGES]
     lines += [
-        "",
         "## Any other model",
         "",
         "`foreroute doctor` says the same of any folder or Hub id, from its `config.json` alone: "

@@ -30,7 +30,7 @@ from foreroute.runtime.simulator import (
     bounds,
     simulate,
 )
-from foreroute.runtime.simulator.cli import predictions_of, without_first
+from foreroute.runtime.simulator.cli import foretold_by_bundle
 from foreroute.runtime.simulator.replay import Replay
 
 ROOT = Path(__file__).parents[1]
@@ -209,9 +209,8 @@ def _shapes(routes: Path) -> list[dict[str, Any]]:
 def _bundled(traces: Path, bundle: Path, machine: MachineProfile) -> dict[str, Rows]:
     """The bundled model's routing, as if its layers and experts had the reference model's size."""
     route = read_route(traces)
-    said, seen = predictions_of(traces, bundle, 2)
-    route, said = without_first(route, said, seen)
-    scenario = dataclasses.replace(_scenario(route, machine), predictions=said)
+    told = foretold_by_bundle(route, traces, bundle, 2)
+    scenario = dataclasses.replace(_scenario(told.route, machine), predictions=told.predictions)
     slots = ("15%", "25%", "40%", "60%")
     evict, ahead = [], []
     for share in slots:

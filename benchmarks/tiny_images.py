@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
+
+import torch
+from torch import Tensor
 
 TEXT_PARTS = {"text_config", "thinker_config"}
 """What the config of a whole calls its text model."""
-TEXT_TYPES = {"minimax_m3_vl": "minimax_m3_vl_text", "mistral3": "mistral4"}
-"""The text model's type, where the whole's config does not say it."""
+TEXT_TYPES = {
+    "internvl": "qwen3_moe",
+    "minimax_m3_vl": "minimax_m3_vl_text",
+    "mistral3": "mistral4",
+}
+"""The text model's type, where the whole takes any."""
 IMAGE_TOKEN = 120
 SMALL_VISION: dict[str, Any] = {
     "hidden_size": 32,
@@ -88,3 +96,55 @@ def whole_settings(model_type: str, fields: set[str], text: dict[str, Any]) -> d
     every = TOKENS | parts
     own = WHOLE.get(model_type, {})
     return {name: value for name, value in every.items() if name in fields} | own
+
+
+def takes_images(model: Any) -> bool:
+    """Whether a model reads images."""
+    return hasattr(model.base_model, "get_image_features")
+
+
+def image_prompt(model: Any) -> tuple[Tensor, dict[str, Any]]:
+    """A prompt of text, a made-up image and text, and what goes with it.
+
+    The image is random numbers in the layout that transformers' processor gives for this model.
+
+    Args:
+        model: A tiny one that reads images.
+
+    Returns:
+        Tokens [1, T], and the other arguments of `generate` but the attention mask.
+    """
+    generator = torch.Generator().manual_seed(7)
+    image = _image(model, generator)
+    with torch.no_grad():
+        found = model.base_model.get_image_features(**image, return_dict=True).pooler_output
+    features = torch.cat(list(found)) if isinstance(found, (list, tuple)) else found
+    is_image = torch.zeros(1, 7 + features.flatten(0, -2).shape[0], dtype=torch.long)
+    is_image[:, 4:-3] = 1
+    text = torch.randint(3, 100, is_image.shape, generator=generator)
+    tokens = torch.where(is_image.bool(), IMAGE_TOKEN, text)
+    named = inspect.signature(model.forward).parameters
+    types = {name: is_image for name in ("mm_token_type_ids",) if name in named}
+    return tokens, image | types
+
+
+def _image(model: Any, generator: torch.Generator) -> dict[str, Any]:
+    """The pixels of one image of 16 x 16 and what says how they lie, by what the model asks for."""
+    config = model.config.vision_config
+    asked = inspect.signature(model.base_model.get_image_features).parameters
+    patch, side = 4, 4  # pixels of a patch, patches of an image
+    if "image_grid_thw" in asked:
+        width = 3 * getattr(config, "temporal_patch_size", 1) * patch * patch
+        pixels = torch.rand(side * side, width, generator=generator)
+        return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, side, side]])}
+    if "image_position_ids" in asked:
+        at = torch.cartesian_prod(torch.arange(side), torch.arange(side)).flip(-1)
+        pixels = torch.rand(1, side * side, 3 * patch * patch, generator=generator)
+        return {"pixel_values": pixels, "image_position_ids": at.unsqueeze(0)}
+    if hasattr(type(config), "temporal_patch_size"):  # patches apart, channels last
+        size = side, config.temporal_patch_size, patch, patch, 3
+        return {"pixel_values": torch.rand(size, generator=generator)}
+    whole = torch.rand(1, 3, patch * side, patch * side, generator=generator)
+    if "image_sizes" in asked:
+        return {"pixel_values": whole, "image_sizes": torch.tensor([[patch * side] * 2])}
+    return {"pixel_values": whole}

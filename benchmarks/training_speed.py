@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from prediction_time import captured_us, eager_us, layer_by_layer_us
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -35,6 +34,7 @@ from foreroute.estimators import (
     predictable_layers,
 )
 from foreroute.estimators.artifacts import package_versions, write_json
+from foreroute.export.compare.prediction_time import captured_us, eager_us, layer_by_layer_us
 from foreroute.train.datamodule import BatchStream
 from foreroute.train.fit import train_stack
 from foreroute.train.prepared import PreparedBatch, PreparedShards

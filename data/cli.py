@@ -52,7 +52,7 @@ def collect(
     dtype: str = "auto",
     states_dtype: str = "auto",
     device: str = "auto",
-    batch_size: int = 1,
+    batch_size: int = 8,
     shard_tokens: int = 16384,
     max_bytes: str | None = None,
     seed: int = 0,

@@ -26,11 +26,14 @@ from foreroute.data.manifest import MANIFEST_FILE, Speculation, TextOrigin, Trac
 from foreroute.data.traces import Traces
 from foreroute.estimators.artifacts import package_versions, require_free
 from foreroute.estimators.byte_sizes import parse_bytes
+from foreroute.estimators.forms import FREE_FORMS
 
 logger = logging.getLogger(__name__)
 
 LOADING_FLAGS = ("dtype", "device", "trust_remote_code")
-FREE_FORMS_ONLY = "Only estimators without an anchor (linear, mlp-free) can be trained on them."
+FREE_FORMS_ONLY = (
+    f"Only estimators without an anchor ({', '.join(FREE_FORMS)}) can be trained on them."
+)
 
 
 @dataclass(frozen=True, kw_only=True)

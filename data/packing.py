@@ -69,6 +69,14 @@ def token_sequences(
         )
 
 
+def first_tokens(document: Document | TokenRow, tokenizer: Any, num_tokens: int) -> list[int]:
+    """How a document begins as the model reads it, in so many tokens or all that it has."""
+    if isinstance(document, TokenRow):
+        return list(document.token_ids[:num_tokens])
+    encoded = tokenizer(document.text, add_special_tokens=False, verbose=False)
+    return [*_begin(tokenizer), *encoded["input_ids"]][:num_tokens]
+
+
 class _Packing:
     """What is left over from one document to the next."""
 

@@ -15,7 +15,6 @@ from foreroute.estimators.selection import router_scores, selection_scores
 from foreroute.estimators.stack import EstimatorStack
 from foreroute.estimators.types import (
     EstimatorSpec,
-    ExpertKey,
     InputKind,
     LayerAnchors,
     MoEGeometry,
@@ -29,7 +28,6 @@ __all__ = [
     "EstimatorForm",
     "EstimatorSpec",
     "EstimatorStack",
-    "ExpertKey",
     "InputKind",
     "LayerAnchors",
     "MoEGeometry",

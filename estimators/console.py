@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from typing import Any, NoReturn
 
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
+CLOSED_PIPE_EXIT_CODE = 141
+"""As the shell has it for a process that the closed pipe ended."""
 Command = Callable[..., Any]
 
 
@@ -29,11 +34,25 @@ def run_command(
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    _write_any_text()
+    typed = list(sys.argv[1:] if arguments is None else arguments)
+    if typed == ["--version"]:
+        print(f"{name} {metadata.version('foreroute')}")
+        return
     from jsonargparse import auto_cli
 
-    typed = list(arguments) if arguments is not None else None
     try:
-        auto_cli(command, args=typed, prog=name, as_positional=False, parser_class=_parser_class())
+        auto_cli(
+            command,
+            args=_with_dashes(typed),
+            prog=name,
+            as_positional=False,
+            parser_class=_parser_class(),
+        )
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read what is printed has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(CLOSED_PIPE_EXIT_CODE)
     except (
         ValueError,
         ImportError,
@@ -46,6 +65,25 @@ def run_command(
         hint = str(stopped) or "the same command goes on where it stopped."
         print(f"{name}: interrupted; {hint}", file=sys.stderr)
         sys.exit(INTERRUPTED_EXIT_CODE)
+
+
+def _write_any_text() -> None:
+    """Print UTF-8 where the locale has no letters beyond ASCII, and never fail on a letter."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            is_ascii = codecs.lookup(stream.encoding).name == "ascii"
+            stream.reconfigure(encoding="utf-8" if is_ascii else None, errors="replace")
+
+
+def _with_dashes(typed: list[str]) -> list[str]:
+    """What was typed, with a `--` that follows a flag as its value: argparse would drop it."""
+    words: list[str] = []
+    for word in typed:
+        if word == "--" and words and words[-1].startswith("--") and "=" not in words[-1]:
+            words[-1] += "=--"
+        else:
+            words.append(word)
+    return words
 
 
 def _fail(name: str, message: str) -> NoReturn:
@@ -72,6 +110,13 @@ def _parser_class() -> Any:
 
     class Parser(Restyled, ArgumentParser):
         _group_class = Group
+
+        def _get_values(self, action: Any, arg_strings: list[str]) -> Any:
+            is_dashes = arg_strings == ["--"] and action.option_strings and action.nargs is None
+            # Python below 3.13 drops a value of two dashes.
+            if is_dashes:
+                return self._get_value(action, "--")
+            return super()._get_values(action, arg_strings)
 
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             _fail(self.prog.replace(" [options]", ""), message)

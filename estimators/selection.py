@@ -21,15 +21,15 @@ def router_scores(router_logits: Tensor, family: GateFamily) -> Tensor:
     Raises:
         ValueError: If the family is `other`: the rule is not known.
     """
-    logits = router_logits.float()
-    if family == "other":
+    logits, kind = router_logits.float(), family.scores
+    if kind is None:
         raise ValueError(
             "How this model derives its gate weights from router logits is not known, so predicted "
             "experts cannot be run. Use on_miss=fetch or skip."
         )
-    if family.startswith("sigmoid"):
+    if kind == "sigmoid":
         return logits.sigmoid()
-    if family.startswith("sqrtsoftplus"):
+    if kind == "sqrtsoftplus":
         return functional.softplus(logits).sqrt()
     return logits.softmax(dim=-1)
 
@@ -68,7 +68,7 @@ def selection_scores(router_logits: Tensor, family: GateFamily, selection_bias: 
     Example:
         >>> import torch
         >>> logits, bias = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 0.5])
-        >>> selection_scores(logits, "sigmoid-topk", bias)
+        >>> selection_scores(logits, GateFamily.SIGMOID, bias)
         tensor([0.8808, 1.0000])
     """
     return router_scores(router_logits, family) + selection_bias

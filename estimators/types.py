@@ -9,31 +9,41 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from enum import StrEnum
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-GateFamily = Literal[
-    "softmax-topk",
-    "softmax-topk-renorm",
-    "sigmoid-topk",
-    "sigmoid-topk-renorm",
-    "sqrtsoftplus-topk-renorm",
-    "other",
-]
 NormKind = Literal["rms", "layer", "none"]
 InputKind = Literal[
     "router-input", "residual", "quasi-hidden", "attention-readout", "pre-attention"
 ]
 
 
-class ExpertKey(NamedTuple):
-    """Names one expert of one model."""
+ScoreKind = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 
-    layer_idx: int
-    """Decoder layer the expert belongs to, as the model counts its layers."""
-    expert_id: int
-    """0..E-1 within the layer."""
+
+class GateFamily(StrEnum):
+    """How a model's gate weights follow from its router logits."""
+
+    SOFTMAX = "softmax-topk"
+    SOFTMAX_RENORM = "softmax-topk-renorm"
+    SIGMOID = "sigmoid-topk"
+    SIGMOID_RENORM = "sigmoid-topk-renorm"
+    SQRTSOFTPLUS_RENORM = "sqrtsoftplus-topk-renorm"
+    OTHER = "other"
+    """In a way that is not known here."""
+
+    @property
+    def scores(self) -> ScoreKind | None:
+        """What logits become before experts are chosen; None if that is not known."""
+        kinds: dict[str, ScoreKind] = {kind: kind for kind in get_args(ScoreKind)}
+        return kinds.get(self.value.partition("-")[0])
+
+    @property
+    def is_renormalised(self) -> bool:
+        """Whether the gate weights of a token are divided by their sum."""
+        return self.value.endswith("-renorm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +62,16 @@ class MoEGeometry:
     """D, width of the router's input."""
     router_fingerprint: str
     """sha256 over all router weights, rounded to bfloat16, in layer order: names the checkpoint."""
-    gate_family: GateFamily = field(default="other", compare=False)
+    gate_family: GateFamily = field(default=GateFamily.OTHER, compare=False)
     """How gate weights follow from router logits, as verified on the model."""
     gate_scale: float = field(default=1.0, compare=False)
     """Factor on all gate weights."""
     model_name: str = field(default="", compare=False)
     """What the user called the model (folder, Hub id or `bundled`); for messages only."""
+
+    def __post_init__(self) -> None:
+        """Read the gate family, which a manifest has as text."""
+        object.__setattr__(self, "gate_family", GateFamily(self.gate_family))
 
     @property
     def num_layers(self) -> int:

@@ -14,10 +14,11 @@ from foreroute.estimators.calibration import Calibration
 from foreroute.estimators.expected_cost import FetchCosts
 from foreroute.estimators.hybrid import HybridStack
 from foreroute.export.bundle import CalibrationEntry, CandidateEntry
-from foreroute.train.calibrate import METHODS, HeldOutParts
+from foreroute.train.calibrate import METHODS
 from foreroute.train.measure import count_margins, judge, measure, predictor_of
 from foreroute.train.run import FinishedRun
 from foreroute.train.shards import PairedShards
+from foreroute.train.split import HeldOutParts
 
 
 @dataclass(frozen=True, kw_only=True)

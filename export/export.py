@@ -22,10 +22,10 @@ from foreroute.export.bundle import (
     save_manifest,
 )
 from foreroute.export.choose import Choice, choose
-from foreroute.train.calibrate import split_held_out
 from foreroute.train.measure import Probabilities, judge, measure, predictor_of
 from foreroute.train.run import FinishedRun, load_run
 from foreroute.train.shards import PairedShards
+from foreroute.train.split import split_held_out
 
 RECALL_TOLERANCE = 1e-3
 """How far recall may be from the run's: another device rounds otherwise."""

@@ -10,22 +10,7 @@ from typing import TYPE_CHECKING, Any
 from foreroute.estimators.console import run_command
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from torch import Tensor
-
-    from foreroute.runtime.bench import ModeResult
-    from foreroute.runtime.engine import Engine
-
-SPECULATIVE_NOTE = (
-    "speculative runs the predicted experts with the true router's gate weights, speculative-paper "
-    "with predicted weights too (as the paper's engine does), skip leaves missing experts out: "
-    "these three change the output."
-)
-ALL_NOTE = "prefetch-all fetches each prediction, whether or not that pays."
-CPU_NOTE = (
-    "On this CPU a fetch is a copy from memory to memory, done at once: nothing overlaps, and no "
-    "figure here stands for PCIe or a GPU."
-)
 
 
 def generate(
@@ -76,43 +61,10 @@ def generate(
             int8 or int4.
         trust_remote_code: Run code that came with the checkpoint.
     """
-    from transformers import TextStreamer, set_seed
+    given = locals().copy()
+    from foreroute.runtime.generation import run_generate
 
-    from foreroute.data.adapters import load_tokenizer
-    from foreroute.runtime.engine import Engine
-
-    text = sys.stdin.read() if prompt == "-" else prompt
-    with Engine.from_pretrained(
-        model,
-        bundle=bundle,
-        expert_slots=expert_slots,
-        on_miss=on_miss,
-        weights=weights,
-        budget=budget,
-        prefetch=prefetch,
-        eviction=eviction,
-        warm_start=warm_start,
-        layer_slots=layer_slots,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        expert_dtype=expert_dtype,
-        trust_remote_code=trust_remote_code,
-    ) as engine:
-        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-        if chat:
-            turns = [{"role": "user", "content": text}]
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
-        if inputs["input_ids"].shape[1] == 0:
-            raise ValueError("The prompt is empty; give at least one token of text.")
-        set_seed(seed)
-        sampling: dict[str, Any] = {"do_sample": False}
-        if temperature > 0:
-            sampling = {"do_sample": True, "temperature": temperature}
-        streamer = TextStreamer(tokenizer, skip_prompt=False, skip_special_tokens=True)
-        engine.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
-        print(_cost_line(engine), file=sys.stderr)
+    print(run_generate(**given), file=sys.stderr)
 
 
 def bench(
@@ -121,6 +73,7 @@ def bench(
     expert_slots: str = "25%",
     budget: int | None = None,
     dataset: str = "python-stdlib",
+    column: str = "",
     num_prompts: int = 4,
     prompt_tokens: int = 64,
     new_tokens: int = 64,
@@ -129,6 +82,7 @@ def bench(
     html: Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    revision: str | None = None,
     expert_dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> None:
@@ -140,6 +94,7 @@ def bench(
         expert_slots: Slots per MoE layer on the device: a number, a share such as 25%, or auto.
         budget: Experts prefetched per token and layer; the model's top-k unless said.
         dataset: Where prompts come from (its held-out split); as collect-traces takes it.
+        column: Column of its tables; found unless said.
         num_prompts: How many prompts.
         prompt_tokens: Length of each.
         new_tokens: Tokens generated after each, and forced for perplexity.
@@ -148,6 +103,7 @@ def bench(
         html: Draw them here, as one page that needs nothing from elsewhere.
         device: auto, cpu or cuda.
         dtype: auto, float32, bfloat16 or float16.
+        revision: Branch, tag or commit of a Hub id, for weights and tokenizer.
         expert_dtype: How experts are stored: auto (as the checkpoint has them, exact), bf16, fp8,
             int8 or int4.
         trust_remote_code: Run code that came with the checkpoint.
@@ -156,9 +112,12 @@ def bench(
     from rich.progress import Progress
 
     from foreroute.data.adapters import discover, load_model, load_tokenizer, resolve_device
+    from foreroute.data.adapters.loading import HubSettings
+    from foreroute.data.adapters.vocabulary import require_known, vocabulary_size
     from foreroute.estimators.artifacts import package_versions, write_json, write_text
     from foreroute.export.bundle import load_bundle
-    from foreroute.runtime import bench as measure
+    from foreroute.runtime.bench import measure
+    from foreroute.runtime.bench.tables import print_results
     from foreroute.runtime.config import EngineConfig
     from foreroute.runtime.planning.slot_plan import plan_slots
     from foreroute.runtime.policies.slots import parse_slots
@@ -169,17 +128,20 @@ def bench(
         raise ValueError("bench needs at least 1 prompt of 1 token, 1 repeat and 8 new tokens.")
     target = resolve_device(device)
     loaded = load_bundle(bundle) if bundle else None
-    checkpoint = Checkpoint.open(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    hub: HubSettings = {"revision": revision, "trust_remote_code": trust_remote_code}
+    checkpoint = Checkpoint.open(model, dtype=dtype, **hub)
     checkpoint.require_room_for_whole()
-    whole = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(model, **hub)
+    sequences = _sequences(tokenizer, dataset, column, num_prompts, prompt_tokens + new_tokens)
+    whole = load_model(model, dtype=dtype, **hub)
+    for tokens in sequences:
+        require_known(tokens.flatten().tolist(), vocabulary_size(whole), f"A text of {dataset}")
     moe = discover(whole, model)
     geometry = moe.geometry
     if loaded is not None:
         loaded.require_fits(geometry)
     if expert_slots != "auto":  # refuse impossible ones before anything runs
         parse_slots(expert_slots, num_experts=geometry.num_experts, top_k=geometry.top_k)
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    sequences = _sequences(tokenizer, dataset, num_prompts, prompt_tokens + new_tokens)
     work = measure.Workload(
         prompts=[tokens[:, :prompt_tokens] for tokens in sequences],
         continuations=[tokens[:, prompt_tokens:] for tokens in sequences],
@@ -210,13 +172,7 @@ def bench(
         results += measure.measure_modes(modes, offloaded, stack, work, tick)
     results = measure.with_perplexity_change(results)
     title = f"{model} on {target}, {slots} slots for the {geometry.num_experts} experts of a layer"
-    console.print(_time_table(results, title))
-    console.print(_traffic_table(results))
-    for note in (_gave_up_note(results), ALL_NOTE, SPECULATIVE_NOTE):
-        if note:
-            console.print(note)
-    if target.type == "cpu":
-        console.print(CPU_NOTE)
+    print_results(console, results, title, is_cpu=target.type == "cpu")
     settings = {
         "device": str(target),
         "versions": package_versions(),
@@ -257,98 +213,24 @@ def doctor(
     Console().print(report(found))
 
 
-def _sequences(tokenizer: Any, dataset: str, count: int, length: int) -> list[Tensor]:
+def _sequences(tokenizer: Any, dataset: str, column: str, count: int, length: int) -> list[Tensor]:
     """The first tokens of held-out documents, [1, length] each."""
-    from foreroute.data.corpus import documents
+    import torch
+
+    from foreroute.data.columns import RowReading
+    from foreroute.data.corpus import contents
+    from foreroute.data.packing import first_tokens
 
     sequences: list[Tensor] = []
-    for document in documents(dataset, "held-out"):
-        ids = tokenizer(document.text, return_tensors="pt", truncation=True, max_length=length)
-        if ids["input_ids"].shape[1] == length:
-            sequences.append(ids["input_ids"])
+    for document in contents(dataset, "held-out", RowReading(column=column, tokenizer=tokenizer)):
+        ids = first_tokens(document, tokenizer, length)
+        if len(ids) == length:
+            sequences.append(torch.tensor([ids]))
         if len(sequences) == count:
             return sequences
     raise ValueError(
         f"{dataset} has only {len(sequences)} held-out documents of {length} tokens; bench needs "
         f"{count}. Lower --num-prompts, --prompt-tokens or --new-tokens."
-    )
-
-
-def _time_table(results: list[ModeResult], title: str) -> Table:
-    """What each mode took."""
-    table = _table(title, "TPOT ms", "p25-p75", "x on-demand", "TTFT ms", "tokens")
-    baseline = next(r.tpot_ms for r in results if r.name == "on-demand")
-    for r in results:
-        table.add_row(
-            r.name,
-            f"{r.tpot_ms:.2f}",
-            f"{r.tpot_ms_p25:.1f}-{r.tpot_ms_p75:.1f}",
-            f"{r.tpot_ms / baseline:.2f}",
-            f"{r.ttft_ms:.0f}",
-            "stock's" if r.tokens == results[0].tokens else "other",
-        )
-    return table
-
-
-def _gave_up_note(results: list[ModeResult]) -> str:
-    """Which modes stopped looking ahead; empty if none did."""
-    gave_up = [
-        f"{r.name} ({r.share_ahead:.0%})"
-        for r in results
-        if r.share_ahead is not None and r.share_ahead < 1
-    ]
-    if not gave_up:
-        return ""
-    return (
-        f"Gave up, as looking ahead takes longer here than it saves (share of steps that did all "
-        f"the same): {', '.join(gave_up)}."
-    )
-
-
-def _traffic_table(results: list[ModeResult]) -> Table:
-    """What each mode copied, and what it did to the output."""
-    table = _table(
-        "Copies per token, and the output against the exact model",
-        *("hit rate", "MB", "wasted", "late", "agree", "perplexity"),
-    )
-    for r in results:
-        change = "exact" if r.is_exact else f"{r.perplexity:.2f} {r.perplexity_change:+.1%}"
-        table.add_row(
-            r.name,
-            "-" if r.hit_rate is None else f"{r.hit_rate:.3f}",
-            f"{r.bytes_per_token / 1e6:.2f}",
-            f"{r.wasted_bytes_per_token / 1e6:.2f}",
-            f"{r.late_per_token:.2f}",
-            "exact" if r.is_exact else f"{r.agreement:.3f}" + " (off)" * r.is_speculation_off,
-            f"{r.perplexity:.2f}" if r.is_exact and r.perplexity else change,
-        )
-    return table
-
-
-def _table(title: str, *columns: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    table.add_column("mode", no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
-
-
-def _cost_line(engine: Engine) -> str:
-    stats = engine.stats()
-    kind = "exact" if engine.config.is_exact else f"SPECULATIVE, agreement {stats.agreement:.3f}"
-    if engine.offloaded.expert_dtype != "auto":
-        kind += f" with experts in {engine.offloaded.expert_dtype}"
-    if engine.config.looks_ahead and stats.share_ahead < 1:
-        kind += f", given up (looked ahead in {stats.steps_ahead} of {stats.decode.forwards} steps)"
-    return (
-        f"[{engine.geometry.describe()}; prefetch {engine.config.prefetch}, {kind}; "
-        f"{engine.num_slots} slots a layer; TTFT {stats.ttft_ms[-1]:.0f} ms, "
-        f"TPOT {stats.tpot_ms:.2f} ms, hit rate {stats.hit_rate:.3f}, "
-        f"{stats.bytes_per_token / 1e6:.2f} MB/token, "
-        f"wasted {stats.wasted_bytes_per_token / 1e6:.2f} MB/token]"
     )
 
 
@@ -394,9 +276,10 @@ def simulate(
         seed: Of the simulated predictor.
         json: Write the rows here too.
     """
-    from foreroute.runtime.simulator.cli import run_simulate
+    given = dict(locals())
+    from foreroute.runtime.simulator.cli import SimulateRequest, run_simulate
 
-    run_simulate(**locals())
+    run_simulate(SimulateRequest(**given))
 
 
 def plan(
@@ -406,6 +289,7 @@ def plan(
     profile: str = "h100-pcie5",
     context: int = 4096,
     json: Path | None = None,
+    revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
     """Say what fits and what to expect, from the model's configuration alone.
@@ -417,11 +301,12 @@ def plan(
         profile: A machine: a built-in name such as rtx4090-pcie4, or a file of foreroute profile.
         context: Tokens of context, prompt and answer.
         json: Write the plan here too.
+        revision: Branch, tag or commit of a Hub id.
         trust_remote_code: Run code that came with the checkpoint.
     """
     from foreroute.runtime.planning.plan_report import run_plan
 
-    run_plan(model, gpu_memory, host_memory, profile, context, json, trust_remote_code)
+    run_plan(model, gpu_memory, host_memory, profile, context, json, trust_remote_code, revision)
 
 
 def pack(
@@ -469,6 +354,7 @@ def profile(out: Path, device: str = "auto", name: str = "", overwrite: bool = F
 def main() -> None:
     """Entry point of `foreroute`."""
     from foreroute.data.cli import collect
+    from foreroute.export.compare.cli import compare_predictors, score
     from foreroute.export.report.cli import report
     from foreroute.runtime.evaluation.cli import evaluate
     from foreroute.runtime.serving.cli import serve
@@ -486,6 +372,8 @@ def main() -> None:
             "plan": plan,
             "profile": profile,
             "report": report,
+            "compare-predictors": compare_predictors,
+            "score": score,
             "serve": serve,
             "evaluate": evaluate,
             "tune": tune,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -27,27 +27,33 @@ def watch_input(module: nn.Module, see: Callable[[Tensor], None], undo: ExitStac
     undo.callback(module.register_forward_pre_hook(show, with_kwargs=True).remove)
 
 
-class ReadsSource(Protocol):
-    """A layer whose state predicts another one's experts."""
+class SourceStates:
+    """What predictions read of a layer, besides its own routing, in the forward pass at hand."""
 
-    residual: Tensor | None
-    router_input: Tensor | None
+    def __init__(self) -> None:
+        """Nothing has been seen yet."""
+        self.residual: Tensor | None = None
+        """[T, D]."""
+        self._router_input: Tensor | None = None
 
+    def watch(self, layer: MoELayer, undo: ExitStack) -> None:
+        """See the residual and, where the experts read another tensor, the router's input.
 
-def watch_source_states(layer: MoELayer, own: ReadsSource, undo: ExitStack) -> None:
-    """Set what predictions read of a layer.
+        Args:
+            layer: Handles on the model's modules.
+            undo: Gets what takes the hooks off again.
+        """
+        watch_input(layer.residual_source, partial(setattr, self, "residual"), undo)
+        if layer.is_input_apart:
+            watch_input(layer.router, partial(setattr, self, "_router_input"), undo)
 
-    That is its residual and, where the experts read another tensor than the router, the router's
-    input; both [T, D].
+    def router_input(self, experts_input: Tensor) -> Tensor:
+        """What the router read, [T, D].
 
-    Args:
-        layer: Handles on the model's modules.
-        own: Gets them.
-        undo: Gets what takes the hooks off again.
-    """
-    watch_input(layer.residual_source, partial(setattr, own, "residual"), undo)
-    if layer.is_input_apart:
-        watch_input(layer.router, partial(setattr, own, "router_input"), undo)
+        Args:
+            experts_input: What the experts read, [T, D]: the same in most models.
+        """
+        return experts_input if self._router_input is None else self._router_input
 
 
 def watch_router_logits(layer: MoELayer, see: Callable[[Tensor], None], undo: ExitStack) -> None:

@@ -27,6 +27,7 @@ FILES = sorted(path for room in ALLOWED for path in (ROOT / room).rglob("*.py"))
 COMMAND_LINES = {
     "data.cli",
     "export.cli",
+    "export.compare.cli",
     "export.report.cli",
     "runtime.cli",
     "runtime.simulator.cli",

@@ -6,8 +6,8 @@ import pytest
 from tiny_models import tiny_model
 
 from foreroute.estimators import host_memory
-from foreroute.runtime.bench import modes_for
-from foreroute.runtime.cli import _gave_up_note
+from foreroute.runtime.bench.measure import modes_for
+from foreroute.runtime.bench.tables import gave_up_note
 from foreroute.runtime.store.checkpoint import Checkpoint
 
 
@@ -30,8 +30,8 @@ def test_a_bundle_predicts_where_the_routers_copies_cannot():
 def test_modes_that_stopped_looking_ahead_are_named_below_the_table():
     shares = {"on-demand": None, "prefetch": 0.25, "prefetch-all": 1.0, "other": 0.0}
     results = [SimpleNamespace(name=name, share_ahead=share) for name, share in shares.items()]
-    assert _gave_up_note(results).endswith("did all the same): prefetch (25%), other (0%).")
-    assert _gave_up_note(results[:1]) == _gave_up_note(results[2:3]) == ""
+    assert gave_up_note(results).endswith("did all the same): prefetch (25%), other (0%).")
+    assert gave_up_note(results[:1]) == gave_up_note(results[2:3]) == ""
 
 
 def test_a_stock_model_larger_than_the_host_is_refused_with_the_numbers(tmp_path, monkeypatch):

@@ -14,9 +14,10 @@ from foreroute.estimators.calibration import (
     uncalibrated,
 )
 from foreroute.estimators.expected_cost import FetchCosts, expected_cost
-from foreroute.train.calibrate import METHODS, MarginHistogram, split_held_out
+from foreroute.train.calibrate import METHODS, MarginHistogram
 from foreroute.train.measure import count_margins, judge, predictor_of
 from foreroute.train.shards import PairedShards
+from foreroute.train.split import split_held_out
 
 TOP_K, NUM_EXPERTS = 4, 16
 

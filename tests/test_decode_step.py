@@ -8,17 +8,21 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import StaticCache
 
 pytest.importorskip("triton", reason="needs triton")
 
+from tiny_images import image_prompt
 from tiny_models import tiny_model
 
 from foreroute.data.adapters import find_moe_layers
 from foreroute.runtime.device import decode_graph
 from foreroute.runtime.device.decode_graph import DecodeStep
 from foreroute.runtime.device.fusions import fuse_attention, fuse_rotary, fuse_routers
+from foreroute.runtime.device.sampling import decode_loop
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "models.json"
+ROWS = json.loads(RESULTS.read_text())
 PROMPT, STEPS = 5, 4
 TOLERANCE = 2e-5  # float32, sums in another order
 
@@ -32,6 +36,7 @@ def forced_logits(model: Any, tokens: Tensor, mask: Tensor) -> Tensor:
     """Logits after the prompt and each forced token but the last, by decode steps, [B, n, V]."""
     routers = [layer.router for layer in find_moe_layers(model)]
     step = DecodeStep(model, len(tokens), PROMPT + STEPS, routers)
+    assert vars(step.cache).keys() == vars(StaticCache(config=model.config, max_cache_len=1)).keys()
     step.begin(mask[:, :PROMPT])
     with torch.no_grad():
         model(
@@ -44,8 +49,7 @@ def forced_logits(model: Any, tokens: Tensor, mask: Tensor) -> Tensor:
 
 
 def capturable_types() -> list[str]:
-    rows = json.loads(RESULTS.read_text())
-    return [row["model_type"] for row in rows if row["graph"] == "yes"]
+    return [row["model_type"] for row in ROWS if row["graph"] == "yes"]
 
 
 @pytest.mark.parametrize(
@@ -69,6 +73,38 @@ def test_decode_steps_give_the_logits_of_one_pass_over_the_text(
         expected = model(input_ids=tokens, attention_mask=mask, position_ids=positions).logits
     got = forced_logits(model, tokens, mask)
     torch.testing.assert_close(got, expected[:, PROMPT:], atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "model_type", [row["model_type"] for row in ROWS if row["graph"] == row["images"] == "yes"]
+)
+def test_decode_steps_after_an_image_give_the_logits_of_generate(model_type: str) -> None:
+    model = tiny_model(model_type)
+    tokens, image = image_prompt(model)
+    settings = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": STEPS} | image
+    settings |= {"do_sample": False, "pad_token_id": 0}
+    expected = model.generate(tokens, **settings, output_logits=True, return_dict_in_generate=True)
+    step = RecordedStep(model, 1, tokens.shape[1] + STEPS)
+
+    def loop(model: Any, input_ids: Tensor, **given: Any) -> Tensor:
+        names = ("logits_processor", "stopping_criteria", "generation_config")
+        return decode_loop(model, step, input_ids, given, *map(given.pop, names), None)
+
+    assert torch.equal(model.generate(tokens, **settings, custom_generate=loop), expected.sequences)
+    for got, logits in zip(step.logits, expected.logits[1:], strict=True):
+        torch.testing.assert_close(got, logits, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+class RecordedStep(DecodeStep):
+    """Keeps the logits of its replays."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.logits: list[Tensor] = []
+
+    def replay(self, tokens: Tensor) -> Tensor:
+        self.logits.append(super().replay(tokens).clone())
+        return self.logits[-1]
 
 
 def test_a_prompt_of_one_token_is_stored_at_the_start() -> None:

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 import training_speed
-from prediction_time import captured_us
+from estimator_tables import merged, with_tables
 
-import estimators  # noqa: TID251 - the benchmark of that name, not the room
+from foreroute.export.compare.prediction_time import captured_us
 
 SHAPE = "--layers 3 --tokens 256 --hidden 32 --experts 8 --top-k 2 --epochs 1 --rounds 1"
 
@@ -38,17 +38,10 @@ def test_no_empty_graph_is_timed(monkeypatch):
         captured_us(stack)
 
 
-def test_estimators_are_measured_on_every_text_by_its_name(run_benchmark, tiny_traces):
-    flags = ["--traces", tiny_traces, "--traces-other", tiny_traces, "--texts", "one", "two"]
-    flags += ["--forms", "next-router", "low-rank", "--inputs", "router-input", "--epochs", "1"]
-    found = run_benchmark(estimators, *flags, "--no-curve", "--device", "cpu")
-    rows = {(row["form"], row["tested_on"]): row for row in found["rows"]}
-    assert {row["trained_on"] for row in found["rows"]} == {"one"}
-    for text in ("one", "two"):
-        row = rows["low-rank", text]
-        low, high = row["recall_at_k_ci"]
-        assert low <= row["recall_at_k"] <= high < row["recall_at_1_5k"] <= 1
-        assert min(row["params"], row["us_per_token"]) > 0
-        assert 0 <= row["ece"] < 1
-        assert row["gate_mass_recall"] > row["exact_set"] > 0
-    assert rows["next-router, leaked future", "one"]["exact_set"] == 1  # float32 traces
+def test_tables_take_the_place_of_older_ones_and_leave_the_rest() -> None:
+    row = {"model": "m", "trained_on": "a", "tested_on": "a", "recall_at_k": 0.5}
+    other = row | {"trained_on": "b"}
+    found = merged({"rows": [row, other]}, {"rows": [row | {"new": 1}], "learning_curve": []})
+    assert found == {"rows": [other, row | {"new": 1}], "learning_curve": []}
+    page = "before\n<!-- table: m -->\nold\n<!-- end of table -->\nafter\n"
+    assert with_tables(page, {"m": "new\n", "unknown": "x"}) == page.replace("old", "new")

@@ -13,11 +13,11 @@ from foreroute.estimators.artifacts import read_json, write_json, write_tensors
 from foreroute.export.bundle import load_bundle
 from foreroute.export.cli import export
 from foreroute.export.export import export_estimator
-from foreroute.train.calibrate import split_held_out
 from foreroute.train.fit import train_estimator
 from foreroute.train.measure import measure, predictor_of
 from foreroute.train.run import FitConfig, load_run
 from foreroute.train.shards import PairedShards
+from foreroute.train.split import split_held_out
 
 SPEC = EstimatorSpec(form="low-rank", rank=8, target_layers=(1, 2, 3))
 

@@ -8,6 +8,7 @@ import torch
 from tiny_models import tiny_model
 from torch import Tensor
 
+from foreroute.data.recorder import RoutingRecorder
 from foreroute.estimators import EstimatorStack
 from foreroute.runtime import Engine, EngineConfig
 from foreroute.runtime.device.decode_graph import DecodeGraph, DecodeStep
@@ -342,6 +343,28 @@ def test_graph_with_attentions_run_early_predicts_as_well_as_the_host(
             decode = engine.stats().decode
         wasted[decide_on] = decode.wasted_bytes / decode.prefetched_bytes
     assert wasted["auto"] == pytest.approx(wasted["host"], abs=0.1)
+
+
+def test_the_device_predicts_from_the_routers_input_where_the_experts_read_another() -> None:
+    offloaded = offload(tiny_model("gemma4_text"), device=CUDA, model_name="gemma4_text")
+    moe = offloaded.moe
+    stack = EstimatorStack.training_free(moe.geometry, moe.anchors, input_kind="router-input")
+    config = EngineConfig(expert_slots="4", prefetch="all")
+    with graph_engine(offloaded, config, stack) as engine:
+        run: Any = engine.driver.run
+        predict, seen = run.predictor.predict, []
+
+        def watched(source: int, *, router_input: Tensor, **states: Any) -> Any:
+            seen.append((source, router_input.clone()))
+            return predict(source, router_input=router_input, **states)
+
+        run.predictor.predict = watched
+        cache = engine(input_ids=prompt()[:, :9], use_cache=True).past_key_values
+        with RoutingRecorder(moe) as recorder:
+            engine(input_ids=prompt()[:, 9:10], past_key_values=cache, use_cache=True)
+            records = recorder.take()
+    assert len(seen) == len(stack.source_layers)
+    assert all(torch.equal(state, records[source].router_input.to(CUDA)) for source, state in seen)
 
 
 @pytest.mark.parametrize("model_type", ["gpt_oss", "mixtral", "deepseek_v3"])

@@ -13,6 +13,7 @@ from tiny_models import SUPPORTED, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, conversion_mapping
 from transformers.core_model_loading import Interleave, Transpose, WeightConverter
 
+from foreroute.data.adapters.model_class import auto_class
 from foreroute.data.adapters.weightless import parameter_shapes
 from foreroute.estimators import host_memory
 from foreroute.runtime import Engine
@@ -46,9 +47,17 @@ def assert_same_weights(offloaded, stock):
 
 @pytest.mark.parametrize("model_type", SUPPORTED)
 def test_sharded_checkpoints_of_every_type_load_bit_for_bit(tmp_path, model_type):
-    save(tmp_path, model_type)
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    saved = save(tmp_path, model_type)
+    stock = auto_class(saved.config).from_pretrained(tmp_path)
     assert_same_weights(load_offloaded(str(tmp_path), device="cpu"), stock)
+
+
+def test_the_part_that_writes_is_loaded_from_the_checkpoint_of_a_whole_that_also_speaks(tmp_path):
+    thinker = tiny_model("qwen3_omni_moe")
+    tiny_config("qwen3_omni_moe").save_pretrained(tmp_path)
+    tensors = {f"thinker.{name}": tensor for name, tensor in thinker.state_dict().items()}
+    save_file(tensors | {"talker.other": torch.ones(2)}, tmp_path / "model.safetensors")
+    assert_same_weights(load_offloaded(str(tmp_path), device="cpu"), thinker)
 
 
 @pytest.mark.parametrize("saved", DTYPES)

@@ -13,6 +13,7 @@ from foreroute.runtime.planning.model_size import ModelSize, measure_model
 from foreroute.runtime.planning.plan_report import run_plan
 from foreroute.runtime.planning.planner import hit_rate_at, plan_choices
 from foreroute.runtime.policies.slots import auto_slots, cache_values, prefill_group
+from foreroute.runtime.store.offload import load_offloaded
 
 GIB = 2**30
 
@@ -42,7 +43,9 @@ def test_a_configuration_alone_gives_the_sizes(big: Path) -> None:
     assert size.expert_params * 2 == 9437184
     assert size.cache_values == 48 * 2 * 4 * 128
     # 30.5 billion parameters, 29.0 of them in experts
-    assert size.all_expert_params == pytest.approx(28.99e9, rel=0.01)
+    assert size.num_layers * size.num_experts * size.expert_params == pytest.approx(
+        28.99e9, rel=0.01
+    )
     assert size.other_params == pytest.approx(1.54e9, rel=0.01)
     assert measure_model(str(big / "config.json")).expert_params == size.expert_params
 
@@ -56,6 +59,13 @@ def test_as_many_keys_and_values_are_counted_as_transformers_keeps(model_type: s
     text = model.config.get_text_config()
     counted = num_tokens * cache_values(text, text.num_hidden_layers)
     assert sum(layer.keys.numel() + layer.values.numel() for layer in kept) == counted
+
+
+@pytest.mark.parametrize("expert_dtype", ["auto", "int4"])
+def test_an_expert_is_planned_with_as_many_bytes_as_an_engine_copies(expert_dtype: str) -> None:
+    planned = measure_model("bundled").expert_bytes[expert_dtype]
+    loaded = load_offloaded("bundled", device="cpu", expert_dtype=expert_dtype)
+    assert planned == loaded.expert_bytes
 
 
 def test_auto_slots_fills_what_is_free() -> None:
@@ -119,7 +129,7 @@ def test_the_command_says_what_to_type(
 def test_what_does_not_fit_is_said(big: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_plan(str(big), "2GiB", "12GiB", "h100-pcie5", 4096, None, False)
     printed = capsys.readouterr().out
-    assert "does not fit: 12GiB of host memory cannot hold 15.2 GiB; 2GiB on the device" in printed
+    assert "does not fit: 12GiB of host memory cannot hold 14.3 GiB; 2GiB on the device" in printed
 
 
 def test_models_without_experts_are_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from foreroute.estimators.types import GateFamily
 from foreroute.runtime import EngineConfig
 from foreroute.runtime.host.residency import HostResidency
 from foreroute.runtime.host.run_state import HostRun
@@ -47,7 +48,7 @@ def make_residency(num_slots: int) -> HostResidency:
     policy = find_policy("lru")
     run = HostRun(
         config=EngineConfig(),
-        gate_family="softmax-topk",
+        gate_family=GateFamily.SOFTMAX,
         gate_scale=1.0,
         transfers=SlowTransfers(),
         predictor=None,

@@ -21,7 +21,8 @@ class UncapturedStep:
         self.num_replays = 0
         self._model = model
 
-    def begin(self, prompt_mask: Tensor) -> None:
+    def begin(self, prompt_mask: Tensor, positions: Tensor) -> None:
+        assert torch.equal(positions, prompt_mask.sum(-1, keepdim=True))
         self._mask = prompt_mask
 
     def replay(self, tokens: Tensor) -> Tensor:
@@ -58,10 +59,10 @@ def generate(model: Any, tokens: Tensor, streamer: Any, **settings: Any) -> tupl
             model,
             step,
             input_ids,
-            given["attention_mask"],
-            given["logits_processor"],
-            given["stopping_criteria"],
-            given["generation_config"],
+            given,
+            given.pop("logits_processor"),
+            given.pop("stopping_criteria"),
+            given.pop("generation_config"),
             streamer,
         )
 

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 import uvicorn
 from openai import OpenAI
 
@@ -21,6 +22,7 @@ from foreroute.data.adapters import load_tokenizer
 from foreroute.runtime import Engine
 from foreroute.runtime.serving.app import make_app
 from foreroute.runtime.serving.server import DrainingServer
+from foreroute.runtime.stats import RuntimeStats
 
 PROMPT = "import os\n\ndef read_config(path):\n"
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -253,6 +255,48 @@ def test_transformers_chat_talks_to_it(served: Served) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert served.metric('foreroute_requests_total{path="/v1/chat/completions",status="200"}') > 0
+
+
+class Scripted:
+    """Stands for an engine whose model always answers the same text."""
+
+    def __init__(self, model: Any, tokenizer: Any, text: str) -> None:
+        self.model, self._ids = self, tokenizer(text)["input_ids"]
+        self.config, self.generation_config = model.config, model.generation_config
+        self.device, self.name_or_path = model.device, "scripted"
+
+    def generate(self, input_ids: Any, streamer: Any = None, **_: Any) -> Any:
+        if streamer is not None:
+            streamer.put(input_ids[0])
+            for token in self._ids:
+                streamer.put(torch.tensor([token]))
+            streamer.end()
+        return torch.cat([input_ids, torch.tensor([self._ids])], dim=1)
+
+    def stats(self) -> RuntimeStats:
+        return RuntimeStats()
+
+    def reset_stats(self) -> None:
+        pass
+
+
+def test_tool_calls_are_parsed_as_transformers_parses_them(engine: Engine) -> None:
+    tokenizer = load_tokenizer("bundled")
+    tokenizer.chat_template = TEMPLATE + "{{ '<|im_start|>assistant\\n' }}"
+    call = '<tool_call>{"name": "look", "arguments": {"at": "here"}}</tool_call>'
+    scripted: Any = Scripted(engine.model, tokenizer, call)
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    with serving(scripted, tokenizer) as served:
+        answer = served.chat(tools=tools).choices[0]
+        chunks = list(served.chat(tools=tools, stream=True))
+        plain = served.chat(tool_choice="none", tools=tools).choices[0]
+    streamed = [chunk.choices[0].delta.tool_calls for chunk in chunks if chunk.choices]
+    calls = [*answer.message.tool_calls, *(c for part in streamed if part for c in part)]
+    assert [(c.function.name, json.loads(c.function.arguments)) for c in calls] == [
+        ("look", {"at": "here"})
+    ] * 2
+    assert answer.finish_reason == "tool_calls"
+    assert plain.finish_reason == "tool_calls"  # the model did so all the same
 
 
 @pytest.mark.slow

@@ -4,14 +4,20 @@ import dataclasses
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from foreroute.data.collect import collect_traces
 from foreroute.data.routes import ReadOptions, Route, read_route
+from foreroute.estimators import EstimatorStack
+from foreroute.export.bundle import PairEntry, save_bundle
+from foreroute.runtime.planning.machine import find_profile
 from foreroute.runtime.policies import LayerState, PrefetchRule, find_policy
+from foreroute.runtime.policies.prefetching import READOUT_SHARE
 from foreroute.runtime.simulator import (
     LinkTimes,
     Predictions,
@@ -21,8 +27,7 @@ from foreroute.runtime.simulator import (
     simulate,
     timeline,
 )
-from foreroute.runtime.simulator.calibration import Calibration
-from foreroute.runtime.simulator.cli import run_simulate
+from foreroute.runtime.simulator.cli import SimulateRequest, foretold_by_bundle, run_simulate
 from foreroute.runtime.simulator.replay import Replay
 
 TIMES = LinkTimes(
@@ -254,15 +259,6 @@ def test_a_simulated_predictor_has_the_recall_and_calibration_it_says() -> None:
             )
 
 
-def test_calibration_rises_and_meets_the_share_that_was_used() -> None:
-    rng = np.random.default_rng(0)
-    margins = rng.normal(size=20000).astype(np.float32)
-    is_used = rng.random(20000) < 1 / (1 + np.exp(-2 * margins))
-    calibration = Calibration.fit(margins, is_used)
-    assert (np.diff(calibration.probability) >= 0).all()
-    assert calibration(np.array([1.0], dtype=np.float32))[0] == pytest.approx(0.88, abs=0.05)
-
-
 def test_slots_shared_by_misses_keep_their_total() -> None:
     route = random_route(4)
     scenario = scenario_of(route, _times(1), layer_slots="by-misses")
@@ -368,7 +364,16 @@ def test_the_command_prints_and_writes_its_rows(
 ) -> None:
     route = random_route(6)
     np.save(tmp_path / "ids.npy", route.expert_ids)
-    run_simulate(**_flags(tmp_path, eviction="lru,default", prefetch="none,pieces", horizon=2))
+    request = SimulateRequest(
+        routes=tmp_path / "ids.npy",
+        slots="25%",
+        prefetch="none,pieces",
+        horizon=2,
+        num_experts=32,
+        prompt_tokens=10,
+        json=tmp_path / "rows.json",
+    )
+    run_simulate(request)
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     wanted = {
         "eviction",
@@ -386,27 +391,52 @@ def test_the_command_prints_and_writes_its_rows(
     assert capsys.readouterr().out.strip().endswith("rows.json")
 
 
-def _flags(folder: Path, **changed: object) -> dict[str, object]:
-    return {
-        "routes": folder / "ids.npy",
-        "profile": "h100-pcie5",
-        "slots": "25%",
-        "eviction": "lru",
-        "prefetch": "none",
-        "horizon": 1,
-        "bundle": None,
-        "recall": 0.89,
-        "errors": "near-miss",
-        "concentration": 2.0,
-        "warm_start": "prompt",
-        "layer_slots": "equal",
-        "expert_bytes": None,
-        "layer_ms": None,
-        "num_experts": 32,
-        "prompt_tokens": 10,
-        "seed": 0,
-        "json": folder / "rows.json",
-    } | changed
+@pytest.fixture(scope="module")
+def rich_traces(tiny_moe: Any, text_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Traces that hold what every kind of estimator reads."""
+    return collect_traces(
+        model=str(tiny_moe.folder),
+        dataset=str(text_dataset),
+        tokens=16 * 32,
+        out=tmp_path_factory.mktemp("rich") / "traces",
+        sequence_length=32,
+        generated_share=0.5,
+        record="readout,layer-input",
+    )
+
+
+@pytest.mark.parametrize(
+    ("input_kind", "horizon"), [("quasi-hidden", 1), ("attention-readout", 1), ("pre-attention", 0)]
+)
+def test_bundles_of_every_kind_are_simulated_and_say_more_than_chance(
+    rich_traces: Any, input_kind: Any, horizon: int, tmp_path: Path
+) -> None:
+    geometry, vectors = rich_traces.geometry, rich_traces.readout_vectors()
+    settings = {"input_kind": input_kind, "horizon": horizon, "default_vectors": vectors}
+    stack = EstimatorStack.training_free(geometry, rich_traces.anchors, **settings)
+    entries = [
+        PairEntry(
+            source_layer=source,
+            target_layer=target,
+            form="next-router",
+            recall_at_k=0.5,
+            training_free_recall_at_k=0.5,
+            budget=2,
+        )
+        for source, target in zip(stack.source_layers, stack.target_layers, strict=True)
+    ]
+    save_bundle(tmp_path, stack, entries, num_held_out_tokens=1, provenance={})
+    route = read_route(rich_traces.folder)
+    told = foretold_by_bundle(route, rich_traces.folder, tmp_path, 1)
+    assert told.predictions is not None
+    assert told.predictions.recall(told.route)[0] > 0.5  # the top 4 of 8 by chance
+    shares = {"quasi-hidden": 0, "attention-readout": READOUT_SHARE, "pre-attention": 0.5}
+    assert told.delay_share == shares[input_kind]
+    times = LinkTimes.of(find_profile("h100-pcie5"), top_k=route.top_k).delayed(told.delay_share)
+    scenario = Scenario(
+        route=told.route, times=times, expert_bytes=10**6, predictions=told.predictions
+    )
+    assert simulate(scenario, eviction="lru", prefetch="head", slots="4").tpot_ms > 0
 
 
 def test_heads_do_not_lose_with_few_slots_and_large_experts() -> None:

@@ -77,9 +77,7 @@ def test_states_are_not_those_of_the_unchanged_model(tiny_moe, arguments, text_d
 def test_an_exact_engine_records_what_the_model_records(arguments, tmp_path):
     engine = collected(arguments | {"on_miss": "fetch"})
     plain = {name: value for name, value in arguments.items() if name not in ENGINE_FLAGS}
-    model = collect_traces(
-        **(plain | {"out": tmp_path / "plain", "source": "generated", "batch_size": 1})
-    )
+    model = collect_traces(**(plain | {"out": tmp_path / "plain", "source": "generated"}))
     assert torch.equal(engine.tokens(0).token_ids, model.tokens(0).token_ids)
     for name, expected in model.record(2, 0).tensors.items():
         assert torch.allclose(
@@ -118,7 +116,7 @@ def test_flags_and_defaults_are_those_of_collect_traces():
     theirs = inspect.signature(collect_traces).parameters
     assert set(ours) == set(theirs) | set(ENGINE_FLAGS)
     changed = {name for name in theirs if ours[name].default != theirs[name].default}
-    assert changed == {"source", "batch_size"}
+    assert changed == {"source"}
     assert CollectRequest.model == "bundled"
 
 

@@ -12,7 +12,6 @@ from foreroute.estimators import (
     SOURCE_FIELDS,
     TRAINING_FREE_FORM,
     EstimatorSpec,
-    EstimatorStack,
     InputKind,
 )
 from foreroute.train.measure import Predictor, predictor_of
@@ -20,6 +19,7 @@ from foreroute.train.prepared import PreparedShards
 from foreroute.train.ridge import set_to_ridge
 from foreroute.train.shards import BASE_SOURCE_FIELDS, PairedShards, RoutingBatch
 from foreroute.train.split import SequenceSplit
+from foreroute.train.stacks import build_stack
 
 TRAINING_FREE_INPUTS: dict[str, InputKind] = {
     "next-router": "router-input",
@@ -81,22 +81,6 @@ def baseline_fields(spec: EstimatorSpec) -> tuple[str, ...]:
     """The source fields that the spec's own input and its baselines read."""
     shared = BASE_SOURCE_FIELDS if spec.horizon else ()
     return tuple(dict.fromkeys((*shared, *SOURCE_FIELDS[spec.input_kind])))
-
-
-def build_stack(
-    traces: Traces, spec: EstimatorSpec, default_vectors: Tensor, device: torch.device
-) -> EstimatorStack:
-    """A fresh stack of a spec for the model that was recorded.
-
-    Args:
-        traces: Give the geometry, the anchors, and a readout's own default vectors.
-        spec: What to predict, from what, in which form.
-        default_vectors: Of all L MoE layers, [L, E, D], for quasi-hidden input.
-        device: Where it shall live.
-    """
-    is_readout = spec.input_kind == "attention-readout"
-    vectors = traces.readout_vectors() if is_readout else default_vectors
-    return EstimatorStack.build(traces.geometry, spec, traces.anchors, vectors).to(device)
 
 
 def count_experts(traces: Traces, spec: EstimatorSpec, sequences: range) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -17,45 +15,8 @@ from foreroute.estimators.calibration import (
 NUM_KNOTS = 64
 TAIL = 1e-3
 """Share of margins, near the decision, that lies beyond each end of a table."""
-MIN_SEQUENCES = 3
 METHODS = ("temperature", "isotonic")
 """What probabilities can be fitted by; each gives a table over the margin."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeldOutParts:
-    """Held-out sequences in three parts, so that no figure is measured on what chose it."""
-
-    calibrate: range
-    """Probabilities are fitted here and judged on the next, and the other way round."""
-    choose: range
-    """So calibration and each layer's form are chosen on both."""
-    report: range
-    """What is reported is measured here."""
-
-
-def split_held_out(held_out: range) -> HeldOutParts:
-    """Split held-out sequences: a quarter, a quarter, half.
-
-    Neighbours may share a document: one sequence before the reported ones is dropped where there
-    are at least five.
-
-    Raises:
-        ValueError: If there are fewer than three sequences.
-    """
-    if len(held_out) < MIN_SEQUENCES:
-        raise ValueError(
-            f"{len(held_out)} held-out sequences are too few: at least {MIN_SEQUENCES} are needed, "
-            "to calibrate, to choose and to report on. Collect more tokens, or shorter sequences."
-        )
-    report = held_out.start + (len(held_out) + 1) // 2
-    gap = 1 if len(held_out) > 4 else 0
-    middle = held_out.start + (report - gap - held_out.start + 1) // 2
-    return HeldOutParts(
-        calibrate=range(held_out.start, middle),
-        choose=range(middle, report - gap),
-        report=range(report, held_out.stop),
-    )
 
 
 class MarginHistogram:

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
+from foreroute.data.adapters import resolve_device
 from foreroute.data.manifest import MANIFEST_FILE
 from foreroute.data.opening import open_traces
 from foreroute.data.traces import Traces
@@ -23,7 +24,7 @@ from foreroute.estimators import (
     default_budgets,
 )
 from foreroute.estimators.artifacts import read_json, sha256_of
-from foreroute.train.baselines import baseline_fields, build_baselines, build_stack
+from foreroute.train.baselines import baseline_fields, build_baselines
 from foreroute.train.choose import settle_pairs
 from foreroute.train.datamodule import RoutingDataModule, Shards
 from foreroute.train.measure import measure, predictor_of
@@ -41,6 +42,7 @@ from foreroute.train.run import (
 )
 from foreroute.train.shards import PairedShards
 from foreroute.train.split import split_off_validation, split_sequences
+from foreroute.train.stacks import build_stack
 
 
 def train_estimator(
@@ -78,7 +80,7 @@ def train_estimator(
         ValueError: If the traces are damaged, or settings do not fit them or the folder.
     """
     start = time.monotonic()
-    chosen = choose_device(device)
+    chosen = resolve_device(device)
     traces = source if isinstance(source, Traces) else open_traces(source)
     plan = plan_run(traces, spec, config)
     vectors = train_default_vectors(traces, plan)
@@ -99,19 +101,6 @@ def train_estimator(
     }
     finish_run(out, stack, metrics)
     return metrics
-
-
-def choose_device(device: DeviceChoice) -> torch.device:
-    """Turn the user's choice into a device.
-
-    Raises:
-        ValueError: If a GPU is asked for and there is none.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch finds no CUDA device here. Use --device cpu.")
-    return torch.device(device)
 
 
 def plan_run(traces: Traces, spec: EstimatorSpec, config: FitConfig) -> RunPlan:

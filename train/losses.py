@@ -82,7 +82,7 @@ def kl_to_scores(predicted_logits: Tensor, router_logits: Tensor) -> Tensor:
 
 def kl(predicted_logits: Tensor, target: PreparedBatch, rule: RouterRule) -> Tensor:
     """Divergence from the routers' softmax, or from each sigmoid score where routers have those."""
-    divergence = kl_to_scores if rule.family.startswith("sigmoid") else kl_to_router
+    divergence = kl_to_scores if rule.family.scores == "sigmoid" else kl_to_router
     return divergence(predicted_logits, target.target_logits)
 
 

@@ -31,6 +31,8 @@ def open_live_traces(
     record: str = "",
     device: str = "auto",
     buffer_bytes: int = BUFFER_BYTES,
+    sequence_length: int = CollectRequest.sequence_length,
+    batch_size: int = CollectRequest.batch_size,
     overwrite: bool = False,
     resume: bool = False,
 ) -> Traces:
@@ -48,6 +50,8 @@ def open_live_traces(
         record: Optional trace fields to record, a comma list; `RECORDED_FOR` has an input's.
         device: auto, cpu or cuda.
         buffer_bytes: Most bytes of shards in memory.
+        sequence_length: Tokens of a sequence.
+        batch_size: Sequences that the model runs over together.
         overwrite: Replace the folder of another run.
         resume: Go on with the traces of a run that was killed, if there are any.
 
@@ -65,6 +69,8 @@ def open_live_traces(
         dataset=dataset,
         tokens=tokens,
         record=record,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
         overwrite=overwrite,
     )
     require_free(out, overwrite=overwrite)

@@ -88,3 +88,39 @@ def rows_of(sequences: range, first_sequence: int, sequence_offsets: Tensor) -> 
     start = min(max(sequences.start - first_sequence, 0), last)
     stop = min(max(sequences.stop - first_sequence, 0), last)
     return slice(int(sequence_offsets[start]), int(sequence_offsets[stop]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutParts:
+    """Held-out sequences in three parts, so that no figure is measured on what chose it."""
+
+    calibrate: range
+    """Probabilities are fitted here and judged on the next, and the other way round."""
+    choose: range
+    """So calibration and each layer's form are chosen on both."""
+    report: range
+    """What is reported is measured here."""
+
+
+def split_held_out(held_out: range) -> HeldOutParts:
+    """Split held-out sequences: a quarter, a quarter, half.
+
+    Neighbours may share a document: one sequence before the reported ones is dropped where there
+    are at least five.
+
+    Raises:
+        ValueError: If there are fewer than three sequences.
+    """
+    if len(held_out) < MIN_SEQUENCES:
+        raise ValueError(
+            f"{len(held_out)} held-out sequences are too few: at least {MIN_SEQUENCES} are needed, "
+            "to calibrate, to choose and to report on. Collect more tokens, or shorter sequences."
+        )
+    report = held_out.start + (len(held_out) + 1) // 2
+    gap = 1 if len(held_out) > 4 else 0
+    middle = held_out.start + (report - gap - held_out.start + 1) // 2
+    return HeldOutParts(
+        calibrate=range(held_out.start, middle),
+        choose=range(middle, report - gap),
+        report=range(report, held_out.stop),
+    )

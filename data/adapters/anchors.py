@@ -108,7 +108,7 @@ def _selection_biases(
 
 def _selection_bias(seen: Observed, block: nn.Module, family: GateFamily) -> Tensor | None:
     """A tensor `..._bias` of one number per expert which explains the probe's choice, [E]."""
-    if family == "other" or seen.router_logits is None or is_hash_routed(seen.router):
+    if family is GateFamily.OTHER or seen.router_logits is None or is_hash_routed(seen.router):
         return None  # what the bias would be added to is not known
     logits, size = seen.router_logits.float().cpu(), seen.num_experts
 

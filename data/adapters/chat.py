@@ -61,7 +61,9 @@ def encode_chat(tokenizer: Any, turns: list[Turn], *, for_answer: bool = False) 
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:
-        raise ValueError("The tokenizer has no chat template, so it cannot read chats.")
+        raise ValueError(
+            "The tokenizer has no chat template (chat_template), so it cannot read chats."
+        )
     try:
         encoded = tokenizer.apply_chat_template(
             turns, tokenize=True, add_generation_prompt=for_answer, return_dict=True

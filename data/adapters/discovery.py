@@ -19,6 +19,7 @@ from foreroute.data.adapters.gates import find_gate_rule
 from foreroute.data.adapters.made_up import keep_one_layer_of_each_kind, make_up_numbers
 from foreroute.data.adapters.probe import Observed, is_same_memory, probe
 from foreroute.data.adapters.weightless import experts_by_path
+from foreroute.estimators.forms import FREE_FORMS
 from foreroute.estimators.types import GateFamily, LayerAnchors, MoEGeometry
 
 
@@ -79,7 +80,7 @@ class MoEModel:
             raise ValueError(
                 f"Training-free prediction is not available for {self.geometry.model_name} "
                 f"({self.geometry.model_type}): {self.anchors_problem}. Use prefetch=none, or "
-                "the bundle of a form without an anchor (linear, mlp-free)."
+                f"the bundle of a form without an anchor ({', '.join(FREE_FORMS)})."
             )
         return self.found_anchors
 

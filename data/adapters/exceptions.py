@@ -24,6 +24,18 @@ PER_TOKEN_TABLE = "tid2eid"
 """Hash routing (deepseek_v4's first layers): a buffer of this name gives the ids from the token
 alone, so they are known before the layer runs and no estimator can do better."""
 
+HOST_ATTENTION = {"qwen_sparse_attention": "its sparse attention counts tokens on the host"}
+"""Layer types whose forward pass asks the host for numbers, though transformers says that their
+models can be captured whole."""
+
+
+def why_not_captured(model: Any) -> str:
+    """What is known to keep a decode step of a model out of one CUDA graph; empty if nothing is."""
+    if not model._can_compile_fullgraph:  # transformers' own mark
+        return "transformers says its forward pass cannot be captured whole"
+    types = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    return next((HOST_ATTENTION[kind] for kind in types if kind in HOST_ATTENTION), "")
+
 
 def is_hash_routed(part: nn.Module | None) -> bool:
     """Whether a router, or the one in a block, takes ids from a table by token, not from logits."""

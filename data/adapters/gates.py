@@ -14,13 +14,6 @@ from foreroute.estimators.types import GateFamily
 RELATIVE_TOLERANCE = 1e-3  # and two roundings in the dtype of logits or weights
 SCALE_TOLERANCE = 3e-4
 SMALLEST_WEIGHT = 1e-20
-FAMILIES: tuple[GateFamily, ...] = (
-    "softmax-topk",
-    "softmax-topk-renorm",
-    "sigmoid-topk",
-    "sigmoid-topk-renorm",
-    "sqrtsoftplus-topk-renorm",
-)
 
 
 def gate_weights(
@@ -44,7 +37,7 @@ def gate_weights(
         ValueError: If the family is `other`: the rule is not known.
     """
     chosen = router_scores(router_logits, family).gather(-1, expert_ids)  # [T, K]
-    if family.endswith("renorm"):
+    if family.is_renormalised:
         chosen = chosen / chosen.sum(-1, keepdim=True).clamp_min(SMALLEST_WEIGHT)
     return chosen * scale
 
@@ -59,15 +52,17 @@ def find_gate_rule(layers: Sequence[Observed]) -> tuple[GateFamily, float]:
     dtypes = {seen.gate_weights.dtype for seen in layers}
     dtypes |= {seen.router_logits.dtype for seen in layers if seen.router_logits is not None}
     tolerance = RELATIVE_TOLERANCE + 2 * max(torch.finfo(dtype).eps for dtype in dtypes)
-    best: tuple[float, GateFamily, float] = (tolerance, "other", 1.0)
-    for family in FAMILIES:
+    best: tuple[float, GateFamily, float] = (tolerance, GateFamily.OTHER, 1.0)
+    for family in GateFamily:
+        if family is GateFamily.OTHER:
+            continue
         parts = [
             gate_weights(seen.router_logits, seen.expert_ids.long(), family)
             for seen in layers
             if seen.router_logits is not None
         ]
         if len(parts) < len(layers):
-            return "other", 1.0
+            return GateFamily.OTHER, 1.0
         weights = torch.cat(parts)
         scale = _rounded(float(true.sum() / weights.sum()))
         error = float((weights * scale / true - 1).abs().max())

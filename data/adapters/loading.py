@@ -115,8 +115,13 @@ def resolve_device(name: str | torch.device) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"Unknown device {name!r}; give auto, cpu or cuda.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"Device {name} is not supported; give auto, cpu or cuda.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"Device {name} was asked for, but torch sees no CUDA device; use cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        num = torch.cuda.device_count()
+        raise ValueError(f"Device {name} was asked for, but torch sees only {num} CUDA devices.")
     return device
 
 

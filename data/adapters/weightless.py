@@ -89,6 +89,12 @@ def weightless(model_class: type[Any], tensors: Mapping[str, Any]) -> type[Any]:
                 # or transformers would initialise what is not there
                 experts.__dict__["_is_hf_initialized"] = True
 
+        def initialize_weights(self) -> None:
+            with contextlib.ExitStack() as undo:  # some blocks initialise their experts' weights
+                for experts in experts_by_path(self).values():
+                    undo.enter_context(parameters_on_meta(experts))
+                super().initialize_weights()
+
         @staticmethod
         def _load_pretrained_model(
             model: Any,
@@ -119,7 +125,9 @@ def parameters_on_meta(experts: nn.Module) -> Iterator[None]:
     try:
         for name, (shape, dtype) in parameter_shapes(experts).items():
             empty = torch.empty(shape, dtype=dtype, device="meta")
-            experts.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+            parameter = nn.Parameter(empty, requires_grad=False)
+            parameter.__dict__["_is_hf_initialized"] = True  # or transformers would fill it
+            experts.register_parameter(name, parameter)
         yield
     finally:
         experts._parameters.clear()

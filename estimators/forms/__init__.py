@@ -22,6 +22,8 @@ FORMS: dict[str, type[EstimatorForm]] = {
     "mlp-free": MLPFree,
     "shared-mlp": SharedMLP,
 }
+FREE_FORMS = tuple(name for name, form in FORMS.items() if not form.is_anchored)
+"""Forms without an anchor: what can be trained where routers cannot be copied."""
 
 
 def find_form(name: str) -> type[EstimatorForm]:
@@ -35,4 +37,4 @@ def find_form(name: str) -> type[EstimatorForm]:
     return FORMS[name]
 
 
-__all__ = ["FORMS", "TRAINING_FREE_FORM", "EstimatorForm", "find_form"]
+__all__ = ["FORMS", "FREE_FORMS", "TRAINING_FREE_FORM", "EstimatorForm", "find_form"]

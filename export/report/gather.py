@@ -23,7 +23,6 @@ from foreroute.estimators.expected_cost import FetchCosts
 from foreroute.estimators.metrics import RecallIntervals
 from foreroute.export.bundle import Bundle
 from foreroute.train.baselines import baseline_fields, build_baselines
-from foreroute.train.calibrate import split_held_out
 from foreroute.train.fit import train_default_vectors
 from foreroute.train.measure import (
     Judgement,
@@ -36,6 +35,7 @@ from foreroute.train.measure import (
 )
 from foreroute.train.run import FinishedRun
 from foreroute.train.shards import PairedShards
+from foreroute.train.split import split_held_out
 
 Kind = Literal["form", "baseline", "floor"]
 BUNDLE_NAME = "bundle"

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from foreroute.data.traces import Traces
-from foreroute.train.baselines import build_stack
-from foreroute.train.calibrate import split_held_out
 from foreroute.train.fit import fit_stack, train_default_vectors
 from foreroute.train.measure import measure, predictor_of
 from foreroute.train.quiet import quiet_lightning
 from foreroute.train.run import RunPlan
 from foreroute.train.shards import PairedShards
+from foreroute.train.split import split_held_out
+from foreroute.train.stacks import build_stack
 
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 CURVE_FORMS = ("ridge", "low-rank")

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from foreroute.data.adapters import resolve_device
 from foreroute.estimators.artifacts import new_folder, require_free, write_command, write_json
 from foreroute.export.bundle import load_bundle
 from foreroute.export.export import load_comparable, traces_of
@@ -13,7 +14,6 @@ from foreroute.export.report.gather import gather
 from foreroute.export.report.learning_curve import fit_curve
 from foreroute.export.report.page import render
 from foreroute.export.report.plots import draw
-from foreroute.train.fit import choose_device
 from foreroute.train.run import DeviceChoice
 
 PAGE_NAME = "index.html"
@@ -51,7 +51,7 @@ def write_report(
         ValueError: If something is damaged, or does not belong together.
     """
     require_free(out, overwrite=overwrite)
-    chosen = choose_device(device)
+    chosen = resolve_device(device)
     runs = load_comparable([run, *also])
     first = runs[run.name]
     traces = traces_of(first, traces_path)

@@ -59,7 +59,11 @@ class DecodeStep:
         self.batch = batch
         self.cache = _full_length_cache(model.config, self.length)
         self.tokens = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        self.positions = torch.ones(batch, 1, dtype=torch.long, device=device)
+        ones = torch.ones_like(self.tokens)
+        # [B, 1], or [planes, B, 1] in models that place images by time, height and width
+        self.positions = torch.ones_like(
+            model._prepare_position_ids_for_generation(ones, {"attention_mask": ones})
+        )
         self._write_at = torch.ones(1, dtype=torch.long, device=device)
         self._mask = torch.zeros(batch, 1, 1, self.length, dtype=torch.bool, device=device)
         self._at = torch.arange(self.length, device=device)
@@ -108,17 +112,19 @@ class DecodeStep:
             return windowed
         return {"full_attention": self._mask, "sliding_attention": windowed}
 
-    def begin(self, prompt_mask: Tensor) -> None:
+    def begin(self, prompt_mask: Tensor, positions: Tensor | None = None) -> None:
         """Empty the cache; the caller then reads the prompt into it.
 
         Args:
             prompt_mask: 1 for tokens, 0 for padding on the left, [B, P].
+            positions: Of the token after the prompt, [B, 1] or [planes, B, 1]; None to count the
+                prompt's tokens, which is right where they are all text.
         """
         self.cache.reset()
         prompt_length = prompt_mask.shape[1]
         self._mask.zero_()
         self._mask[:, 0, 0, :prompt_length] = prompt_mask.bool()
-        self.positions.copy_(prompt_mask.sum(-1, keepdim=True))
+        self.positions.copy_(prompt_mask.sum(-1, keepdim=True) if positions is None else positions)
         self._write_at.fill_(prompt_length)
 
     def replay(self, tokens: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foreroute.data.adapters.exceptions import why_not_captured
 from foreroute.estimators.stack import EstimatorStack
 from foreroute.runtime.config import EngineConfig
 from foreroute.runtime.device.decode_graph import DecodeGraph, DecodeStep
@@ -38,11 +39,10 @@ from foreroute.runtime.device.prefill import StreamedPrefill
 from foreroute.runtime.device.residency import FETCH_BLOCKS, DeviceResidency
 from foreroute.runtime.device.run_state import DeviceRun
 from foreroute.runtime.device.sampling import decode_loop
-from foreroute.runtime.hooks import watch_source_states
 from foreroute.runtime.look_ahead import LookAhead
 from foreroute.runtime.policies import GiveUp, find_policy
 from foreroute.runtime.policies.give_up import LOOK_AHEAD, ON_DEMAND
-from foreroute.runtime.policies.prefetching import PRIOR_PREFETCHES
+from foreroute.runtime.policies.prefetching import PRIOR_PREFETCHES, READOUT_SHARE
 from foreroute.runtime.policies.slots import prefill_group
 from foreroute.runtime.stats import PhaseStats, RuntimeStats
 from foreroute.runtime.store.offload import OffloadedModel
@@ -51,7 +51,6 @@ logger = logging.getLogger(__name__)
 
 FIRST_HEAD_SHARE = 0.4
 PREDICTION_MS = 0.012  # from the router's choice until a head can begin; by kernel times
-READOUT_SHARE = 0.4  # of a layer's time, that an early attention takes before that; a guess
 TUNING_REPLAYS = 8
 LEAST_HEAD_SHARE = 0.1
 """Heads of a lesser share of an expert have nothing to win (docs/policies.md)."""
@@ -172,7 +171,7 @@ class DeviceDriver:
             if run.predictor.ahead.readouts is not None:
                 run.predictor.ahead.readouts.attach(undo, lambda: not run.is_prefill)
             for layer, own in zip(moe.layers, self.layers, strict=True):
-                watch_source_states(layer, own, undo)
+                own.states.watch(layer, undo)
         fuse_norms(moe.model, undo)
 
     def begin_forward(self, tokens: Tensor) -> None:
@@ -192,8 +191,8 @@ class DeviceDriver:
         """
         if any(map(settings.get, UNSUPPORTED_ARGUMENTS)):
             return {}
-        if not self._offloaded.moe.model._can_compile_fullgraph:  # transformers' own mark
-            logger.info("This architecture has no static cache: decode steps are not captured.")
+        if reason := why_not_captured(self._offloaded.moe.model):
+            logger.info("Decode steps are not captured: %s.", reason)
             return {}
         # transformers hands no streamer to a callable: it must come along
         return {"custom_generate": partial(self._decode_loop, streamer=streamer)}
@@ -208,14 +207,12 @@ class DeviceDriver:
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Tensor:
-        mask = model_kwargs.get("attention_mask")
-        mask = torch.ones_like(input_ids) if mask is None else mask
         graph = self.graph_for(len(input_ids), int(generation_config.max_length))
         return decode_loop(
             model,
             graph,
             input_ids,
-            mask,
+            model_kwargs,
             logits_processor,
             stopping_criteria,
             generation_config,

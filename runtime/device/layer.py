@@ -9,6 +9,7 @@ from foreroute.runtime.device.kernels.products import expert_products
 from foreroute.runtime.device.prefill import StreamedPrefill
 from foreroute.runtime.device.residency import DeviceResidency
 from foreroute.runtime.device.run_state import DeviceRun
+from foreroute.runtime.hooks import SourceStates
 
 
 class DeviceLayer:
@@ -28,10 +29,7 @@ class DeviceLayer:
         self.residency = residency
         self.target: DeviceLayer | None = None
         """The layer whose experts are predicted from this one's state."""
-        self.residual: Tensor | None = None
-        """Set by a hook, [T, D]; only where estimators read it."""
-        self.router_input: Tensor | None = None
-        """Set by a hook, [T, D]; only where estimators read it and the experts read another."""
+        self.states = SourceStates()
         self.num_calls = 0
         self._prefill = prefill
         self._run = run
@@ -83,18 +81,18 @@ class DeviceLayer:
         run = self._run
         if self.target is None or run.predictor is None or not run.is_looking_ahead:
             return None
-        router_input = router_input if self.router_input is None else self.router_input
+        residual, router_input = self.states.residual, self.states.router_input(router_input)
         run.ahead.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(run.ahead):
             guess = run.predictor.predict(
                 self.layer_idx,
-                residual=self.residual,
+                residual=residual,
                 router_input=router_input,
                 expert_ids=expert_ids,
                 gate_weights=gate_weights,
             )
         # read on the other stream until the target joins it: keep the memory from being used again
-        states = (self.residual, router_input, expert_ids, gate_weights, *guess)
+        states = (residual, router_input, expert_ids, gate_weights, *guess)
         self.target._read_ahead = tuple(state for state in states if state is not None)
         return guess
 

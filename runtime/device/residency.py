@@ -16,6 +16,7 @@ from foreroute.runtime.device.kernels.tables import ResidencyTables
 from foreroute.runtime.device.run_state import DeviceRun
 from foreroute.runtime.policies import EvictionPolicy, LayerState
 from foreroute.runtime.policies.eviction import ScoreRule
+from foreroute.runtime.policies.layer_state import TIE
 from foreroute.runtime.store.host_store import RowLayout
 
 FETCH_BLOCKS = 16
@@ -152,9 +153,16 @@ class DeviceResidency:
             expert_ids: Of the prompt's tokens, in order, [T, K].
         """
         weight, rule = self._run.prompt_weight, self.rule
-        if not weight or rule.is_recency:
+        if not weight:
             return
         num_tokens, score = len(expert_ids), self.tables.score
+        if rule.is_recency:
+            steps = self.tables.step + torch.arange(1, num_tokens + 1, device=score.device)
+            place = torch.arange(expert_ids.shape[1], device=score.device)
+            used_at = steps.unsqueeze(1) + TIE * place  # [T, K]
+            score.scatter_reduce_(0, expert_ids.flatten().long(), used_at.flatten(), "amax")
+            self.tables.step.add_(num_tokens)
+            return
         age = torch.arange(num_tokens - 1, -1, -1, device=score.device)
         uses = torch.zeros(num_tokens, len(score), device=score.device).scatter_(
             1, expert_ids.long(), 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def decode_loop(
     model: Any,
     graph: DecodeStep,
     input_ids: Tensor,
-    attention_mask: Tensor,
+    prompt: Mapping[str, Any],
     logits_processor: Any,
     stopping_criteria: Any,
     generation_config: Any,
@@ -46,10 +47,12 @@ def decode_loop(
     tokens are dropped.
 
     Args:
-        model: Transformers causal LM, for the prompt.
+        model: Transformers model that writes text, for the prompt.
         graph: The step, captured or not.
         input_ids: Prompts, [B, P].
-        attention_mask: [B, P].
+        prompt: What else the model reads a prompt with, as `generate` prepares it: its
+            `attention_mask` [B, P] (all ones if there is none), its `position_ids` [B, P] or
+            [planes, B, P], and images.
         logits_processor: As `generate` prepares it.
         stopping_criteria: As `generate` prepares it.
         generation_config: As `generate` prepares it.
@@ -60,15 +63,14 @@ def decode_loop(
     """
     pad = generation_config._pad_token_tensor
     unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    graph.begin(attention_mask)
-    output = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=(attention_mask.cumsum(-1) - 1).clamp_min(0),
-        past_key_values=graph.cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
+    mask = prompt.get("attention_mask")
+    mask = torch.ones_like(input_ids) if mask is None else mask
+    positions = prompt.get("position_ids")
+    positions = (mask.cumsum(-1) - 1).clamp_min(0) if positions is None else positions
+    graph.begin(mask, positions[..., -1:] + 1)
+    own = {"attention_mask": mask, "position_ids": positions, "past_key_values": graph.cache}
+    own |= {"use_cache": True, "logits_to_keep": 1}
+    output = model(input_ids=input_ids, **(dict(prompt) | own))
     logits, pending = output.logits[:, -1], None
     while True:
         scores = logits_processor(input_ids, logits.to(torch.float32, copy=True))

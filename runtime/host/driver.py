@@ -13,7 +13,7 @@ from torch import Tensor
 
 from foreroute.data.adapters.early_attention import decoder_layer
 from foreroute.runtime.config import EngineConfig
-from foreroute.runtime.hooks import watch_input, watch_router_logits, watch_source_states
+from foreroute.runtime.hooks import watch_input, watch_router_logits
 from foreroute.runtime.host.layer import HostLayer
 from foreroute.runtime.host.ledger import TRIAL_STEPS, HostLedger, time_copy
 from foreroute.runtime.host.predictor import HostPredictor
@@ -25,14 +25,11 @@ from foreroute.runtime.host.transfers import Transfers
 from foreroute.runtime.look_ahead import LookAhead
 from foreroute.runtime.planning.machine import find_profile
 from foreroute.runtime.policies import GiveUp, PrefetchChooser, find_policy, find_prefetch_rule
+from foreroute.runtime.policies.prefetching import ATTENTION_SHARE
 from foreroute.runtime.stats import RuntimeStats
 from foreroute.runtime.store.offload import OffloadedModel
 
 logger = logging.getLogger(__name__)
-
-ATTENTION_SHARE = 0.5
-"""Of a layer's compute, taken to be its attention: what there is to hide behind of a fetch for
-experts that are predicted from their own layer's input."""
 
 
 class HostDriver:
@@ -122,7 +119,7 @@ class HostDriver:
         needs_logits = run.config.on_miss == "predicted" and run.config.weights == "true"
         for layer, own in zip(moe.layers, self.layers, strict=True):
             if run.predictor is not None:
-                watch_source_states(layer, own, undo)
+                own.states.watch(layer, undo)
             if "layer_input" in fields:
                 watch_input(decoder_layer(moe, layer), own.enter, undo)
             if needs_logits or run.policy.likely_bonus > 0:

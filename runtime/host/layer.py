@@ -16,6 +16,7 @@ from foreroute.data.adapters import (
 )
 from foreroute.data.routes import GUESSES_PER_EXPERT
 from foreroute.estimators.selection import nearly_chosen
+from foreroute.runtime.hooks import SourceStates
 from foreroute.runtime.host.predictor import HostPredictor, Prediction, distinct, most_wanted
 from foreroute.runtime.host.residency import HostResidency
 from foreroute.runtime.host.run_state import HostRun
@@ -43,10 +44,7 @@ class HostLayer:
         self.seen_from = 1.0
         """Layers from the state that predicts this one; a part of one if that is its own input."""
         self.num_calls = 0
-        self.residual: Tensor | None = None
-        """Set by a hook, [T, D]; only where estimators read it."""
-        self.router_input: Tensor | None = None
-        """Set by a hook, [T, D]; only where estimators read it and the experts read another."""
+        self.states = SourceStates()
         self.layer_input: Tensor | None = None
         """Set by a hook on the decoder layer, [T, D]; only where estimators read it."""
         self.router_logits: Tensor | None = None
@@ -124,12 +122,11 @@ class HostLayer:
         predictor, is_own = run.predictor, self.target is self
         if predictor is None or not run.is_looking_ahead or self.target is None or is_own:
             return true_ids.tolist(), None
-        assert self.residual is not None  # the engine hooks the norm wherever it prefetches
         with run.ledger.spending():
             logits, ranked = predictor.predict(
                 self.layer_idx,
-                residual=self.residual,
-                router_input=router_input if self.router_input is None else self.router_input,
+                residual=self.states.residual,
+                router_input=self.states.router_input(router_input),
                 expert_ids=run_ids,
                 gate_weights=run_weights,
                 layer_input=self.layer_input,

@@ -56,7 +56,7 @@ def without_missing(gate_weights: Tensor, is_present: Tensor, family: GateFamily
         [T, K], zero where missing.
     """
     kept = gate_weights * is_present
-    if not family.endswith("renorm"):
+    if not family.is_renormalised:
         return kept
     before = gate_weights.sum(-1, keepdim=True)
     after = kept.sum(-1, keepdim=True)

@@ -13,13 +13,14 @@ from torch import nn
 
 from foreroute.data.adapters import MoELayer, MoEModel
 from foreroute.data.adapters.discovery import discover_outline
-from foreroute.data.adapters.exceptions import is_hash_routed
+from foreroute.data.adapters.exceptions import is_hash_routed, why_not_captured
+from foreroute.estimators.forms import FREE_FORMS
 from foreroute.runtime.device.expert_form import find_expert_form
 from foreroute.runtime.store.checkpoint import Checkpoint
 from foreroute.runtime.store.host_store import RowLayout
 
 YES = "yes"
-FREE_FORMS = "only estimators without an anchor (linear, mlp-free) can be trained"
+FREE_FORMS_ONLY = f"only estimators without an anchor ({', '.join(FREE_FORMS)}) can be trained"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +167,9 @@ def _diagnosis(name: str, moe: MoEModel, sizes: dict[str, Any]) -> Diagnosis:
         top_k=geometry.top_k,
         router=f"{type(router).__name__}, {rule}",
         norm=_norm(last),
-        recording=YES if not moe.anchors_problem else f"{YES}; {FREE_FORMS}: {moe.anchors_problem}",
+        recording=YES
+        if not moe.anchors_problem
+        else f"{YES}; {FREE_FORMS_ONLY}: {moe.anchors_problem}",
         exact=YES,
         speculative=f"skip only: {problem}" if problem else YES,
         graph=_graph(moe.model, last.experts),
@@ -185,6 +188,5 @@ def _norm(layer: MoELayer) -> str:
 def _graph(model: Any, experts: nn.Module) -> str:
     if find_expert_form(experts) is None:
         return "no: the experts' activation has no kernel"
-    if not model._can_compile_fullgraph:
-        return "no: transformers says its forward pass cannot be captured whole"
-    return YES
+    reason = why_not_captured(model)
+    return f"no: {reason}" if reason else YES

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
 import torch
+from torch import nn
 
 from foreroute.data.adapters import discover, load_config
 from foreroute.data.adapters.loading import HubSettings
 from foreroute.data.adapters.seam import is_experts_module
 from foreroute.data.adapters.weightless import outline
 from foreroute.runtime.policies.slots import cache_values
+from foreroute.runtime.store.encodings import (
+    EXPERT_DTYPES,
+    Encoder,
+    encoder_named,
+    native_encoder,
+)
+from foreroute.runtime.store.host_store import RowLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +30,8 @@ class ModelSize:
 
     name: str
     """What the user called the model."""
+    revision: str | None = None
+    """Branch, tag or commit of it, if one was asked for."""
     num_layers: int
     """L, MoE layers."""
     num_experts: int
@@ -29,6 +40,9 @@ class ModelSize:
     """K, experts per token."""
     expert_params: int
     """Of one expert."""
+    expert_bytes: Mapping[str, int]
+    """One expert as copied, by what `--expert-dtype` can be: the checkpoint's own way (`auto`),
+    then what is smaller."""
     other_params: int
     """Of everything but the experts; they stay on the device."""
     layer_params: int
@@ -39,11 +53,6 @@ class ModelSize:
     """Keys and values kept per token of context, in all layers."""
     dtype_bytes: int
     """Per value, as the checkpoint has it."""
-
-    @property
-    def all_expert_params(self) -> int:
-        """Of all experts of all layers."""
-        return self.num_layers * self.num_experts * self.expert_params
 
 
 def measure_model(name: str, **hub: Unpack[HubSettings]) -> ModelSize:
@@ -79,17 +88,40 @@ def measure_model(name: str, **hub: Unpack[HubSettings]) -> ModelSize:
     outside = embedding + (0 if is_tied else _params(head))
     layers = int(getattr(text, "num_hidden_layers", len(stacked)))
     return ModelSize(
-        name=name,
+        name=model_folder(name),
+        revision=hub.get("revision"),
         num_layers=len(stacked),
         num_experts=num_experts,
         top_k=_top_k(text),
         expert_params=expert_params,
+        expert_bytes=_expert_bytes(stacked, config),
         other_params=other,
         layer_params=max(0, other - outside) // layers,
         head_params=head_params,
         cache_values=cache_values(text, layers),
         dtype_bytes=_dtype_bytes(config),
     )
+
+
+def _expert_bytes(modules: Sequence[nn.Module], config: Any) -> dict[str, int]:
+    """Bytes of one expert by expert dtype; the largest layer's."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:  # it keeps its own way
+        known = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        return {"auto": _row_bytes(modules, native_encoder(known))}
+    sizes = {"auto": _row_bytes(modules, None)}
+    for name in EXPERT_DTYPES:
+        try:
+            size = _row_bytes(modules, encoder_named(name))
+        except ValueError:  # it has no form for matrices of this shape
+            continue
+        if size < sizes["auto"]:
+            sizes[name] = size
+    return sizes
+
+
+def _row_bytes(modules: Sequence[nn.Module], encoder: Encoder | None) -> int:
+    return max(RowLayout.of(module, encoder).row_bytes for module in modules)
 
 
 def model_folder(name: str) -> str:

@@ -31,8 +31,6 @@ PREFETCH_OF_STALL = 0.15
 """What prefetch takes off the stall: .15 to .31 was measured on an H100, recall .89, 10 to 60 %."""
 PREFETCH_OF_COMPUTE = 0.8
 """And at most that share of compute, behind which it hides (.81 where most was missing)."""
-EXPERT_DTYPES = (("auto", 0.0), ("int8", 1.0), ("int4", 0.5625))
-"""What `--expert-dtype` takes, and bytes per parameter, scales included (0: the checkpoint's)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +77,7 @@ def plan_choices(
     """
     choices = []
     fixed = (model.other_params + context * model.cache_values) * model.dtype_bytes
-    for dtype, width in EXPERT_DTYPES:
-        if width >= model.dtype_bytes:
-            continue
-        size = int(model.expert_params * (width or model.dtype_bytes))
+    for dtype, size in model.expert_bytes.items():
         total = size * model.num_layers * model.num_experts
         shape = {
             "expert_bytes": size,
@@ -154,14 +149,16 @@ def assumptions(model: ModelSize, profile: MachineProfile, context: int) -> list
         f"Prefetch takes {PREFETCH_OF_STALL:.0%} off the stall, but at most "
         f"{PREFETCH_OF_COMPUTE:.0%} of compute, as measured on an H100 with predictions of recall "
         ".89 (simulated; random weights, replayed routing): experts too large for that gain less.",
-        "int8 and int4 experts change the output; their unpacking takes no time here.",
+        "fp8, int8 and int4 experts change the output; unpacking takes no time here.",
     ]
 
 
 def command_line(model: ModelSize, choice: PlanChoice) -> str:
     """What to type."""
+    revision = f"--revision {model.revision} " if model.revision else ""
     dtype = "" if choice.expert_dtype == "auto" else f"--expert-dtype {choice.expert_dtype} "
     return (
-        f"foreroute generate --model {model.name} --expert-slots {choice.slots} {dtype}"
+        f"foreroute generate --model {model.name} {revision}--expert-slots {choice.slots} "
+        f"{dtype}"
         '--prompt "Hello" --max-new-tokens 64'
     )

@@ -11,6 +11,7 @@ EMPTY = -1
 RESCALE_ABOVE = 2.0**400
 RESCALE_BY = 2.0**-400
 TIE = 2.0**-10
+"""What a place further back in a token's choice adds to the step of a use, under recency."""
 
 
 class LayerState:
@@ -37,33 +38,21 @@ class LayerState:
         "worth",
     )
 
-    def __init__(
-        self,
-        policy: EvictionPolicy,
-        num_experts: int,
-        num_slots: int,
-        *,
-        first: int = 0,
-        here: list[bool] | None = None,
-        worth: list[float] | None = None,
-    ) -> None:
+    def __init__(self, policy: EvictionPolicy, num_experts: int, num_slots: int) -> None:
         """Start with empty slots.
 
         Args:
             policy: How experts are scored.
             num_experts: E.
             num_slots: S.
-            first: Id of the layer's first expert, where layers share tables.
-            here: Table to share with other layers, all False; its own if None.
-            worth: The same, all 0.
         """
         self.policy = policy
         self.num_slots = num_slots
-        self._experts = range(first, first + num_experts)
-        self.here = [False] * (first + num_experts) if here is None else here
+        self._experts = range(num_experts)
+        self.here = [False] * num_experts
         """Per expert, whether it has a slot."""
         self.expert_in = [EMPTY] * num_slots
-        self.worth = [0.0] * (first + num_experts) if worth is None else worth
+        self.worth = [0.0] * num_experts
         """Scores in growing units; only their order, or their ratio to `unit`, means something."""
         self.step = 0
         self.unit = 1.0

@@ -18,6 +18,12 @@ PRIOR_DEMAND = 0.5
 DEMAND_MEMORY = 0.95
 """Kept of a layer's habit of demanding at each decode step."""
 
+ATTENTION_SHARE = 0.5
+"""Of a layer's compute, taken to be its attention: what there is to hide behind of a fetch for
+experts that are predicted from their own layer's input."""
+READOUT_SHARE = 0.4
+"""Of a layer's compute, what an early attention takes before it can be predicted from; a guess."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrefetchRule:

@@ -57,7 +57,7 @@ def serve(
     from foreroute.data.adapters import load_tokenizer
     from foreroute.runtime.engine import Engine
 
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
     with Engine.from_pretrained(
         model,
         bundle=bundle,

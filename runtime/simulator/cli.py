@@ -1,181 +1,250 @@
-"""What `foreroute simulate` needs of other rooms: traces, and a bundle's predictions on them."""
+"""The command `foreroute simulate`, but for its flags: it reads traces and bundles for it."""
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
 from foreroute.data.routes import ReadOptions, Route, read_route
-from foreroute.runtime.simulator.calibration import Calibration, margins_of
-from foreroute.runtime.simulator.predictions import Predictions, SimulatedPredictor
+from foreroute.estimators.byte_sizes import parse_bytes
+from foreroute.runtime.config import LayerSlots
+from foreroute.runtime.planning.machine import MachineProfile, find_profile
+from foreroute.runtime.policies.prefetching import ATTENTION_SHARE, READOUT_SHARE
+from foreroute.runtime.simulator.link import LinkTimes
+from foreroute.runtime.simulator.predictions import Errors, Predictions, SimulatedPredictor
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from foreroute.data.traces import Traces
     from foreroute.estimators import EstimatorStack
-    from foreroute.runtime.planning.machine import MachineProfile
     from foreroute.runtime.simulator.result import SimulationRow
 
 CALIBRATION_SHARE = 0.25
 """Of the tokens, the first: probabilities are learnt on them, and only the others are replayed."""
-PREDICTED_PER_EXPERT = 2
+NAMED_PER_EXPERT = 2
 """Predictions kept per expert that a token uses."""
 
 
-def predictions_of(traces_path: Path, bundle_path: Path, horizon: int) -> tuple[Predictions, int]:
+@dataclass(frozen=True, kw_only=True)
+class SimulateRequest:
+    """What a user asks for; fields as `foreroute simulate` says."""
+
+    routes: Path
+    profile: str = "h100-pcie5"
+    slots: str = "10%,25%,40%"
+    eviction: str = "lru,default"
+    prefetch: str = "none"
+    horizon: int = 1
+    bundle: Path | None = None
+    recall: float = 0.89
+    errors: str = "near-miss"
+    concentration: float = 2.0
+    warm_start: str = "prompt"
+    layer_slots: str = "equal"
+    expert_bytes: str | None = None
+    layer_ms: float | None = None
+    num_experts: int | None = None
+    prompt_tokens: int = 0
+    seed: int = 0
+    json: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Check every choice.
+
+        Raises:
+            ValueError: If one is unknown or empty.
+        """
+        for name, known in (("layer_slots", get_args(LayerSlots)), ("errors", get_args(Errors))):
+            if getattr(self, name) not in known:
+                word = getattr(self, name)
+                raise ValueError(f"Unknown {name} {word!r}; known: {', '.join(known)}.")
+        for name in ("slots", "eviction", "prefetch"):
+            if not self.words(name):
+                raise ValueError(f"--{name} is empty.")
+
+    def words(self, name: str) -> tuple[str, ...]:
+        """A field that is a comma list, in parts."""
+        return tuple(word.strip() for word in getattr(self, name).split(",") if word.strip())
+
+    @property
+    def read_options(self) -> ReadOptions:
+        """What recordings do not say themselves."""
+        return ReadOptions(num_experts=self.num_experts, prompt_tokens=self.prompt_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foretold:
+    """What is predicted on a route, and by whom."""
+
+    route: Route
+    """Without the tokens that probabilities were learnt on."""
+    predictions: Predictions | None = None
+    delay_share: float = 0.0
+    """Of a layer's time, from its routing until a prediction can be made."""
+    who: str = "none"
+
+
+def run_simulate(request: SimulateRequest) -> None:
+    """Simulate and print.
+
+    Raises:
+        FileNotFoundError: If there is no recording.
+        ValueError: If something cannot be read or does not fit.
+    """
+    from rich.console import Console
+
+    from foreroute.runtime.simulator.simulate import Scenario
+    from foreroute.runtime.simulator.sweep import Sweep
+
+    profile, route = find_profile(request.profile), read_route(request.routes, request.read_options)
+    sweep = Sweep(
+        slots=request.words("slots"),
+        eviction=request.words("eviction"),
+        prefetch=request.words("prefetch"),
+        horizon=request.horizon,
+    )
+    needs_predictions = set(sweep.prefetch) != {"none"}
+    told = _foretold(route, request) if needs_predictions else Foretold(route=route)
+    size = parse_bytes(request.expert_bytes) if request.expert_bytes else profile.expert_bytes
+    times = LinkTimes.of(
+        profile, top_k=told.route.top_k, expert_bytes=size, layer_ms=request.layer_ms
+    )
+    scenario = Scenario(
+        route=told.route,
+        times=times.delayed(told.delay_share),
+        expert_bytes=size,
+        predictions=told.predictions,
+        layer_slots=request.layer_slots,  # type: ignore[arg-type]
+        warms_up=request.warm_start != "none",
+        warm_route=_warm_route(told.route, request),
+    )
+    rows = sweep.run(scenario)
+    console = Console()
+    console.print(table(rows, told.route.describe()))
+    console.print(f"Machine: {profile.describe()}", soft_wrap=True)
+    filled_from = f"Slots are filled from: {request.warm_start}."
+    console.print(f"Predictor: {told.who}. {filled_from}", soft_wrap=True)
+    if request.json is not None:
+        _write(request.json, rows, told, profile, request)
+        console.print(str(request.json), soft_wrap=True)
+
+
+def _foretold(route: Route, request: SimulateRequest) -> Foretold:
+    """What the bundle says, or a simulated predictor."""
+    ahead = request.horizon
+    if ahead >= route.num_layers:
+        raise ValueError(
+            f"A horizon of {ahead} needs more than the route's {route.num_layers} layers."
+        )
+    if request.bundle is not None:
+        if not request.routes.is_dir():
+            raise ValueError("A bundle predicts from recorded states: --routes must be traces.")
+        told = foretold_by_bundle(route, request.routes, request.bundle, ahead)
+    else:
+        predictor = SimulatedPredictor(
+            recall=request.recall,
+            errors=request.errors,  # type: ignore[arg-type]
+            concentration=request.concentration,
+            seed=request.seed,
+        )
+        told = Foretold(
+            route=route,
+            predictions=predictor.predict(route, ahead),
+            who=f"simulated, {request.errors} errors, calibrated",
+        )
+    assert told.predictions is not None  # made in both cases
+    recalls = ", ".join(f"{value:.3f}" for value in told.predictions.recall(told.route))
+    who = f"{told.who}; recall {recalls} from 1 to {ahead} layers ahead"
+    return dataclasses.replace(told, who=who)
+
+
+def foretold_by_bundle(
+    route: Route, traces_path: Path, bundle_path: Path, horizon: int
+) -> Foretold:
     """What a bundle says on traces, with probabilities learnt from the first tokens.
 
-    Its own horizon uses its estimators; others use the training-free next router.
+    Its own horizon uses its estimators; others use the training-free next router. What is said of a
+    layer from its own input counts as said one layer before, so much later; the first layer, which
+    that serves too, is left to demand.
 
     Args:
+        route: The routing in the traces.
         traces_path: Folder of collect-traces.
         bundle_path: Folder of export-estimator.
         horizon: H, layers ahead.
 
-    Returns:
-        The predictions, and how many tokens at the start they were calibrated on.
-
     Raises:
-        ValueError: If the two do not belong together.
+        ValueError: If the two do not belong together, or what estimators read was not recorded.
     """
     from foreroute.data.opening import open_traces
     from foreroute.estimators import EstimatorStack
     from foreroute.export.bundle import load_bundle
+    from foreroute.train.predicted import predicted
 
     traces, bundle = open_traces(traces_path), load_bundle(bundle_path)
-    geometry = traces.geometry
+    geometry, own = traces.geometry, bundle.stack
     bundle.require_fits(geometry)
-    seen = int(traces.num_tokens * CALIBRATION_SHARE)
-    shape = (horizon, traces.num_tokens, geometry.num_layers, PREDICTED_PER_EXPERT * geometry.top_k)
+    num_calibrate = int(traces.num_tokens * CALIBRATION_SHARE)
+    count = min(NAMED_PER_EXPERT * geometry.top_k, geometry.num_experts)
+    shape = (horizon, traces.num_tokens, geometry.num_layers, count)
     ids = np.full(shape, -1, dtype=np.int16)
     confidence = np.zeros(shape, dtype=np.float32)
     for ahead in range(1, horizon + 1):
-        stack = bundle.stack
-        if ahead != stack.spec.horizon:
+        stack = own
+        if ahead != max(1, own.spec.horizon):
             if traces.anchors is None:
                 raise ValueError(
                     f"{traces_path} holds no routers, which a prediction {ahead} layers ahead "
-                    f"needs; simulate {stack.spec.horizon} ahead."
+                    f"needs; simulate {own.spec.horizon} ahead."
                 )
             stack = EstimatorStack.training_free(geometry, traces.anchors, horizon=ahead)
         for source, target in zip(stack.source_layers, stack.target_layers, strict=True):
-            named = _predict(traces, stack, source, target, seen, shape[-1])
-            ids[ahead - 1, :, geometry.position(target)] = named[0]
-            confidence[ahead - 1, :, geometry.position(target)] = named[1]
-    return Predictions(expert_ids=ids, confidence=confidence), seen
+            named, chances = predicted(
+                traces, stack, source, num_calibrate=num_calibrate, count=count
+            )
+            ids[ahead - 1, :, geometry.position(target)] = named
+            confidence[ahead - 1, :, geometry.position(target)] = chances
+    learnt = f"calibrated on the first {num_calibrate} tokens, which are left out"
+    return Foretold(
+        route=_without_first(route, num_calibrate),
+        predictions=Predictions(
+            expert_ids=ids[:, num_calibrate:], confidence=confidence[:, num_calibrate:]
+        ),
+        delay_share=_delay_share(own),
+        who=f"{bundle_path}, {learnt}",
+    )
 
 
-def _predict(
-    traces: Traces, stack: EstimatorStack, source: int, target: int, seen: int, count: int
-) -> tuple[Any, Any]:
-    """The likeliest experts of one target layer and their probabilities, [T, count] each."""
-    import torch
-
-    from foreroute.data.routes.traces import gathered
-
-    logits = []
-    names = ("residual", "router_input", "expert_ids", "gate_weights")
-    for shard in range(len(traces.manifest.shards)):
-        state = traces.read(source, shard, names)
-        state = {name: t if name == "expert_ids" else t.float() for name, t in state.items()}
-        with torch.no_grad():
-            logits.append(stack.predict(source, **state).numpy())
-    top_k = traces.geometry.top_k
-    margins = margins_of(np.concatenate(logits), top_k)  # [T, E]
-    ids = np.argsort(-margins, axis=-1)[:, :count]
-    best = np.take_along_axis(margins, ids, -1)
-    true = gathered(traces, target, "expert_ids").numpy()
-    is_used = (ids[:, :, None] == true[:, None, :]).any(-1)
-    return ids.astype(np.int16), Calibration.fit(best[:seen], is_used[:seen])(best)
+def _delay_share(stack: EstimatorStack) -> float:
+    """Of a layer's time, how much later than its routing its state can be read."""
+    if "layer_input" in stack.input_fields:
+        return 1 - ATTENTION_SHARE
+    return READOUT_SHARE if "readout" in stack.input_fields else 0.0
 
 
-def without_first(route: Route, predictions: Predictions, seen: int) -> tuple[Route, Predictions]:
-    """Leave the tokens out that probabilities were learnt on."""
-    import dataclasses
-
+def _without_first(route: Route, count: int) -> Route:
+    """Leave tokens at the start out."""
     likely_ids, likely = route.likely_ids, route.likely_probability
-    rest = dataclasses.replace(
+    return dataclasses.replace(
         route,
-        expert_ids=route.expert_ids[seen:],
-        is_decode=route.is_decode[seen:],
-        likely_ids=None if likely_ids is None else likely_ids[seen:],
-        likely_probability=None if likely is None else likely[seen:],
+        expert_ids=route.expert_ids[count:],
+        is_decode=route.is_decode[count:],
+        likely_ids=None if likely_ids is None else likely_ids[count:],
+        likely_probability=None if likely is None else likely[count:],
     )
-    cut = Predictions(
-        expert_ids=predictions.expert_ids[:, seen:], confidence=predictions.confidence[:, seen:]
-    )
-    return rest, cut
 
 
-def simulate_all(
-    route: Route,
-    predictions: Predictions | None,
-    profile: MachineProfile,
-    settings: dict[str, Any],
-    lists: dict[str, list[str]],
-    horizon: int,
-) -> list[SimulationRow]:
-    """Every policy with every prefetch at every number of slots, then the bounds.
-
-    Args:
-        route: What was routed.
-        predictions: For prefetch.
-        profile: The machine.
-        settings: `expert_bytes`, `layer_ms` and further fields of `Scenario`.
-        lists: `slots`, `eviction` and `prefetch` to try.
-        horizon: H; prefetch in pieces is tried at 1, 2, 4, ... H.
-    """
-    from foreroute.runtime.simulator.link import LinkTimes
-    from foreroute.runtime.simulator.simulate import Scenario, bounds, simulate
-
-    size = settings.pop("expert_bytes") or profile.expert_bytes
-    times = LinkTimes.of(
-        profile, top_k=route.top_k, expert_bytes=size, layer_ms=settings.pop("layer_ms")
-    )
-    scenario = Scenario(
-        route=route, times=times, expert_bytes=size, predictions=predictions, **settings
-    )
-    rows = []
-    for slots in lists["slots"]:
-        for eviction in lists["eviction"]:
-            for prefetch in lists["prefetch"]:
-                if eviction == "belady" and prefetch != "none":
-                    continue
-                for ahead in horizons(prefetch, horizon):
-                    rows.append(
-                        simulate(
-                            scenario,
-                            eviction=eviction,
-                            prefetch=prefetch,
-                            horizon=ahead,
-                            slots=slots,
-                        )
-                    )
-        rows += [row for row in bounds(scenario, slots) if row.eviction not in lists["eviction"]]
-    return rows
-
-
-def horizons(prefetch: str, most: int) -> list[int]:
-    """Horizons to try: 1, 2, 4, ... and the most; one only where it means nothing."""
-    if prefetch in ("none", "head"):
-        return [1]
-    return sorted({*(2**power for power in range(8) if 2**power < most), most})
-
-
-def simulated(
-    route: Route, horizon: int, *, recall: float, errors: str, concentration: float, seed: int
-) -> Predictions:
-    """Predictions of a simulated predictor."""
-    predictor = SimulatedPredictor(
-        recall=recall,
-        errors=errors,  # type: ignore[arg-type]
-        concentration=concentration,
-        seed=seed,
-    )
-    return predictor.predict(route, horizon)
+def _warm_route(route: Route, request: SimulateRequest) -> Route | None:
+    if request.warm_start in ("prompt", "none"):
+        return None
+    other = read_route(request.warm_start, request.read_options)
+    if (other.num_layers, other.num_experts) != (route.num_layers, route.num_experts):
+        raise ValueError(f"{other.describe()} does not fit {route.describe()}.")
+    return other
 
 
 def table(rows: list[SimulationRow], title: str) -> Table:
@@ -208,110 +277,21 @@ def table(rows: list[SimulationRow], title: str) -> Table:
     return shown
 
 
-def run_simulate(**given: Any) -> None:
-    """The command `foreroute simulate`; takes its flags.
-
-    Raises:
-        FileNotFoundError: If there is no recording.
-        ValueError: If something cannot be read or does not fit.
-    """
-    from rich.console import Console
-
-    from foreroute.estimators.byte_sizes import parse_bytes
-    from foreroute.runtime.planning.machine import find_profile
-
-    profile = find_profile(given["profile"])
-    options = ReadOptions(num_experts=given["num_experts"], prompt_tokens=given["prompt_tokens"])
-    route = read_route(Path(given["routes"]), options)
-    lists = {name: _words(given[name], name) for name in ("slots", "eviction", "prefetch")}
-    predictions, who = None, "none"
-    if set(lists["prefetch"]) != {"none"}:
-        route, predictions, who = _predictions(route, given)
-    size = given["expert_bytes"]
-    settings = {
-        "expert_bytes": parse_bytes(size) if size else None,
-        "layer_ms": given["layer_ms"],
-        "layer_slots": _one_of(given["layer_slots"], "layer_slots", ("equal", "by-misses")),
-        "warms_up": given["warm_start"] != "none",
-        "warm_route": _warm_route(given["warm_start"], route, options),
-    }
-    rows = simulate_all(route, predictions, profile, settings, lists, given["horizon"])
-    console = Console()
-    console.print(table(rows, route.describe()))
-    console.print(f"Machine: {profile.describe()}", soft_wrap=True)
-    console.print(
-        f"Predictor: {who}. Slots are filled from: {given['warm_start']}.", soft_wrap=True
-    )
-    if given["json"] is not None:
-        _write(Path(given["json"]), rows, route, profile, who, given)
-        console.print(str(given["json"]), soft_wrap=True)
-
-
-def _predictions(route: Route, given: dict[str, Any]) -> tuple[Route, Predictions, str]:
-    """The route to replay, what is predicted on it, and by whom."""
-    ahead = given["horizon"]
-    if ahead >= route.num_layers:
-        raise ValueError(
-            f"A horizon of {ahead} needs more than the route's {route.num_layers} layers."
-        )
-    if given["bundle"] is not None:
-        if not Path(given["routes"]).is_dir():
-            raise ValueError("A bundle predicts from recorded states: --routes must be traces.")
-        said, seen = predictions_of(Path(given["routes"]), Path(given["bundle"]), ahead)
-        route, said = without_first(route, said, seen)
-        who = f"{given['bundle']}, calibrated on the first {seen} tokens, which are left out"
-    else:
-        said = simulated(
-            route,
-            ahead,
-            recall=given["recall"],
-            errors=given["errors"],
-            concentration=given["concentration"],
-            seed=given["seed"],
-        )
-        who = f"simulated, {given['errors']} errors, calibrated"
-    recalls = ", ".join(f"{value:.3f}" for value in said.recall(route))
-    return route, said, f"{who}; recall {recalls} from 1 to {ahead} layers ahead"
-
-
-def _warm_route(warm: str, route: Route, options: ReadOptions) -> Route | None:
-    if warm in ("prompt", "none"):
-        return None
-    other = read_route(Path(warm), options)
-    if (other.num_layers, other.num_experts) != (route.num_layers, route.num_experts):
-        raise ValueError(f"{other.describe()} does not fit {route.describe()}.")
-    return other
-
-
-def _words(text: str, name: str) -> list[str]:
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    if not words:
-        raise ValueError(f"--{name} is empty.")
-    return words
-
-
-def _one_of(word: str, name: str, known: tuple[str, ...]) -> str:
-    if word not in known:
-        raise ValueError(f"Unknown {name} {word!r}; known: {', '.join(known)}.")
-    return word
-
-
 def _write(
     path: Path,
     rows: list[SimulationRow],
-    route: Route,
+    told: Foretold,
     profile: MachineProfile,
-    who: str,
-    given: dict[str, Any],
+    request: SimulateRequest,
 ) -> None:
     from foreroute.estimators.artifacts import package_versions, write_json
 
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
-        "routes": route.describe(),
+        "routes": told.route.describe(),
         "profile": profile.to_dict(),
-        "predictor": who,
-        "settings": {name: str(value) for name, value in given.items()},
+        "predictor": told.who,
+        "settings": {name: str(value) for name, value in vars(request).items()},
         "versions": package_versions(),
         "rows": [row.to_dict() for row in rows],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -83,6 +84,14 @@ class LinkTimes:
             begin_ms=profile.begin_ms,
             ahead_ms=profile.ahead_ms,
         )
+
+    def delayed(self, share: float) -> LinkTimes:
+        """The same where predictions come later after a layer's routing.
+
+        Args:
+            share: How much later, as a share of a layer's compute.
+        """
+        return dataclasses.replace(self, predict_ms=self.predict_ms + share * self.layer_ms)
 
     def machine(self) -> Machine:
         """The form that the replay's inner loops take."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
 
 from foreroute.data.routes import Route
+from foreroute.runtime.config import LayerSlots
 from foreroute.runtime.policies import (
     EvictionPolicy,
     PrefetchRule,
@@ -20,8 +20,6 @@ from foreroute.runtime.simulator.link import LinkTimes
 from foreroute.runtime.simulator.predictions import Predictions
 from foreroute.runtime.simulator.replay import Replay
 from foreroute.runtime.simulator.result import SimulationRow
-
-LayerSlots = Literal["equal", "by-misses"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -187,7 +187,6 @@ class HostExpertStore:
             is_pinned: Page-lock the memory, so that a CUDA device can copy from it unattended.
             encoder: How to store matrices; as they are if None.
         """
-        self.is_pinned = is_pinned
         self.layouts: list[RowLayout] = []
         self.rows: list[Tensor] = []
         """Per MoE layer, [E, row_bytes] uint8."""

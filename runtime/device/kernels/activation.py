@@ -15,6 +15,8 @@ SlotWeights = Mapping[str, Any]
 """Parameters of all slots by name, [S, ...]: tensors, or `EncodedWeights`."""
 Activation = Literal["silu", "gelu-tanh", "relu-squared", "clamped-swish"]
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu-tanh", "relu-squared", "clamped-swish")
+SILU, GELU_TANH, RELU_SQUARED, CLAMPED_SWISH = map(tl.constexpr, range(len(ACTIVATIONS)))
+"""Where they stand in `ACTIVATIONS`, for kernels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +53,15 @@ class ExpertForm:
 @triton.jit
 def activate(gate, up, alpha, limit, ACTIVATION: tl.constexpr, HAS_GATE: tl.constexpr):  # noqa: ANN201
     """One of `ACTIVATIONS` by its index, inside a kernel; float32 tensors of one shape."""
-    if ACTIVATION == 3:
+    if ACTIVATION == CLAMPED_SWISH:
         gate = tl.minimum(gate, limit)
         up = tl.minimum(tl.maximum(up, -limit), limit)
         value = gate * tl.sigmoid(gate * alpha) * (up + 1)
     else:
         source = gate if HAS_GATE else up
-        if ACTIVATION == 0:
+        if ACTIVATION == SILU:
             value = source * tl.sigmoid(source)
-        elif ACTIVATION == 1:
+        elif ACTIVATION == GELU_TANH:
             inner = 0.7978845608028654 * (source + 0.044715 * source * source * source)
             value = source * tl.sigmoid(2 * inner)  # 0.5 (1 + tanh(x)) = sigmoid(2 x)
         else:

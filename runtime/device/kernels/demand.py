@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foreroute.runtime.device.kernels.fetch import BLOCK_WORDS, WORD, copy_blocks
+from foreroute.runtime.device.kernels.tables import ONLY_TAIL
 
 DEMAND_PROGRAMS = 64
 """Enough to fill the link; they take the missing experts one after the other."""
@@ -102,7 +103,7 @@ def serve_demand(  # noqa: ANN201
                 expert = tl.load(copies + k).to(tl.int64)
                 if expert >= 0:
                     slot = tl.load(copies + num_copies + k).to(tl.int64)
-                    is_tail = tl.load(copies + 2 * num_copies + k) == 2
+                    is_tail = tl.load(copies + 2 * num_copies + k) == ONLY_TAIL
                     begin = tl.where(is_tail, middle, 0)
                     if half == 0:
                         first, last = begin, first_blocks

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foreroute.runtime.device.kernels.tables import HEAD, TAIL, WHOLE
+from foreroute.runtime.device.kernels.tables import HEAD, ONLY_HEAD, ONLY_TAIL, TAIL, WHOLE
 
 WORD = torch.int64
 BLOCK_WORDS = 1024
@@ -53,8 +53,8 @@ def _fetch_kernel(
         if HAS_PARTS:
             part = tl.load(copies + 2 * num_copies + tl.program_id(1))
             middle = tl.load(head_words)
-            begin = tl.where(part == 2, middle, 0)
-            end = tl.where(part == 1, middle, num_words)
+            begin = tl.where(part == ONLY_TAIL, middle, 0)
+            end = tl.where(part == ONLY_HEAD, middle, num_words)
         copy_blocks(
             rows,
             slots,

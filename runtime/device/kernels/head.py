@@ -14,10 +14,14 @@ from torch import Tensor
 
 from foreroute.runtime.device.kernels.demand import MOST_TRIES, let_pass
 from foreroute.runtime.device.kernels.tables import (
+    AT_HEADS,
+    AT_WASTED,
     EMPTY,
     HEAD,
     HEAD_RULE,
     HEADS,
+    NO_EXPERT,
+    ONLY_HEAD,
     WASTED,
     ResidencyTables,
 )
@@ -74,21 +78,21 @@ def _head_kernel(
     has_room = (tl.min(taken, 0) == 0) & ((evicted < 0) | (saved > fear))
     if (likely * share >= least) & has_room:
         if evicted >= 0:
-            tl.store(slot_of + evicted, -1)
+            tl.store(slot_of + evicted, NO_EXPERT)
         wasted = tl.load(is_unused_prefetch + slot)
-        tl.store(counters + 3, tl.load(counters + 3) + wasted)
+        tl.store(counters + AT_WASTED, tl.load(counters + AT_WASTED) + wasted)
         tl.store(is_unused_prefetch + slot, 0)
         tl.store(slot_of + expert, slot)
         tl.store(expert_in + slot, expert)
         tl.store(pending, expert)
         tl.store(pending + 1, slot)
         tl.store(pending_confidence, likely)
-        tl.store(counters + 4, tl.load(counters + 4) + 1)
+        tl.store(counters + AT_HEADS, tl.load(counters + AT_HEADS) + 1)
         tl.store(copies, expert)
         tl.store(copies + 1, slot)
-        tl.store(copies + 2, 1)
+        tl.store(copies + 2, ONLY_HEAD)
     else:
-        tl.store(copies, -1)
+        tl.store(copies, NO_EXPERT)
 
 
 def plan_head(

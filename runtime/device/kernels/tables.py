@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from foreroute.runtime.policies.prefetching import PRIOR_PREFETCHES, find_prefetch_rule
@@ -14,6 +15,12 @@ HITS, MISSES, PREFETCHES, WASTED, HEADS, TAILS, WASTED_HEADS = range(7)
 NUM_COUNTERS = 7
 WHOLE, HEAD, TAIL = range(3)
 """Parts of an expert that a copy moves."""
+AT_MISSES, AT_PREFETCHES, AT_WASTED, AT_HEADS, AT_TAILS, AT_WASTED_HEADS = map(
+    tl.constexpr, (MISSES, PREFETCHES, WASTED, HEADS, TAILS, WASTED_HEADS)
+)
+"""Where a kernel finds a counter; the hits come first."""
+NO_EXPERT, ONLY_HEAD, ONLY_TAIL = map(tl.constexpr, (EMPTY, HEAD, TAIL))
+"""The same as `EMPTY`, `HEAD` and `TAIL`, for kernels."""
 HEAD_RULE = find_prefetch_rule("head")
 TRUST_MEMORY = 1 - 1 / HEAD_RULE.trust_tokens
 """Kept of what is known about earlier heads, when another one is settled."""

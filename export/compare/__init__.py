@@ -1,0 +1,1 @@
+"""What `foreroute compare-predictors` and `foreroute score` do: predictors side by side."""

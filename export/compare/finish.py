@@ -1,0 +1,197 @@
+"""What follows from rows and predictions that are there: hybrids, worth, and the results file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from foreroute.estimators.artifacts import package_versions, read_json, write_json
+from foreroute.export.compare.compare import Comparison, device_name
+from foreroute.export.compare.plan import RESULTS_NAME, ROWS_FOLDER, TRUTH_FOLDER
+from foreroute.export.compare.predicted import PredictedExperts
+from foreroute.export.compare.score import score
+from foreroute.export.compare.truth import TrueRouting
+
+Worth = Callable[[TrueRouting, Sequence[PredictedExperts], float], list[dict[str, Any]]]
+"""What predictions of 1, 2, ... layers ahead are worth, if they take so many microseconds a layer
+longer than the default's; of the next token if they are of fewer tokens than the truth."""
+Row = dict[str, Any]
+
+HYBRIDS: dict[str, tuple[str, ...]] = {
+    "hybrid": ("quasi-hidden", "router-input"),
+    "hybrid with readout": ("quasi-hidden", "router-input", "attention-readout"),
+}
+"""Which inputs each may choose a layer's form from."""
+FAMILY = ("form", "input", "rank", "width", "depth", "prior", "after")
+"""Rows that differ in nothing of this but their horizon predict together."""
+SAVED_PROFILE, SAVED_SLOTS = "h100-engine", "25%"
+"""What `tpot_saved` is of."""
+WORTH_TOKENS = 4096
+"""Replayed at most."""
+
+
+def add_hybrids(comparison: Comparison) -> None:
+    """A row for each hybrid: per layer the form that cost least on the tokens to choose by."""
+    rows = [row for row in first_text(comparison) if is_form(row) and row["horizon"] == 1]
+    truth = TrueRouting.load(comparison.folder / TRUTH_FOLDER / "0.safetensors")
+    for name, inputs in HYBRIDS.items():
+        among = [r for r in rows if r["input"] in inputs and r["prior"] == "none"]
+        path = comparison.folder / ROWS_FOLDER / f"{name.replace(' ', '_')}.json"
+        slugs = [row["slug"] for row in among]
+        there = read_json(path)["rows"][0]["chosen_from"] if path.is_file() else None
+        if {row["input"] for row in among} >= {inputs[0], inputs[-1]} and slugs != there:
+            _write_hybrid(comparison, name, among, truth)
+
+
+def _write_hybrid(
+    comparison: Comparison, name: str, among: Sequence[Row], truth: TrueRouting
+) -> None:
+    costs = torch.tensor([row["chosen_cost_per_layer"] for row in among])  # [rows, P]
+    chosen = [among[place] for place in costs.argmin(dim=0).tolist()]
+    said = {
+        row["slug"]: PredictedExperts.load(comparison.predictions_path(row["slug"]))
+        for row in chosen
+    }
+    parts = [(said[row["slug"]], layer) for layer, row in enumerate(chosen)]
+    confidence = [p.confidence[:, layer] for p, layer in parts if p.confidence is not None]
+    predicted = dataclasses.replace(
+        parts[0][0],
+        expert_ids=torch.stack([p.expert_ids[:, layer] for p, layer in parts], dim=1),
+        confidence=torch.stack(confidence, dim=1),
+    )
+    slug = name.replace(" ", "_")
+    predicted.save(comparison.predictions_path(slug))
+    us = [row["us_by_layer"] for row in chosen if row["us_by_layer"] is not None]
+    row = {
+        **{key: among[0][key] for key in ("model", "trained_on", "tested_on", "device", "torch")},
+        "slug": slug,
+        "form": name,
+        "input": "of each layer",
+        "horizon": 1,
+        "tokens_ahead": 0,
+        "prior": "none",
+        "params": sum(row["params"] // len(chosen) for row in chosen),
+        "training_tokens": max(row["training_tokens"] for row in chosen),
+        "us_per_token": None,
+        "us_by_layer": round(sum(us) / len(us), 2) if len(us) == len(chosen) else None,
+        "chosen_from": [row["slug"] for row in among],
+        "chosen_per_layer": [f"{row['form']}, {row['input']}" for row in chosen],
+        **score(truth, predicted),
+    }
+    write_json(comparison.folder / ROWS_FOLDER / f"{slug}.json", {"rows": [row]})
+
+
+def add_worth(comparison: Comparison, worth: Worth, readout_us: float = 0.0) -> None:
+    """Say in each row that has calibrated predictions what they are worth.
+
+    Args:
+        comparison: With all its rows.
+        worth: Replays predictions.
+        readout_us: What running one attention early takes, microseconds a layer.
+    """
+    truth = TrueRouting.load(comparison.folder / TRUTH_FOLDER / "0.safetensors")
+    rows = first_text(comparison)
+    default = next((row for row in rows if is_default(row)), None)
+    for row in rows:
+        if "worth" in row or not (is_form(row) or row["form"] in HYBRIDS):
+            continue
+        family = _family(rows, row)
+        if family is None:
+            continue
+        said = [PredictedExperts.load(comparison.predictions_path(r["slug"])) for r in family]
+        extra = _extra_us(row, default, readout_us)
+        found = worth(truth, said, extra)
+        path = comparison.folder / ROWS_FOLDER / f"{row['slug']}.json"
+        kept = read_json(path)["rows"]
+        kept[0] |= {"worth": found, "extra_us": round(extra, 2)} | saved_of(found)
+        write_json(path, {"rows": kept})
+
+
+def saved_of(worth: Sequence[Mapping[str, Any]]) -> Row:
+    """The one figure that tables give: share of on-demand TPOT saved, and of what."""
+    for entry in worth:
+        if (entry["profile"], entry["slots"]) == (SAVED_PROFILE, SAVED_SLOTS):
+            return {
+                "tpot_saved": entry["saved"],
+                "profile": SAVED_PROFILE,
+                "slots": SAVED_SLOTS,
+                "rule": entry["rule"],
+            }
+    return {}
+
+
+def write_results(comparison: Comparison, left: int) -> dict[str, Any]:
+    """Gather all rows into one file.
+
+    Args:
+        comparison: With its rows.
+        left: Predictors that there was no time for.
+    """
+    rows = comparison.rows()
+    content = {
+        "model": comparison.plan.name,
+        "plan": dataclasses.asdict(comparison.plan),
+        "left": left,
+        "device": device_name(comparison.device),
+        "fit_seconds": round(sum(row.get("fit_seconds", 0.0) for row in rows), 1),
+        "versions": package_versions(),
+        "rows": [row for row in rows if not row.get("is_curve")],
+        "learning_curve": [row for row in rows if is_on_curve(row, rows)],
+    }
+    write_json(comparison.folder / RESULTS_NAME, content)
+    return content
+
+
+def is_on_curve(row: Row, rows: Sequence[Row]) -> bool:
+    """Whether a row is a point of a learning curve, its last one included."""
+    if row.get("is_curve"):
+        return True
+    sizes = ("form", "input", "horizon", "width", "depth", "prior", "after")
+    return bool(row.get("training_tokens")) and any(
+        other.get("is_curve") and all(other.get(s) == row.get(s) for s in sizes) for other in rows
+    )
+
+
+def first_text(comparison: Comparison) -> list[Row]:
+    """The rows measured on held-out documents of the text trained on, without curves."""
+    rows = comparison.rows()
+    first = comparison.plan.dataset
+    return [row for row in rows if row["tested_on"] == first and not row.get("is_curve")]
+
+
+def is_form(row: Row) -> bool:
+    """Whether a row is of an estimator form, with calibrated predictions."""
+    return "chosen_cost_per_layer" in row
+
+
+def is_default(row: Row) -> bool:
+    """Whether a row is of what `train-estimator` trains unless told otherwise."""
+    names = (row["form"], row["input"], row["horizon"], row["prior"], row.get("after"))
+    return names == ("low-rank", "quasi-hidden", 1, "none", "")
+
+
+def _family(rows: Sequence[Row], row: Row) -> list[Row] | None:
+    """Rows of the same predictor at 1, 2, ... layers up to the row's; None if one is missing."""
+    if row["horizon"] < 1:
+        return [row] if row["tokens_ahead"] else None
+    alike = {
+        other["horizon"]: other
+        for other in rows
+        if other["tokens_ahead"] == 0 and all(other.get(n) == row.get(n) for n in FAMILY)
+    }
+    near = alike.get(1) or next((r for r in rows if is_default(r)), None)
+    found = {1: near} | {h: other for h, other in alike.items() if h > 1}
+    wanted = [found.get(distance) for distance in range(1, row["horizon"] + 1)]
+    known = [other for other in wanted if other is not None]
+    return known if len(known) == len(wanted) else None
+
+
+def _extra_us(row: Row, default: Row | None, readout_us: float) -> float:
+    """What a prediction takes longer than the default's, measured the same way; 0 on a CPU."""
+    if default is None or row["device"] == "cpu" or row["us_by_layer"] is None:
+        return 0.0
+    reads = "readout" in row["input"] or "readout" in row["form"]
+    return float(row["us_by_layer"] - default["us_by_layer"] + (readout_us if reads else 0.0))

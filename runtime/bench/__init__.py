@@ -1,0 +1,1 @@
+"""Measures every mode in one run, and prints what each cost."""

@@ -1,0 +1,99 @@
+"""What `foreroute bench` prints: what each mode took, what it copied, and what to know about it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from foreroute.runtime.bench.measure import ModeResult
+
+SPECULATIVE_NOTE = (
+    "speculative runs the predicted experts with the true router's gate weights, speculative-paper "
+    "with predicted weights too (as the paper's engine does), skip leaves missing experts out: "
+    "these three change the output."
+)
+ALL_NOTE = "prefetch-all fetches each prediction, whether or not that pays."
+CPU_NOTE = (
+    "On this CPU a fetch is a copy from memory to memory, done at once: nothing overlaps, and no "
+    "figure here stands for PCIe or a GPU."
+)
+
+
+def print_results(console: Console, results: list[ModeResult], title: str, *, is_cpu: bool) -> None:
+    """Print both tables and the notes that belong below them.
+
+    Args:
+        console: Where.
+        results: Of all modes, on-demand among them.
+        title: Of the first table.
+        is_cpu: Whether it ran on a CPU, whose times mean nothing for a GPU.
+    """
+    console.print(time_table(results, title))
+    console.print(traffic_table(results))
+    for note in (gave_up_note(results), ALL_NOTE, SPECULATIVE_NOTE, CPU_NOTE if is_cpu else ""):
+        if note:
+            console.print(note)
+
+
+def time_table(results: list[ModeResult], title: str) -> Table:
+    """What each mode took."""
+    table = _table(title, "TPOT ms", "p25-p75", "x on-demand", "TTFT ms", "tokens")
+    baseline = next(r.tpot_ms for r in results if r.name == "on-demand")
+    for r in results:
+        table.add_row(
+            r.name,
+            f"{r.tpot_ms:.2f}",
+            f"{r.tpot_ms_p25:.1f}-{r.tpot_ms_p75:.1f}",
+            f"{r.tpot_ms / baseline:.2f}",
+            f"{r.ttft_ms:.0f}",
+            "stock's" if r.tokens == results[0].tokens else "other",
+        )
+    return table
+
+
+def gave_up_note(results: list[ModeResult]) -> str:
+    """Which modes stopped looking ahead; empty if none did."""
+    gave_up = [
+        f"{r.name} ({r.share_ahead:.0%})"
+        for r in results
+        if r.share_ahead is not None and r.share_ahead < 1
+    ]
+    if not gave_up:
+        return ""
+    return (
+        f"Gave up, as looking ahead takes longer here than it saves (share of steps that did all "
+        f"the same): {', '.join(gave_up)}."
+    )
+
+
+def traffic_table(results: list[ModeResult]) -> Table:
+    """What each mode copied, and what it did to the output."""
+    table = _table(
+        "Copies per token, and the output against the exact model",
+        *("hit rate", "MB", "wasted", "late", "agree", "perplexity"),
+    )
+    for r in results:
+        change = "exact" if r.is_exact else f"{r.perplexity:.2f} {r.perplexity_change:+.1%}"
+        table.add_row(
+            r.name,
+            "-" if r.hit_rate is None else f"{r.hit_rate:.3f}",
+            f"{r.bytes_per_token / 1e6:.2f}",
+            f"{r.wasted_bytes_per_token / 1e6:.2f}",
+            f"{r.late_per_token:.2f}",
+            "exact" if r.is_exact else f"{r.agreement:.3f}" + " (off)" * r.is_speculation_off,
+            f"{r.perplexity:.2f}" if r.is_exact and r.perplexity else change,
+        )
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table.add_column("mode", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table

@@ -1,0 +1,150 @@
+"""One rule stands in Python, in Triton and in numba; here each two of them decide alike."""
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("triton", reason="needs triton")
+pytest.importorskip("numba", reason="needs numba")
+
+from foreroute.data.routes import Route
+from foreroute.runtime.device.kernels.activation import ExpertForm
+from foreroute.runtime.device.kernels.head import plan_head_reference
+from foreroute.runtime.device.kernels.plan import plan_reference
+from foreroute.runtime.device.kernels.tables import (
+    HITS,
+    MISSES,
+    TAILS,
+    WASTED_HEADS,
+    ResidencyTables,
+)
+from foreroute.runtime.device.residency import DeviceResidency
+from foreroute.runtime.policies import LayerState, find_policy, find_prefetch_rule
+from foreroute.runtime.simulator import timeline
+from foreroute.runtime.simulator.link import LinkTimes
+from foreroute.runtime.simulator.predictions import SimulatedPredictor
+from foreroute.runtime.simulator.replay import Replay
+from foreroute.runtime.store.host_store import HostExpertStore
+
+EXPERTS, SLOTS, TOP_K, LAYERS, TOKENS = 16, 6, 3, 3, 120
+HEAD_SHARE = 0.5
+
+
+def random_route(*, is_prompt: bool = False) -> Route:
+    """Tokens that like the first experts best, and drift."""
+    dice, rows = random.Random(0), []
+    for token in range(TOKENS):
+        layers = []
+        for layer in range(LAYERS):
+            ids: dict[int, None] = {}
+            while len(ids) < TOP_K:
+                near = min(int(dice.expovariate(0.25)), EXPERTS - 1)
+                ids[(near + token // 40 + 5 * layer) % EXPERTS] = None
+            layers.append(list(ids))
+        rows.append(layers)
+    return Route(
+        name="random",
+        expert_ids=np.array(rows, dtype=np.int16),
+        is_decode=np.array([not is_prompt] * (TOKENS - 1) + [True]),
+        num_experts=EXPERTS,
+    )
+
+
+@pytest.mark.parametrize("policy", ["lfu", "lrfu:20", "default"])
+def test_simulator_and_kernel_choose_the_same_heads(policy: str) -> None:
+    route, prefetch = random_route(), find_prefetch_rule("head")
+    predictions = SimulatedPredictor(recall=0.7, seed=1).predict(route, 1)
+    times = LinkTimes(
+        layer_ms=1.0,
+        token_ms=0.0,
+        predict_ms=0.0,
+        demand_ms=(0.0, 1.0 / HEAD_SHARE, 4.0, 6.0),
+        pieces=8,
+        piece_ms=0.25,
+    )
+    assert times.head_share == HEAD_SHARE
+    rule = find_policy(policy)
+    replay = Replay(route, times, rule, [SLOTS] * LAYERS, prefetch, predictions)
+    replay.run()
+    trust = torch.full((2,), 20.0)
+    tables = [ResidencyTables.empty(EXPERTS, SLOTS, "cpu", trust=trust) for _ in range(LAYERS)]
+    ids, said = map(torch.from_numpy, (predictions.expert_ids[0], predictions.confidence[0]))
+    copies, head = torch.zeros(3, TOP_K, dtype=torch.int32), torch.zeros(3, 1, dtype=torch.int32)
+    for token in range(TOKENS):
+        for layer in range(LAYERS):
+            used = torch.from_numpy(route.expert_ids[token, layer])
+            plan_reference(used, tables[layer], rule.device_rule(), copies)
+            if layer + 1 < LAYERS:
+                plan_head_reference(
+                    ids[token, layer + 1],
+                    said[token, layer + 1],
+                    tables[layer + 1],
+                    head,
+                    num_needed=TOP_K,
+                    head_words=torch.tensor([50]),
+                    num_words=100,
+                )
+    held = torch.cat([table.expert_in for table in tables]).long()
+    numbered = held + torch.arange(LAYERS).repeat_interleave(SLOTS) * EXPERTS
+    assert replay.cache.expert_in.tolist() == numbered.tolist()
+    counters = torch.stack([table.counters for table in tables]).sum(0).tolist()
+    counts = replay.cache.counts
+    assert counts[timeline.HITS] == counters[HITS]
+    assert counts[timeline.LATE] == counters[TAILS] > 20
+    fetched = counters[MISSES] + HEAD_SHARE * counters[TAILS]
+    assert counts[timeline.FETCHED] == fetched
+    assert counts[timeline.WASTED] == HEAD_SHARE * counters[WASTED_HEADS] > 0
+
+
+def device_residency(policy: str) -> DeviceResidency:
+    """One layer's tables as a GPU's driver has them, on the CPU."""
+    experts = nn.Module()
+    experts.register_parameter("gate_up_proj", nn.Parameter(torch.zeros(EXPERTS, 4, 2)))
+    store = HostExpertStore([experts], is_pinned=False)
+    rule = find_policy(policy)
+    run: Any = SimpleNamespace(
+        rule=rule.device_rule(),
+        form=ExpertForm(activation="silu"),
+        trust=None,
+        prompt_weight=rule.prompt_weight,
+    )
+    layer: Any = SimpleNamespace(layer_idx=0, top_k=TOP_K)
+    counters = torch.zeros(7, dtype=torch.int32)
+    return DeviceResidency(layer, store.rows[0], store.layouts[0], SLOTS, run, counters)
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "lrfu:20", "default"])
+def test_a_prompt_counts_the_same_on_the_host_on_the_device_and_in_the_simulator(
+    policy: str,
+) -> None:
+    route, rule = random_route(is_prompt=True), find_policy(policy)
+    prompt = route.expert_ids[:-1, 0]  # [T, K] of the first layer
+    host = LayerState(rule, EXPERTS, SLOTS)
+    host.count_prompt(prompt.tolist())
+    device = device_residency(policy)
+    device.count_prompt(torch.from_numpy(prompt))
+    times = LinkTimes(
+        layer_ms=1.0, token_ms=0.0, predict_ms=0.0, demand_ms=(0.0,) * 4, pieces=1, piece_ms=0.0
+    )
+    replay = Replay(route, times, rule, [SLOTS] * LAYERS)
+    replay.warm_from(
+        Route(
+            **{
+                **vars(route),
+                "expert_ids": route.expert_ids[:-1],
+                "is_decode": np.ones(TOKENS - 1, dtype=bool),
+            }
+        )
+    )
+    unit = 1.0 if rule.worth == "recency" else host.unit
+    expected = torch.tensor(host.worth) / unit
+    torch.testing.assert_close(device.tables.score, expected)
+    simulated = torch.from_numpy(replay.cache.worth[:EXPERTS]) / unit
+    torch.testing.assert_close(simulated.float(), expected)
+    if rule.worth == "recency":  # the next use is later than all of the prompt's
+        assert int(device.tables.step) == host.step == len(prompt)
