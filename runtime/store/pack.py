@@ -82,7 +82,7 @@ class _Packing:
         device: torch.device,
     ) -> None:
         self._checkpoint, self._moe, self._folder, self._device = checkpoint, moe, folder, device
-        self._asked = {
+        self._asked: dict[str, Any] = {
             "source": checkpoint.name,
             "revision": _revision(checkpoint),
             "router_fingerprint": moe.geometry.router_fingerprint,

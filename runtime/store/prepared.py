@@ -94,7 +94,9 @@ class PreparedModel:
                 f"needs the source, {self.source}."
             )
         encoder = native or encoder_named(self.expert_dtype)
-        for name in self.stays if encoder is not None else ():
+        if encoder is None:
+            return None
+        for name in self.stays:
             encoder = without(encoder, name)
         return encoder
 
@@ -160,7 +162,7 @@ def _read_shard(path: Path, rows: Tensor, sha256: str, tick: Callable[[int], Non
     """One layer's rows, straight into their memory."""
     if not path.is_file():
         raise ValueError(f"{path} is missing. {REMEDY}")
-    digest, view = hashlib.sha256(), memoryview(rows.numpy()).cast("B")
+    digest, view = hashlib.sha256(), rows.numpy().data.cast("B")
     with path.open("rb", buffering=0) as file:
         start = file.read(8)
         header = file.read(int.from_bytes(start, "little") if len(start) == 8 else 0)
