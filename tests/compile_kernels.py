@@ -120,7 +120,7 @@ def call_everything() -> None:
         expert_products(hidden, places, chances, weights, forms["rows"], hidden)
     encoding = Lossless(16, 67)
     packed = [torch.zeros(2, *size, dtype=t) for size, t in encoding.parts().values()]
-    unpack(*packed, encoding)
+    unpack(*packed, 16, 67)
     for dtype in (torch.bfloat16, torch.float32):
         query, keys = torch.zeros(1, 8, 1, 64, dtype=dtype), torch.zeros(1, 2, 128, 64, dtype=dtype)
         mask = torch.ones(1, 1, 1, 128, dtype=torch.bool)

@@ -395,5 +395,5 @@ def test_what_a_gpu_unpacks_is_every_bit_that_was_packed(columns: int) -> None:
     matrices[:, 1, :3] = torch.tensor([-0.0, float("inf"), float("nan")])
     encoding = Lossless(24, columns)
     parts = {suffix: part.to(DEVICE) for suffix, part in encoding.encode(matrices).items()}
-    unpacked = unpack(parts[""], parts["_lines"], encoding).cpu()
+    unpacked = unpack(parts[""], parts["_lines"], 24, columns).cpu()
     assert torch.equal(unpacked.view(torch.int16), matrices.view(torch.int16))

@@ -8,15 +8,10 @@ sums by 2 ** (base - 64): powers of two, so that nothing is rounded that would n
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from foreroute.runtime.store.encodings import Lossless
 
 UNPACK_ROWS, UNPACK_WORDS = 8, 128
 
@@ -143,7 +138,6 @@ def _unpack_kernel(
     lines,
     out,
     num_rows,
-    num_lines,
     num_words,
     slot_stride,
     lines_slot_stride,
@@ -201,31 +195,31 @@ def _store_plane(to, column, mask, number, base, NUM_COLUMNS: tl.constexpr):
     tl.store(to + column, bits.to(tl.int16), mask=mask & (column < NUM_COLUMNS))
 
 
-def unpack(data: Tensor, lines: Tensor, encoding: Lossless) -> Tensor:
+def unpack(data: Tensor, lines: Tensor, num_rows: int, num_columns: int) -> Tensor:
     """Decode matrices on a GPU, bit for bit.
 
     Args:
         data: [n, rows, 3 N] int32; a matrix's rows contiguous.
         lines: [n, rows + spare, 4] int32; likewise.
-        encoding: Their sizes.
+        num_rows: Of each.
+        num_columns: Of each.
 
     Returns:
         [n, rows, columns] bfloat16.
     """
-    num_rows, num_columns = encoding.rows, encoding.columns
+    num_words = data.shape[2] // 3
     out = torch.empty(len(data), num_rows, num_columns, dtype=torch.int16, device=data.device)
     _unpack_kernel[(triton.cdiv(num_rows, UNPACK_ROWS), len(data))](
         data,
         lines,
         out,
         num_rows,
-        lines.shape[1],
-        encoding.words,
+        num_words,
         data.stride(0),
         lines.stride(0),
         NUM_COLUMNS=num_columns,
         ROWS=UNPACK_ROWS,
-        WORDS=min(UNPACK_WORDS, triton.next_power_of_2(encoding.words)),
+        WORDS=min(UNPACK_WORDS, triton.next_power_of_2(num_words)),
         num_warps=4,
     )
     return out.view(torch.bfloat16)

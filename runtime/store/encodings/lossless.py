@@ -151,7 +151,7 @@ class Lossless(Encoding):
         if data.device.type == "cuda":
             from foreroute.runtime.device.kernels.lossless import unpack
 
-            matrices: Tensor = unpack(data, lines, self)
+            matrices: Tensor = unpack(data, lines, self.rows, self.columns)
             return matrices.view(*outer, self.rows, self.columns)
         numbers = self._coded(data, lines[:, : self.rows, :1] & 0xFF)  # zero where exceptions are
         row = torch.arange(lines.shape[1]).repeat(len(lines), 1)
