@@ -133,7 +133,7 @@ class _ObservedExperts:
     def __init__(self, experts: nn.Module) -> None:
         self._experts = experts
         self.activations = torch.empty(0)
-        """Of the last call, [pairs, I]."""
+        """What the last call gave, [pairs, I]."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._experts, name)

@@ -165,7 +165,7 @@ class RecallIntervals:
 
     @property
     def recall_at_k(self) -> tuple[float, float]:
-        """Of recall at budget K."""
+        """The interval at budget K, the least that is measured."""
         return self.recall_at_budgets[min(self.recall_at_budgets)]
 
 

@@ -63,7 +63,7 @@ class PairEntry:
     form: str
     """The form in use: a trained one, or `next-router` where training did not pay."""
     recall_at_k: float
-    """Of the form in use, on held-out tokens that chose nothing, from the written files."""
+    """Recall of the form in use, on held-out tokens that chose nothing, from the written files."""
     training_free_recall_at_k: float
     """The same for the training-free logits of the same input."""
     budget: int
@@ -71,9 +71,9 @@ class PairEntry:
     stack: int = 0
     """Which of the bundle's stacks predicts it."""
     expected_cost: float | None = None
-    """Of the form in use, on the same tokens, in copies of one expert per token."""
+    """Cost of the form in use, on the same tokens, in copies of one expert per token."""
     calibration_error: float | None = None
-    """Of its probabilities, on the same tokens."""
+    """Error of its probabilities, on the same tokens."""
     uncalibrated_error: float | None = None
     """The same for the sigmoid of the decision margin."""
     compared: tuple[CandidateEntry, ...] = ()
@@ -126,13 +126,13 @@ class BundleManifest:
     num_held_out_tokens: int
     """Tokens the pairs' figures are measured on."""
     tensors_sha256: str
-    """Of `estimators.safetensors`."""
+    """sha256 of `estimators.safetensors`."""
     provenance: dict[str, Any]
     """Where it comes from: runs, traces, tokens."""
     versions: dict[str, str]
-    """Of Python and packages when it was written."""
+    """Versions of Python and packages when it was written."""
     format_version: int = FORMAT_VERSION
-    """Of this manifest."""
+    """Version of the manifest's form."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form; `from_dict` reverses it."""

@@ -34,7 +34,8 @@ class EngineConfig:
     context: int = 4096
     """Tokens of prompt and answer that `expert_slots=auto` leaves memory for."""
     layer_slots: LayerSlots = "equal"
-    """`by-misses` gives layers that miss more in the recording of `warm_start` more of them."""
+    """`equal`, or `by-misses`: layers that miss more get more. Misses are counted in the recording
+    that `warm_start` names."""
     eviction: str = "default"
     """Which expert goes when room is needed: `default`, `lru`, `lfu`, `lrfu`, `predicted` or
     `static`; `lrfu:30` sets a half-life in decode steps."""

@@ -79,6 +79,10 @@ class Driver(Protocol):
         """A forward pass begins; see `RunState.begin_forward`."""
         ...
 
+    def forget(self) -> None:
+        """Empty every slot and drop what was captured: nothing of it need be right any more."""
+        ...
+
     def decoding(self, settings: dict[str, Any], streamer: Any) -> dict[str, Any]:
         """What else transformers' `generate` is called with, to decode in this driver's way.
 

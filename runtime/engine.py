@@ -25,6 +25,7 @@ from foreroute.runtime.planning.slot_plan import plan_slots, read_recording
 from foreroute.runtime.stats import RuntimeStats
 from foreroute.runtime.store.offload import OffloadedModel, load_offloaded
 from foreroute.runtime.streamer import TimingStreamer
+from foreroute.runtime.turns import Turns, serialised
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class Engine:
         >>> engine.stats().hit_rate                                         # doctest: +SKIP
     """
 
+    @torch.inference_mode(False)  # what is allocated here is changed outside of it too
     def __init__(
         self, offloaded: OffloadedModel, config: EngineConfig, stack: EstimatorStack | None = None
     ) -> None:
@@ -62,8 +64,13 @@ class Engine:
         """Decides which experts are where, on the host or on the GPU."""
         if recording is not None:
             self.driver.warm(list(zip(*recording.rows(), strict=True)))
-        self._attachments = contextlib.ExitStack()
-        self._attach()
+        self.turns = Turns(offloaded, self.driver)
+        """Makes calls wait for each other; from threads, they are answered one after the other."""
+        attachments = contextlib.ExitStack()
+        # nothing that is attached holds the engine, so that one dropped without `close` detaches
+        self._detach = weakref.finalize(self, attachments.close)
+        self._detach.atexit = False
+        self._attach(attachments)
 
     @classmethod
     def from_pretrained(
@@ -131,18 +138,18 @@ class Engine:
     def _experts(self) -> list[nn.Module]:
         return [layer.experts for layer in self.offloaded.moe.layers]
 
-    def _attach(self) -> None:
+    def _attach(self, undo: contextlib.ExitStack) -> None:
         if any(map(is_taken_over, self._experts)):
             raise ValueError("This model is attached to another engine; close that one first.")
         moe_layers = self.offloaded.moe.layers
         handlers = {m.experts: own for m, own in zip(moe_layers, self.driver.layers, strict=True)}
-        self._attachments.enter_context(routed_through(self.model, handlers))
-        self.driver.attach(self._attachments)
-        handle = self.model.register_forward_pre_hook(self._begin_forward, with_kwargs=True)
-        self._attachments.callback(handle.remove)
-        self._lend_generate()
+        undo.callback(self.driver.close)
+        undo.enter_context(routed_through(self.model, handlers))
+        self.driver.attach(undo)
+        self.turns.attach(undo)
+        self._lend_generate(undo)
 
-    def _lend_generate(self) -> None:
+    def _lend_generate(self, undo: contextlib.ExitStack) -> None:
         """Let `model.generate` be the engine's, for whoever is handed the model alone."""
         lent = weakref.WeakMethod(self.generate)
 
@@ -154,33 +161,33 @@ class Engine:
             return run(*args, **kwargs)
 
         self.model.generate = generate
-        self._attachments.callback(delattr, self.model, "generate")
+        undo.callback(delattr, self.model, "generate")
 
     @property
     def _own_generate(self) -> Any:
         """The model's own `generate`, as its class has it."""
         return functools.partial(type(self.model).generate, self.model)
 
-    def _begin_forward(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tokens = args[0] if args else kwargs.get("input_ids")
-        self.driver.begin_forward(kwargs["inputs_embeds"] if tokens is None else tokens)
-
+    @serialised
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One forward pass of the model, through the engine."""
         with self._must_really_run(), torch.no_grad():
             return self.model(*args, **kwargs)
 
+    @serialised
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate tokens; takes what transformers' `generate` takes and returns what it returns.
 
         While the engine is attached, `engine.model.generate` is this. Inputs are moved to the
         engine's device. Times go into `stats()` (not with beam search, which hands out no tokens
-        while it runs).
+        while it runs). Calls from several threads are answered one after the other: put prompts
+        that shall run together into one batch.
         """
         names = inspect.signature(self._own_generate).parameters
         given = dict(zip(names, args, strict=False)) | kwargs
         given = {name: self._on_device(value) for name, value in given.items()}
         given.setdefault("disable_compile", True)  # the host decides between layers
+        self.turns.settle()
         asked = _asked_of(self.model, given)
         if asked.get("num_beams", 1) == 1:
             given["streamer"] = TimingStreamer(self.driver.run.stats, given.get("streamer"))
@@ -194,6 +201,10 @@ class Engine:
     @contextlib.contextmanager
     def _must_really_run(self) -> Any:
         """Fail if the model's experts went past the engine."""
+        if not self._detach.alive:
+            raise ValueError(
+                "This engine was closed; Engine(engine.offloaded, config) is a new one."
+            )
         before = [layer.num_calls for layer in self.driver.layers]
         if not all(map(is_taken_over, self._experts)):
             set_to = sorted(set(map(str, self.model.get_experts_implementation().values())))
@@ -214,26 +225,30 @@ class Engine:
         """Counters and times since the start or the last `reset_stats`; live, not a copy."""
         return self.driver.stats()
 
+    @serialised
     def reset_stats(self) -> None:
         """Start counting anew; resident experts stay."""
         self.driver.reset_stats()
 
+    @serialised
     def fill_slots(self) -> None:
         """Make as many experts resident as fit, lowest ids first, not counted in the statistics."""
         self.driver.fill_slots()
 
+    @serialised
     def check_integrity(self) -> None:
         """Check every layer's slots: tables consistent, and each slot equal to its host row.
 
         Raises:
             RuntimeError: If not.
         """
+        self.turns.settle()
         self.driver.check_integrity()
 
+    @serialised
     def close(self) -> None:
         """Detach from the model; its experts stay in the store, for another engine."""
-        self.driver.close()
-        self._attachments.close()
+        self._detach()
 
     def __enter__(self) -> Self:
         return self

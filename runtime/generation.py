@@ -66,14 +66,14 @@ def run_generate(
         sampling: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature}
-        streamer = TextStreamer(tokenizer, skip_prompt=False, skip_special_tokens=True)
-        engine.generate(
-            input_ids=token_ids,
-            attention_mask=torch.ones_like(token_ids),
-            max_new_tokens=max_new_tokens,
-            streamer=streamer,
-            **sampling,
-        )
+        sampling |= {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids)}
+        sampling["max_new_tokens"] = max_new_tokens
+        if (engine.model.generation_config.num_beams or 1) == 1:
+            streamer = TextStreamer(tokenizer, skip_prompt=False, skip_special_tokens=True)
+            engine.generate(streamer=streamer, **sampling)
+        else:  # beams are not known before the end
+            text = tokenizer.decode(engine.generate(**sampling)[0], skip_special_tokens=True)
+            sys.stdout.write(text + "\n")
         return _cost_line(engine)
 
 
@@ -134,6 +134,7 @@ def _tokenizer(model: str, hub: HubSettings) -> Any:
 
 def _cost_line(engine: Engine) -> str:
     stats = engine.stats()
+    ttft_ms = stats.ttft_ms[-1] if stats.ttft_ms else math.nan  # beams have no first token
     kind = "exact" if engine.config.is_exact else f"SPECULATIVE, agreement {stats.agreement:.3f}"
     if engine.offloaded.expert_dtype != "auto":
         kind += f" with experts in {engine.offloaded.expert_dtype}"
@@ -141,7 +142,7 @@ def _cost_line(engine: Engine) -> str:
         kind += f", given up (looked ahead in {stats.steps_ahead} of {stats.decode.forwards} steps)"
     return (
         f"[{engine.geometry.describe()}; prefetch {engine.config.prefetch}, {kind}; "
-        f"{engine.num_slots} slots a layer; TTFT {stats.ttft_ms[-1]:.0f} ms, "
+        f"{engine.num_slots} slots a layer; TTFT {ttft_ms:.0f} ms, "
         f"TPOT {stats.tpot_ms:.2f} ms, hit rate {stats.hit_rate:.3f}, "
         f"{stats.bytes_per_token / 1e6:.2f} MB/token, "
         f"wasted {stats.wasted_bytes_per_token / 1e6:.2f} MB/token]"

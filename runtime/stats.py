@@ -63,7 +63,7 @@ class RuntimeStats:
     steps_ahead: int = 0
     """Decode steps that looked ahead; others ran on demand, because that had not paid."""
     agreed_experts: int = 0
-    """Of the experts that speculative execution ran, how many the true router chose."""
+    """How many of the experts that speculative execution ran the true router chose."""
     speculated_experts: int = 0
     """Experts that speculative execution ran (or left out) in place of the true ones."""
     is_speculation_off: bool = False

@@ -58,9 +58,9 @@ def train_estimator(
 ) -> dict[str, Any]:
     """Fit an estimator of all the spec's layers, measure it, and write the run's folder.
 
-    A layer's parameters are those after the last epoch, less the part of the correction that costs
-    the rest of `kept_gain`, or those before the first epoch where training did not pay. Training
-    sequences set aside for that decide it: held-out tokens choose nothing.
+    A layer keeps its parameters after the last epoch, with the correction shrunk as far as
+    `kept_gain` of its gain allows. Where training did not pay, it keeps those before the first
+    epoch. Training sequences that are set aside decide both; held-out tokens choose nothing.
 
     Args:
         source: Folder that `collect-traces` wrote, or traces that are open.

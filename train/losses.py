@@ -43,7 +43,7 @@ class RouterRule:
 
 
 Loss = Callable[[Tensor, PreparedBatch, RouterRule], Tensor]
-"""Of predicted logits [P, T, E] float32, on tokens: mean over tokens, [P], float32."""
+"""A loss takes predicted logits [P, T, E], float32; it is the mean over tokens, [P], float32."""
 
 
 def kl_to_router(predicted_logits: Tensor, router_logits: Tensor) -> Tensor:

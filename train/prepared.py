@@ -63,7 +63,7 @@ class PreparedBatch(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Of all its tensors."""
+        """Size of all its tensors together."""
         return sum(tensor.nbytes for tensor in self)
 
 

@@ -50,7 +50,7 @@ class FitConfig:
     shrunk, as far as training sequences set aside allow: small ones hold better on other text.
     """
     seed: int = 0
-    """Of the initial parameters and of the order of tokens."""
+    """Decides the initial parameters and the order of tokens."""
 
     def __post_init__(self) -> None:
         """Check the numbers a user can set."""
@@ -68,7 +68,7 @@ class RunPlan:
     traces: str
     """Absolute path of the traces."""
     traces_sha256: str
-    """Of the traces' manifest, which lists every shard's own."""
+    """sha256 of the traces' manifest, which lists every shard's own."""
     geometry: MoEGeometry
     """The recorded model's routing."""
     norm_kind: NormKind

@@ -8,7 +8,7 @@ from torch import Tensor
 
 HELD_OUT_SHARE = 0.1
 VALIDATION_SHARE = 0.06
-"""Of the training sequences."""
+"""Share of the training sequences that choose what is kept of the training."""
 MIN_SEQUENCES = 3
 
 

@@ -14,6 +14,7 @@ from foreroute.data.adapters.probe import first_tensor, router_logits_of
 from foreroute.data.adapters.seam import (
     ExpertsView,
     combine,
+    is_adapted,
     routed_through,
     stock_experts_function,
     unweighted_outputs,
@@ -28,6 +29,7 @@ __all__ = [
     "find_moe_layers",
     "first_tensor",
     "gate_weights",
+    "is_adapted",
     "load_config",
     "load_model",
     "load_tokenizer",

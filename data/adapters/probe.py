@@ -164,7 +164,7 @@ def is_same_memory(left: Tensor, right: Tensor) -> bool:
 
 
 def _router_call(calls: list[Call], expert_ids: Tensor, num_experts: int) -> Call | None:
-    """Of the module that returned these very ids, or else (the block routes) E logits per token."""
+    """The call that returned these very ids, or else (the block routes) E logits per token."""
     for call in calls[::-1]:
         parts = call.output if isinstance(call.output, tuple) else ()
         if any(isinstance(part, Tensor) and is_same_memory(part, expert_ids) for part in parts):

@@ -27,6 +27,11 @@ def is_experts_module(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in MARKER_ATTRIBUTES)
 
 
+def is_adapted(experts: nn.Module) -> bool:
+    """Whether an adapter adds to the weights of this experts module while it runs."""
+    return "parametrizations" in experts._modules
+
+
 def stock_experts_function(name: str, experts: nn.Module) -> ExpertsFunction:
     """One of transformers' own experts functions (`eager`, `batched_mm`, `grouped_mm`)."""
     eager = type(experts).forward.__wrapped__  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ from foreroute.data.adapters.model_class import auto_class
 from foreroute.data.adapters.seam import is_experts_module
 
 SHAPES_ATTRIBUTE = "_foreroute_shapes"
+ADAPTER_ATTRIBUTE = "_foreroute_adapter"
 
 
 class ParameterShape(NamedTuple):
@@ -89,6 +90,10 @@ def weightless(model_class: type[Any], tensors: Mapping[str, Any]) -> type[Any]:
                 # or transformers would initialise what is not there
                 experts.__dict__["_is_hf_initialized"] = True
 
+        def load_adapter(self, *args: Any, **settings: Any) -> None:
+            """An adapter beside the weights: it comes when the experts are there."""
+            self.__dict__[ADAPTER_ATTRIBUTE] = lambda: self.load_adapter(*args, **settings)
+
         def initialize_weights(self) -> None:
             with contextlib.ExitStack() as undo:  # some blocks initialise their experts' weights
                 for experts in experts_by_path(self).values():
@@ -131,3 +136,10 @@ def parameters_on_meta(experts: nn.Module) -> Iterator[None]:
         yield
     finally:
         experts._parameters.clear()
+
+
+def load_awaited_adapter(model: Any) -> None:
+    """Load the adapter that lies beside a model's weights, now that its experts are there."""
+    load = model.__dict__.pop(ADAPTER_ATTRIBUTE, None)
+    if load is not None:
+        load()

@@ -16,9 +16,9 @@ from foreroute.estimators.types import EstimatorSpec
 class SharedMLP(EstimatorForm):
     """GELU(features W1 + embedding of the pair), further hidden layers, then a linear map.
 
-    Everything but the embedding, one vector per pair, is shared by all pairs. It is added in the
-    first hidden layer: as adding it to the features, whatever it is there, but for its size. It is
-    random at the start, so that layers use hidden units of their own; the last map is zero.
+    All pairs share everything but the embedding, which is one vector per pair. It is added to what
+    the first hidden layer gets; a vector added to the features would do the same with more numbers.
+    It is random at the start, so that pairs use hidden units of their own; the last map is zero.
     """
 
     is_anchored: ClassVar[bool] = False

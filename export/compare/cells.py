@@ -36,7 +36,7 @@ class Scale:
     batch_size: int = 2048
     """Tokens per optimizer step."""
     learning_rate: float = 3e-3
-    """Of forms that start from the next router."""
+    """Step size for forms that start from the next router."""
     wide: int = 0
     """Hidden units of a second, wide `mlp`; 0 for none."""
     shared: tuple[tuple[int, int], ...] = ((256, 1),)
@@ -97,7 +97,7 @@ class Cell:
         return self.input_kind, self.horizon, self.tokens_ahead, tokens
 
     def spec(self, geometry: MoEGeometry) -> EstimatorSpec:
-        """Of all layers that its horizon allows."""
+        """The spec of this cell, over all layers that its horizon allows."""
         return EstimatorSpec(
             form=self.form,
             input_kind=self.input_kind,

@@ -25,7 +25,7 @@ from foreroute.export.compare.truth import TrueRouting
 CARD_NAME, GEOMETRY_NAME, MODEL_NAME = "README.md", "geometry.json", "model.safetensors"
 MOST_BYTES = 48 << 20
 CALIBRATION_SHARE = 0.25
-"""Of the sequences, the first: to fit probabilities on; the others are to be scored on."""
+"""Share of the sequences, the first, that probabilities are fitted on; the others are scored."""
 STATES = ("residual", "readout")
 """States that are published, where they were recorded."""
 ROUTING = {

@@ -49,9 +49,9 @@ class Reliability:
     """Probabilities of one predictor, before and after they were fitted."""
 
     before: Judgement
-    """Of the sigmoid of the decision margin."""
+    """How well the sigmoid of the decision margin does."""
     after: Judgement
-    """Of the fitted ones."""
+    """How well the fitted probabilities do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class Row:
     intervals: RecallIntervals | None = None
     """95 % of the means over layers, by resampling sequences; None with one sequence."""
     reliability: Reliability | None = None
-    """Of trained forms and bundles."""
+    """Known for trained forms and bundles."""
     num_parameters: int | None = None
     """Trained, all layers together."""
     us_per_prediction: float | None = None
@@ -87,7 +87,7 @@ class Measured:
     num_tokens: int
     """That everything is measured on."""
     num_sequences: int
-    """Of those tokens."""
+    """Sequences that those tokens are from."""
     device: str
     """Where predictions were timed."""
     rows: tuple[Row, ...]

@@ -28,7 +28,7 @@ class CurvePoint:
     """One fit."""
 
     form: str
-    """Of `CURVE_FORMS`."""
+    """One of `CURVE_FORMS`."""
     num_train_tokens: int
     """It was fitted on."""
     recall_at_k: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -126,6 +127,7 @@ class DeviceDriver:
         self._graph: DecodeStep | None = None
         self._choose_variant: Callable[[], int] = int
         self._has_look_ahead = False
+        self._is_decoding = False
         num_layers = len(offloaded.moe.layers)
         self._counters = torch.zeros(num_layers, NUM_COUNTERS, dtype=torch.int32, device=device)
         self._counted_before = self._counters.clone()
@@ -177,10 +179,23 @@ class DeviceDriver:
     def begin_forward(self, tokens: Tensor) -> None:
         """A forward pass begins; see `RunState.begin_forward`."""
         run = self.run
+        model_dtype = self._offloaded.moe.model.dtype
+        if torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") != model_dtype:
+            raise ValueError(
+                f"torch.autocast cannot cast inside this engine's kernels: load the model with "
+                f"dtype={str(torch.get_autocast_dtype('cuda'))[6:]}, or decide_on='host'."
+            )
         run.begin_forward(tokens)
         run.stats.steps_ahead += (
             not run.is_prefill and run.predictor is not None and run.is_looking_ahead
         )
+
+    def forget(self) -> None:
+        """Empty every slot and drop the graph: nothing of them need be right any more."""
+        torch.cuda.synchronize(self._offloaded.device)
+        self._graph = None
+        for layer in self.layers:
+            layer.forget()
 
     def decoding(self, settings: dict[str, Any], streamer: Any) -> dict[str, Any]:
         """Replays of one captured graph as a loop for `generate`, unless something forbids it.
@@ -189,13 +204,17 @@ class DeviceDriver:
             settings: The arguments of `generate` so far.
             streamer: Gets the tokens.
         """
-        if any(map(settings.get, UNSUPPORTED_ARGUMENTS)):
+        model = self._offloaded.moe.model
+        if self._is_decoding or any(map(settings.get, UNSUPPORTED_ARGUMENTS)):
             return {}
-        if reason := why_not_captured(self._offloaded.moe.model):
+        if reason := why_not_captured(model):
             logger.info("Decode steps are not captured: %s.", reason)
             return {}
-        # transformers hands no streamer to a callable: it must come along
-        return {"custom_generate": partial(self._decode_loop, streamer=streamer)}
+        if model.generation_config.stop_strings:
+            return {}
+        # transformers hands neither streamer nor tokenizer to a callable: they must come along
+        loop = {"custom_generate": partial(self._decode_loop, streamer=streamer)}
+        return loop | _stopping_at_strings(settings)
 
     def _decode_loop(
         self,
@@ -207,17 +226,21 @@ class DeviceDriver:
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Tensor:
-        graph = self.graph_for(len(input_ids), int(generation_config.max_length))
-        return decode_loop(
-            model,
-            graph,
-            input_ids,
-            model_kwargs,
-            logits_processor,
-            stopping_criteria,
-            generation_config,
-            streamer,
-        )
+        self._is_decoding = True  # whoever calls `generate` from within needs another cache
+        try:
+            graph = self.graph_for(len(input_ids), int(generation_config.max_length))
+            return decode_loop(
+                model,
+                graph,
+                input_ids,
+                model_kwargs,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                streamer,
+            )
+        finally:
+            self._is_decoding = False
 
     def _before_step(self) -> int:
         """Count a decode step, and choose its variant."""
@@ -226,6 +249,7 @@ class DeviceDriver:
         self.run.stats.steps_ahead += self._has_look_ahead and variant == LOOK_AHEAD
         return variant
 
+    @torch.inference_mode(False)  # its cache outlives the call
     def graph_for(self, batch: int, length: int) -> DecodeStep:
         """The step for so many sequences of at most this length; captured when needed.
 
@@ -240,13 +264,15 @@ class DeviceDriver:
             learnt = [self._counters, self.run.trust]
             learnt += [tensor for table in tables for tensor in (table.score, table.step)]
             before = [tensor.clone() for tensor in learnt]
-            self._graph = self._captured(batch, length)
-            self._graph.choose_variant = self._before_step
-            for tensor, value in zip(learnt, before, strict=True):
-                tensor.copy_(value)
-            self.run.stats = stats
-        assert self._graph is not None
-        return self._graph
+            try:
+                graph = self._captured(batch, length)
+            finally:
+                self.run.stats = stats
+                for tensor, value in zip(learnt, before, strict=True):
+                    tensor.copy_(value)
+            graph.choose_variant = self._before_step
+            self._graph = graph
+        return graph
 
     def _captured(self, batch: int, length: int) -> DecodeStep:
         """Capture the step; with prefetch twice, one looks ahead and the other does not.
@@ -379,6 +405,23 @@ class DeviceDriver:
     def close(self) -> None:
         """Drop the captured graph."""
         self._graph = None
+
+
+def _stopping_at_strings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `generate` that end it at strings without its knowing the tokenizer."""
+    config, tokenizer = settings.get("generation_config"), settings.get("tokenizer")
+    strings = settings.get("stop_strings") or getattr(config, "stop_strings", None)
+    if not strings or tokenizer is None:
+        return {}
+    from transformers import StoppingCriteriaList, StopStringCriteria
+
+    ends = StopStringCriteria(stop_strings=strings, tokenizer=tokenizer)
+    criteria = StoppingCriteriaList([*(settings.get("stopping_criteria") or ()), ends])
+    changed: dict[str, Any] = {"stopping_criteria": criteria, "stop_strings": None}
+    if config is not None:
+        changed["generation_config"] = copy.deepcopy(config)
+        changed["generation_config"].stop_strings = None
+    return changed
 
 
 def _milliseconds(run: Callable[[], object]) -> float:

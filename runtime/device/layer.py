@@ -57,6 +57,12 @@ class DeviceLayer:
             return self._prefill.run(self.residency, experts, *states)
         return self._decode(router_input.contiguous(), expert_ids, gate_weights)
 
+    def forget(self) -> None:
+        """Empty the slots, and drop what a broken forward pass left."""
+        self.residency.tables.forget()
+        self.residual = self.router_input = None
+        self._arriving, self._read_ahead = None, ()
+
     def _decode(self, router_input: Tensor, expert_ids: Tensor, gate_weights: Tensor) -> Tensor:
         guess = self._predict(router_input, expert_ids, gate_weights)
         self._join_prefetch()

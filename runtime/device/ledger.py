@@ -48,7 +48,7 @@ class DeviceLedger(Ledger):
         return host, event
 
     def balance(self) -> Balance | None:
-        """Of the last trial, as soon as its counters are here."""
+        """The last trial's sums, as soon as its counters are here."""
         if len(self._snapshots) < 2:
             return None
         (before, _), (after, event) = self._snapshots

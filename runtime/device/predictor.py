@@ -32,9 +32,9 @@ class FoldedPair:
     bias: Tensor
     """[E], float32."""
     field: str
-    """Of `SourceState`, that is the state: `router_input`, `residual` or `readout`."""
+    """Which field of `SourceState` it reads: `router_input`, `residual` or `readout`."""
     eps: float | None
-    """Of the norm; None where the state is not normed."""
+    """Epsilon of the norm; None where the state is not normed."""
     default_vectors: Tensor | None
     """[E, D]; None unless the input is quasi-hidden."""
 

@@ -66,11 +66,15 @@ class HostDriver:
             predictor=HostPredictor(ahead) if ahead else None,
             guard=AgreementGuard(config.agreement_floor),
             policy=find_policy(config.eviction),
-            chooser=_make_chooser(offloaded, config),
         )
         self.layers = self._make_layers(slots_per_layer)
         if ahead is not None:
             self._link_targets(ahead)
+        self._begin_to_learn()
+
+    def _begin_to_learn(self) -> None:
+        """What of prefetching pays is not known yet."""
+        self.run.chooser = _make_chooser(self._offloaded, self.run.config)
         self.run.give_up = self._make_give_up()
 
     def _make_layers(self, slots_per_layer: Sequence[int]) -> list[HostLayer]:
@@ -130,6 +134,14 @@ class HostDriver:
         self.run.begin_forward(tokens)
         if not self.run.is_prefill:
             self.run.begin_step()
+
+    def forget(self) -> None:
+        """Empty every slot: nothing of what is there need be right any more."""
+        if self._offloaded.device.type == "cuda":
+            torch.cuda.synchronize(self._offloaded.device)  # copies on their way land before others
+        for layer in self.layers:
+            layer.forget()
+        self._begin_to_learn()
 
     def decoding(self, settings: dict[str, Any], streamer: Any) -> dict[str, Any]:
         """Nothing else: transformers' own loop decodes."""

@@ -11,6 +11,7 @@ from foreroute.data.adapters import (
     ExpertsView,
     MoELayer,
     combine,
+    is_adapted,
     stock_experts_function,
     unweighted_outputs,
 )
@@ -70,6 +71,8 @@ class HostLayer:
             [T, D].
         """
         self.num_calls += 1
+        if is_adapted(experts):  # the host's weights, and no slot
+            return self._per_token(experts, router_input, expert_ids, gate_weights)
         if self._run.config.cache == "none":
             self.residency.cache.clear()
         if self._run.is_prefill:
@@ -82,6 +85,12 @@ class HostLayer:
         if self._run.policy.likely_bonus:
             self._expect_next(expert_ids.shape[-1])
         return output
+
+    def forget(self) -> None:
+        """Empty the slots, and drop what a broken forward pass left."""
+        self.residency.forget()
+        self._prediction = None
+        self.residual = self.router_input = self.layer_input = self.router_logits = None
 
     def _expect_next(self, top_k: int) -> None:
         """Credit what the router nearly chose: the next token may."""
@@ -156,7 +165,7 @@ class HostLayer:
     def _for_host(
         self, predictor: HostPredictor, true_ids: Tensor, ranked: Tensor, logits: Tensor
     ) -> Tensor:
-        """True ids [T, any], the ranking [T, M] and, for a budget, its chances, side by side."""
+        """True ids [T, any], the ranking [T, M] and, where a chooser decides, its chances."""
         columns = [true_ids, ranked]
         if self._run.chooser is not None:
             chances = predictor.probabilities(self.layer_idx, logits)  # [T, E]
@@ -174,6 +183,8 @@ class HostLayer:
         """Compute these experts for these tokens, fetching what is missing."""
         needed = distinct(expert for row in id_rows for expert in row)
         cache = self.residency.cache
+        if _is_cast(router_input):
+            return self._run_by_tokens(router_input, expert_ids, id_rows, gate_weights, onward)
         copied_bytes = expert_ids.numel() * self.residency.expert_bytes
         is_one_call = copied_bytes <= GATHER_LIMIT_BYTES and not self._is_grouped(expert_ids)
         if len(needed) > cache.num_slots or not is_one_call:
@@ -207,6 +218,38 @@ class HostLayer:
             for pairs in self._chunks((slot_of_pair != EMPTY).nonzero().squeeze(1)):
                 outputs[pairs] = self._pair_outputs(router_input, pairs, top_k, slot_of_pair)
         return combine(outputs, gate_weights)
+
+    def _run_by_tokens(
+        self,
+        router_input: Tensor,
+        expert_ids: Tensor,
+        id_rows: list[list[int]],
+        gate_weights: Tensor,
+        onward: Prediction | None,
+    ) -> Tensor:
+        """Compute as many whole tokens at once as slots allow.
+
+        Under autocast what an expert puts out is rounded before its gate weight comes, by rules of
+        each model's own: only the stock function, called for whole tokens, rounds as it does.
+        """
+        cache, outputs, start = self.residency.cache, [], 0
+        while start < len(id_rows):
+            needed: list[int] = []
+            end = start
+            while end < len(id_rows):
+                more = distinct([*needed, *id_rows[end]])
+                if len(more) > cache.num_slots:
+                    break
+                needed, end = more, end + 1
+            for ticket in self.residency.fetch(needed):
+                ticket.wait()
+            slot_ids = cache.slot_ids(id_rows[start:end], router_input.device)
+            tokens = slice(start, end)
+            states = router_input[tokens], slot_ids, gate_weights[tokens]
+            outputs.append(self._per_token(self._view, *states))
+            start = end
+        self._prefetch_onward(onward)
+        return torch.cat(outputs)
 
     def _is_grouped(self, expert_ids: Tensor) -> bool:
         """Whether pairs are sorted by expert and multiplied together: prompts on a GPU.
@@ -247,13 +290,13 @@ class HostLayer:
     def expect(self, prediction: Prediction) -> None:
         """Load experts predicted for this layer, and remember the prediction."""
         self._prediction = prediction
-        cache, budget = self.residency.cache, self._run.chooser
+        cache, chooser = self.residency.cache, self._run.chooser
         wanted = most_wanted(prediction.rows, cache.num_slots)
-        if budget is None:
+        if chooser is None:
             self.residency.prefetch(wanted, kept=wanted)
             return
         guesses = prediction.chance_of_any().items()
-        chosen = budget.choose(
+        chosen = chooser.choose(
             self.layer_idx, cache.state, guesses, kept=wanted, ahead=self.seen_from
         )
         self.residency.prefetch(chosen, kept=wanted)
@@ -289,6 +332,12 @@ class HostLayer:
         weights = without_missing(gate_weights, mask, self._run.gate_family)
         slot_ids = self.residency.cache.slot_ids(rows, router_input.device)
         return self._per_token(self._view, router_input, slot_ids, weights)
+
+
+def _is_cast(states: Tensor) -> bool:
+    """Whether autocast computes with these states in another dtype than theirs."""
+    kind = states.device.type
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != states.dtype
 
 
 def _on_host(columns: Tensor, ranked: Tensor, logits: Tensor) -> tuple[list[list[int]], Prediction]:

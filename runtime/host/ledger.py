@@ -24,7 +24,7 @@ class Early(NamedTuple):
     asked_at: float
     """Seconds."""
     num_copies: int
-    """Of experts asked for together."""
+    """Experts that were asked for together."""
 
 
 class HostLedger(Ledger):
@@ -48,19 +48,19 @@ class HostLedger(Ledger):
         self._spent_ms += 1e3 * (perf_counter() - start)
 
     def asked(self, num_copies: int) -> Early:
-        """Experts are asked for early, now."""
+        """Note that experts are asked for early, now."""
         return Early(perf_counter(), num_copies)
 
     def count_needed(self, early: Early) -> None:
-        """An expert that came early is needed: its copy had until now."""
+        """Count an early expert that is needed: what its copy had time for until now is saved."""
         self._saved_ms += self._share_ms(early)
 
     def count_delay(self, early: Early) -> None:
-        """An expert that came early is not needed, and copies that are wait behind it."""
+        """Count an early expert that is not needed: needed copies wait behind the rest of it."""
         self._spent_ms += self._copy_ms - self._share_ms(early)
 
     def _share_ms(self, early: Early) -> float:
-        """What of one expert's copy can be done by now."""
+        """The part of one expert's copy that can be done by now, in ms of the link."""
         passed_ms = 1e3 * (perf_counter() - early.asked_at)
         return min(self._copy_ms, passed_ms / early.num_copies)
 

@@ -22,7 +22,7 @@ class Prediction:
     router_logits: Tensor
     """[T, E], as predicted."""
     chances: list[list[float]] = field(default_factory=list)
-    """[T][budget], that the experts are needed; only where a budget decides."""
+    """[T][budget], that the experts are needed; only where a chooser decides."""
 
     def chance_of_any(self) -> dict[int, float]:
         """By expert, how likely at least one of the tokens needs it."""

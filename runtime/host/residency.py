@@ -106,6 +106,11 @@ class HostResidency:
         cache.unpin()
         return set(present)
 
+    def forget(self) -> None:
+        """Empty every slot, and forget what its experts were worth."""
+        self.cache.forget()
+        self._early.clear()
+
     def warm(self, rows: Sequence[Sequence[int]]) -> None:
         """Fill the slots with what a recording used most, per token its experts; not counted."""
         self._copy(self.cache.warm(rows)).wait()

@@ -39,10 +39,16 @@ class SlotCache:
         """[S, row_bytes]."""
         self.weights = layout.weights(self.slots)
         """Parameters by name, [S, ...], sharing memory with the slots."""
+        self._policy = policy or find_policy("default")
+        self._num_experts = num_experts
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew: all slots empty, nothing known of any expert."""
         self.arriving: dict[int, Ticket] = {}
         """Copies on their way, by expert."""
-        self._slot_of = [EMPTY] * num_experts
-        self.state = LayerState(policy or find_policy("default"), num_experts, num_slots)
+        self._slot_of = [EMPTY] * self._num_experts
+        self.state = LayerState(self._policy, self._num_experts, self.num_slots)
         """What each expert is worth, and which are resident."""
         self._pinned: set[int] = set()
         self._unused_prefetches: set[int] = set()

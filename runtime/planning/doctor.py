@@ -37,11 +37,11 @@ class Diagnosis:
     num_experts: int
     top_k: int
     dtype: str = ""
-    """Of the parameters, or how a low-bit checkpoint stores its experts."""
+    """Dtype of the parameters, or how a low-bit checkpoint stores its experts."""
     hash_routed: tuple[int, ...]
     """Decoder layer index of each layer whose experts follow from the token alone."""
     expert_bytes: int
-    """Of one expert, in that dtype."""
+    """Size of one expert, in that dtype."""
     all_experts_bytes: int
     """What the host holds."""
     other_bytes: int

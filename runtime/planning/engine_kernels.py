@@ -32,7 +32,7 @@ BLOCKS_ALONE = 32
 """Thread blocks per expert of a fetch that runs alone."""
 FORM = ExpertForm(activation="silu")
 KNOTS = 65
-"""Of the table of probabilities."""
+"""Length of the table of probabilities."""
 LIKELY = 0.9
 LAYERS = 48
 """Layers, or calls of one kernel, in a row."""

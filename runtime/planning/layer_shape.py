@@ -9,7 +9,7 @@ from torch import Tensor
 
 BYTES = torch.bfloat16.itemsize
 EPS = 1e-6
-"""Of norms."""
+"""Epsilon of norms."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class LayerShape:
 
     @property
     def expert_bytes(self) -> int:
-        """Of one expert."""
+        """Size of one expert."""
         return BYTES * sum(rows * columns for rows, columns in self.expert)
 
     @property

@@ -36,7 +36,7 @@ class MachineProfile:
     fetch_ms: float = 0.0
     """The part of a fetch's time that does not grow with its size."""
     overlap_ms: float = 0.0
-    """Of a layer's compute, what goes on while the layer's own demand is fetched."""
+    """The part of a layer's compute that goes on while the layer's own demand is fetched."""
     layer_ms: float
     """Compute of one layer with all its experts there, of the reference model, decode, batch 1."""
     token_ms: float = 0.0

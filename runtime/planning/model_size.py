@@ -39,16 +39,16 @@ class ModelSize:
     top_k: int
     """K, experts per token."""
     expert_params: int
-    """Of one expert."""
+    """Parameters of one expert."""
     expert_bytes: Mapping[str, int]
     """One expert as copied, by what `--expert-dtype` can be: the checkpoint's own way (`auto`),
     then what is smaller."""
     other_params: int
-    """Of everything but the experts; they stay on the device."""
+    """Parameters of everything but the experts; they stay on the device."""
     layer_params: int
-    """Of those, what a token reads in one decoder layer."""
-    head_params: int
-    """Of those, what a token reads once: the output head."""
+    """Those of them that a token reads in one decoder layer."""
+    output_head_params: int
+    """Those of them that a token reads once: the output head."""
     cache_values: int
     """Keys and values kept per token of context, in all layers."""
     dtype_bytes: int
@@ -84,7 +84,7 @@ def measure_model(name: str, **hub: Unpack[HubSettings]) -> ModelSize:
     embedding = _params(model.get_input_embeddings())
     head = model.get_output_embeddings()
     is_tied = bool(getattr(config, "tie_word_embeddings", False))
-    head_params = _params(head) or embedding
+    output_head_params = _params(head) or embedding
     outside = embedding + (0 if is_tied else _params(head))
     layers = int(getattr(text, "num_hidden_layers", len(stacked)))
     return ModelSize(
@@ -97,7 +97,7 @@ def measure_model(name: str, **hub: Unpack[HubSettings]) -> ModelSize:
         expert_bytes=_expert_bytes(stacked, config),
         other_params=other,
         layer_params=max(0, other - outside) // layers,
-        head_params=head_params,
+        output_head_params=output_head_params,
         cache_values=cache_values(text, layers),
         dtype_bytes=_dtype_bytes(config),
     )

@@ -109,8 +109,8 @@ def _expected(
     """Hit rate and TPOT on demand and with `prefetch="auto"`."""
     hit_rate = hit_rate_at(slots / model.num_experts)
     layer_bytes = model.layer_params * model.dtype_bytes + model.top_k * expert_bytes
-    head_ms = model.head_params * model.dtype_bytes / profile.device_gbps / 1e6
-    compute = model.num_layers * profile.layer_ms_for(layer_bytes) + head_ms
+    output_head_ms = model.output_head_params * model.dtype_bytes / profile.device_gbps / 1e6
+    compute = model.num_layers * profile.layer_ms_for(layer_bytes) + output_head_ms
     missed = model.top_k * (1 - hit_rate)
     stall = model.num_layers * missed * profile.copy_ms(2 * expert_bytes) / 2
     saved = min(PREFETCH_OF_STALL * stall, PREFETCH_OF_COMPUTE * compute)

@@ -14,7 +14,7 @@ from foreroute.runtime.policies.slots import auto_slots, cache_values, parse_slo
 from foreroute.runtime.store.offload import OffloadedModel
 
 MOST_TOKENS = 1024
-"""Of a recording that slots are shared by; its first ones."""
+"""Most tokens of a recording, its first, that misses are counted in to share slots."""
 
 
 def plan_slots(

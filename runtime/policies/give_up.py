@@ -13,11 +13,11 @@ LOOK_AHEAD, ON_DEMAND = 0, 1
 PERIOD_STEPS = 512
 """Decode steps from one trial to the next."""
 WARM_UP_STEPS = 1
-"""Of a trial, not counted: kernels may be loaded in them."""
+"""First steps of a trial that are not counted: kernels may be loaded in them."""
 
 
 class Balance(NamedTuple):
-    """Of one decode step that looks ahead."""
+    """What one decode step that looks ahead saves and takes."""
 
     saved_ms: float
     """Stall that prefetches saved."""
@@ -38,7 +38,7 @@ class Ledger(ABC):
 
     @abstractmethod
     def balance(self) -> Balance | None:
-        """Of a trial, summed over its steps; once, as soon as it is known after its end."""
+        """A trial's sums over its steps; given once, as soon as they are known after its end."""
 
 
 class GiveUp:

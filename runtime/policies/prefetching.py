@@ -19,10 +19,10 @@ DEMAND_MEMORY = 0.95
 """Kept of a layer's habit of demanding at each decode step."""
 
 ATTENTION_SHARE = 0.5
-"""Of a layer's compute, taken to be its attention: what there is to hide behind of a fetch for
+"""Share of a layer's compute that is taken to be its attention. Only that can hide a fetch for
 experts that are predicted from their own layer's input."""
 READOUT_SHARE = 0.4
-"""Of a layer's compute, what an early attention takes before it can be predicted from; a guess."""
+"""Share of a layer's compute that an early attention takes before a prediction; a guess."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +33,10 @@ class PrefetchRule:
     """
 
     kind: PrefetchKind
-    """`none`; `all`: every prediction, whole, and its layer waits for it; `head`: of the next
-    layer's likeliest absent expert what comes while a layer computes, as a GPU does it without the
-    host; `whole`: what pays by this rule, whole, as the host does it; `pieces`: what pays by this
-    rule, in pieces, only while the link would idle."""
+    """`none` fetches nothing early. `all` fetches every prediction whole, and its layer waits for
+    it. `head` fetches, of the next layer's likeliest absent expert, the part that comes while a
+    layer computes: the GPU's rule. `whole` fetches what pays by this rule, whole: the host's rule.
+    `pieces` fetches what pays in pieces, only while the link would idle."""
     horizon: int = 1
     """Layers ahead that are looked at, H."""
     least_confidence: float = 0.0

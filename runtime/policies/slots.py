@@ -9,7 +9,7 @@ RESERVE_BYTES = int(1.5 * 2**30)
 PREFILL_GROUP = 16
 """Experts of a prompt's layer that are copied and multiplied together; fewer if they are large."""
 PREFILL_BYTES = 256 << 20
-"""Of a group as it is copied, unless one expert is larger; two are held."""
+"""Largest group as it is copied, unless one expert is larger; two are held."""
 DECODING_BYTES = 1 << 30
 """Device memory for decoding a group that is stored in fewer bits; within what is reserved."""
 DECODING_BYTES_PER_WEIGHT = 16

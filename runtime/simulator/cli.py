@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from foreroute.runtime.simulator.result import SimulationRow
 
 CALIBRATION_SHARE = 0.25
-"""Of the tokens, the first: probabilities are learnt on them, and only the others are replayed."""
+"""Share of the tokens, the first, that probabilities are learnt on; the others are replayed."""
 NAMED_PER_EXPERT = 2
 """Predictions kept per expert that a token uses."""
 
@@ -84,7 +84,7 @@ class Foretold:
     """Without the tokens that probabilities were learnt on."""
     predictions: Predictions | None = None
     delay_share: float = 0.0
-    """Of a layer's time, from its routing until a prediction can be made."""
+    """Share of a layer's time from its routing until a prediction can be made."""
     who: str = "none"
 
 
@@ -220,7 +220,7 @@ def foretold_by_bundle(
 
 
 def _delay_share(stack: EstimatorStack) -> float:
-    """Of a layer's time, how much later than its routing its state can be read."""
+    """How much later than a layer's routing its state can be read, as a share of its time."""
     if "layer_input" in stack.input_fields:
         return 1 - ATTENTION_SHARE
     return READOUT_SHARE if "readout" in stack.input_fields else 0.0

@@ -34,8 +34,8 @@ class LinkTimes:
     early_ms: tuple[float, ...] = ()
     """To copy n whole experts beside compute; as on demand if empty."""
     fetch_ms: float = 0.0
-    """The part of `demand_ms` that even a part of an expert takes whole; negative where that is
-    less than what of the layer's own compute goes on beside it."""
+    """What copying any part of an expert takes, however small, less the layer's own compute that
+    goes on meanwhile; so it can be negative. It is part of `demand_ms`."""
     begin_ms: float = 0.0
     """From a demand's last byte to the first of a prefetch."""
     ahead_ms: float = 0.0
@@ -43,7 +43,7 @@ class LinkTimes:
 
     @property
     def head_share(self) -> float:
-        """Of an expert, what the rule `head` fetches: what comes while a layer computes, 0..1."""
+        """The share of an expert that the rule `head` fetches: what comes during a layer."""
         hidden_ms = max(0.0, self.layer_ms - self.predict_ms)
         return min(1.0, hidden_ms / self.demand_ms[1]) if self.demand_ms[1] else 1.0
 

@@ -55,7 +55,7 @@ class SimulatedPredictor:
     """Confidence is beta distributed around recall with this a + b: small knows which guesses are
     wrong, large does not. It is calibrated for any value."""
     seed: int = 0
-    """Of all random numbers."""
+    """Decides all random numbers."""
 
     def __post_init__(self) -> None:
         """Check every number.
@@ -77,8 +77,9 @@ class SimulatedPredictor:
     def predict(self, route: Route, horizon: int) -> Predictions:
         """Guess every layer from 1..horizon layers before.
 
-        What is found from far is found from near, and wrong guesses from near are among those from
-        far; confidences of one expert go together. So several looks tell no more than one.
+        An expert that is named from far is named from nearer layers too, and a wrong guess from
+        near is also made from far. The confidences in one expert rise and fall together. So looking
+        several times tells no more than looking once.
 
         Args:
             route: What really happened.

@@ -18,18 +18,18 @@ class ReplayCounts:
     lookups: int = 0
     """Experts asked for."""
     hits: int = 0
-    """Of them, there in full when the router asked."""
+    """Lookups of experts that were there in full when the router asked."""
     late: int = 0
-    """Of them, prefetched in part."""
+    """Lookups of experts that were there in part."""
     time_ms: float = 0.0
     stall_ms: float = 0.0
-    """Of the time, waiting for the link."""
+    """Time spent waiting for the link."""
     fetched: float = 0.0
     """Experts (and parts of one) copied on demand."""
     prefetched: float = 0.0
     """Experts (and parts of one) copied early."""
     wasted: float = 0.0
-    """Of those, evicted or dropped before use."""
+    """Prefetched experts, parts counted as parts, that were evicted or dropped before use."""
     step_ms: list[float] = field(default_factory=list)
     """Time of each decode step."""
 
@@ -61,7 +61,7 @@ class SimulationRow:
     slots: float
     """Mean slots per layer."""
     slots_share: float
-    """Of the experts, 0..1."""
+    """Slots as a share of the experts, 0..1."""
     hit_rate: float
     tpot_ms: float
     tpot_ms_median: float

@@ -21,7 +21,7 @@ PROFILES = ("h100-engine", "a100-pcie4", "rtx4090-pcie4")
 SLOTS = ("10%", "25%", "40%")
 """Shares of a layer's experts that are resident."""
 PROMPT_SHARE = 0.125
-"""Of the tokens, the first: they fill the slots, and are not timed."""
+"""Share of the tokens, the first, that fill the slots and are not timed."""
 CONTENTION = 0.31
 """Share of a prediction's time that its layer's compute takes longer for it: 1.7 of 5.5 us were
 measured (docs/estimators.md); the rest goes on beside the layer."""
@@ -131,7 +131,7 @@ def worth_of_protecting(
 
 
 def slots_that_fit(route: Route, slots: Sequence[str]) -> list[str]:
-    """Of some shares of the experts, those that hold at least one token's."""
+    """Those of some shares of the experts that hold at least one token's."""
     least = 100 * route.top_k / route.num_experts
     return [share for share in slots if float(share.rstrip("%")) >= least]
 

@@ -105,7 +105,7 @@ class Checkpoint:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """Of the parameters: as transformers decides, the files' where nothing else says it."""
+        """Dtype of the parameters, as transformers decides; the files' where nothing says it."""
         return self.asked_dtype or self.files.dtype
 
     @cached_property
@@ -128,12 +128,12 @@ class Checkpoint:
 
     @property
     def expert_bytes(self) -> int:
-        """Of all experts, as the model has them."""
+        """Size of all experts, as the model has them."""
         return sum(p.nbytes for module in self.experts.values() for p in module.parameters())
 
     @property
     def stored_bytes(self) -> int:
-        """Of all experts, as they will be stored."""
+        """Size of all experts, as they will be stored."""
         return sum(
             RowLayout.of(module, self.encoder).row_bytes * len(next(module.parameters()))
             for module in self.experts.values()
@@ -141,7 +141,7 @@ class Checkpoint:
 
     @property
     def other_bytes(self) -> int:
-        """Of everything but the experts."""
+        """Size of everything but the experts."""
         whole: int = sum(p.nbytes for p in self.outline.parameters())
         return whole - self.expert_bytes
 

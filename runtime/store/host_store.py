@@ -159,8 +159,11 @@ def allocate_host(num_rows: int, row_bytes: int, *, is_pinned: bool) -> Tensor:
     Raises:
         RuntimeError: If CUDA refuses to pin it.
     """
-    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    memory = mmap.mmap(-1, num_rows * row_bytes, flags=private)
+    num_bytes = num_rows * row_bytes
+    if hasattr(mmap, "MAP_PRIVATE"):
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    else:  # Windows: the page file's memory, which is this process's own
+        memory = mmap.mmap(-1, num_bytes)
     rows = torch.frombuffer(memory, dtype=torch.uint8).view(num_rows, row_bytes)
     if is_pinned:
         address = rows.data_ptr()

@@ -7,14 +7,18 @@ from dataclasses import dataclass
 from typing import Any, Unpack
 
 import torch
+from torch import nn
 
 from foreroute.data.adapters import MoEModel, discover, resolve_device
-from foreroute.data.adapters.loading import HubSettings
+from foreroute.data.adapters.loading import HubSettings, loading_alone
+from foreroute.data.adapters.weightless import load_awaited_adapter
 from foreroute.runtime.store.checkpoint import Checkpoint, default_expert_dtype
 from foreroute.runtime.store.encodings import TooManyExceptions, encoder_named, without
 from foreroute.runtime.store.host_store import HostExpertStore
+from foreroute.runtime.store.lent_weights import LentWeights
 from foreroute.runtime.store.loading import load_with_host_experts
 from foreroute.runtime.store.row_writer import move_weights
+from foreroute.runtime.store.whole_model import WholeModel
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +33,37 @@ class OffloadedModel:
     """Where everything but the experts is."""
     expert_dtype: str = "auto"
     """How experts are stored; `auto` is as the model has them."""
+
+    lent: tuple[LentWeights, ...] = ()
+    """The store's weights as the model shows them."""
+
+    @classmethod
+    def whole(
+        cls, moe: MoEModel, store: HostExpertStore, device: torch.device, expert_dtype: str
+    ) -> OffloadedModel:
+        """Move the rest of a model to its device, and let it show its experts.
+
+        Args:
+            moe: The model, on the CPU, its experts without weights.
+            store: Holds them.
+            device: Where to run it.
+            expert_dtype: How experts are stored.
+        """
+        moe.model.to(device)
+        layers = zip(moe.layers, store.layouts, store.rows, strict=True)
+        lent = tuple(LentWeights(layer.experts, layout, rows) for layer, layout, rows in layers)
+        WholeModel(moe.model, lent, device)
+        load_awaited_adapter(moe.model)
+        return cls(moe, store, device, expert_dtype, lent)
+
+    def take_in(self) -> None:
+        """Write weights of experts that were replaced (a merge makes new ones) into the store.
+
+        Raises:
+            ValueError: If they are stored in fewer bits.
+        """
+        for weights in self.lent:
+            weights.take_in()
 
     @property
     def expert_bytes(self) -> int:
@@ -53,20 +88,27 @@ def offload(
     """
     if expert_dtype == "auto":
         expert_dtype = default_expert_dtype(model.config, device)
-    encoder = encoder_named(expert_dtype)
+    encoder_named(expert_dtype)  # refuses unknown names before anything is taken
     moe = discover(model, model_name)
     experts = [layer.experts for layer in moe.layers]
+    with torch.inference_mode(False):
+        store = _moved(experts, expert_dtype, is_pinned=device.type == "cuda")
+        return OffloadedModel.whole(moe, store, device, expert_dtype)
+
+
+def _moved(experts: list[nn.Module], expert_dtype: str, *, is_pinned: bool) -> HostExpertStore:
+    """A store with the weights of modules, each parameter encoded if it can be."""
+    encoder = encoder_named(expert_dtype)
     while True:
-        store = HostExpertStore(experts, is_pinned=device.type == "cuda", encoder=encoder)
+        store = HostExpertStore(experts, is_pinned=is_pinned, encoder=encoder)
         try:
             move_weights(experts, store)
-            break
         except TooManyExceptions as error:
             assert encoder is not None  # it was the one that met them
             logger.warning("%s stays in bfloat16: %s", error.parameter, error)
             encoder = without(encoder, error.parameter)
-    model.to(device)
-    return OffloadedModel(moe, store, device, expert_dtype)
+        else:
+            return store
 
 
 def load_offloaded(
@@ -92,7 +134,9 @@ def load_offloaded(
         ValueError: If it cannot be read, is no MoE that is supported, or does not fit in memory.
     """
     target = resolve_device(device)
-    checkpoint = Checkpoint.open(name, dtype=dtype, expert_dtype=expert_dtype, device=target, **hub)
-    moe, store = load_with_host_experts(checkpoint, target)
-    moe.model.to(target)
-    return OffloadedModel(moe, store, target, checkpoint.expert_dtype)
+    with loading_alone():
+        checkpoint = Checkpoint.open(
+            name, dtype=dtype, expert_dtype=expert_dtype, device=target, **hub
+        )
+        moe, store = load_with_host_experts(checkpoint, target)
+        return OffloadedModel.whole(moe, store, target, checkpoint.expert_dtype)

@@ -21,7 +21,7 @@ class Tuning:
     tokens: int
     """To record."""
     form: str
-    """Of the estimators."""
+    """Form of the estimators."""
     expert_slots: str
     """Slots per MoE layer that are measured: a number, a share such as 25%, or auto."""
     device: str

@@ -41,7 +41,7 @@ class Demand:
     progress: Tensor
     """See `ResidencyTables`."""
     first_bytes: int
-    """Of a row, up to the end of what the first product reads."""
+    """Bytes of a row up to the end of what the first product reads."""
 
     def arguments(self) -> dict[str, Any]:
         """Those of a kernel that calls `serve_demand`."""

@@ -108,10 +108,11 @@ def plan_head(
 ) -> None:
     """Choose the expert whose head is copied early, if any is likely enough; one launch.
 
-    Its confidence counts less the more earlier heads came to nothing (`ResidencyTables.trust`). A
-    head saves its share of a copy; its victim, if needed, costs a whole one: true experts that no
-    guess names are feared among the residents that no guess names, and the head must save more.
-    Predicted experts are never victims. The layer's next demand (`plan`) settles the head.
+    The more earlier heads came to nothing, the less a confidence counts (`ResidencyTables.trust`).
+    A head must save more than it risks. It saves its share of one copy, if its expert is needed. It
+    risks one whole copy, if its victim is needed. How likely that is: the layer will use some
+    experts that no guess names, and each resident that no guess names may be one of them. Experts
+    that a guess names are never victims. The layer's next demand (`plan`) settles the head.
 
     Args:
         expert_ids: Predicted, [..] with N elements, any integer dtype.

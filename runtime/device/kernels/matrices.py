@@ -44,7 +44,7 @@ class SlotMatrix:
     """[S, rows or blocks of rows, groups]; `data` again where there are none; lines where
     `LOSSLESS`."""
     offsets: Tensor
-    """Of `INT4`, as `scales`."""
+    """Only `INT4` has them; as `scales`."""
     group: int = 1
     """Elements of a row that share a scale, if not all do."""
     block: int = 1

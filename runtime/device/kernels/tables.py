@@ -93,11 +93,16 @@ class ResidencyTables:
         )
 
     def reset(self) -> None:
-        """Forget everything that is resident, in place."""
-        self.slot_of.fill_(EMPTY)
-        self.expert_in.fill_(EMPTY)
-        self.pending.fill_(EMPTY)
-        for tensor in (self.score, self.is_unused_prefetch, self.step, self.counters):
+        """Forget everything that is resident, and the counts, in place."""
+        self.forget()
+        self.counters.zero_()
+
+    def forget(self) -> None:
+        """Forget everything that is resident, in place; counts go on."""
+        for tensor in (self.slot_of, self.expert_in, self.pending):
+            tensor.fill_(EMPTY)
+        own = (self.score, self.is_unused_prefetch, self.step, self.pending_confidence)
+        for tensor in (*own, self.arrived, self.progress):
             tensor.zero_()
 
     def check_integrity(self) -> None:

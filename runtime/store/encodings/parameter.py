@@ -42,7 +42,7 @@ class EncodedWeights:
     """Stands in for a parameter [n, ...]: indexing decodes the experts asked for."""
 
     def __init__(self, parameter: EncodedParameter, parts: Mapping[str, Tensor]) -> None:
-        """Of one parameter.
+        """Stand in for one parameter.
 
         Args:
             parameter: How it is stored.
