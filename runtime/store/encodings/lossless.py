@@ -30,7 +30,7 @@ MOST_COLUMNS = 1 << 16
 WORTH_IT = 0.9
 """A matrix that takes more than this share of bfloat16's bytes stays as it is."""
 MANTISSAS, SIGNS, CODES = 0x007F007F, -0x7FFF8000, 0x07800780
-"""Of the two numbers in a word."""
+"""Bits of the two numbers in a word."""
 
 
 class TooManyExceptions(ValueError):
@@ -201,7 +201,7 @@ def _out_of_reach(bits: Tensor, exponent: Tensor, base: Tensor) -> Tensor:
 
 
 def _best_base(bits: Tensor, exponent: Tensor) -> Tensor:
-    """Of each row, [r, 8 N], the highest base that leaves the fewest exceptions; [r, 1]."""
+    """The highest base that leaves the fewest exceptions, for rows [r, 8 N]; [r, 1]."""
     is_number = ((bits & 0x7FFF) != 0).int()
     counts = torch.zeros(len(bits), 256, dtype=torch.int32, device=bits.device)
     counts.scatter_add_(1, exponent.long(), is_number)
