@@ -67,6 +67,7 @@ TOKENS = {
     "eoi_token_index": 123,
 }
 WHOLE: dict[str, dict[str, Any]] = {
+    "aria": {"projector_patch_to_query_dict": {"16": 4}},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 122, "vision_end_token_id": 123},
 }
 VISION: dict[str, dict[str, Any]] = {
@@ -79,6 +80,12 @@ VISION: dict[str, dict[str, Any]] = {
             "downsample_channels": [16, 32],
         },
         "encoder_config": dict(SMALL_VISION),
+    },
+    "llama4": {
+        "vision_output_dim": 32,
+        "projector_input_dim": 32,
+        "projector_output_dim": 32,
+        "intermediate_size": 128,
     },
     "inkling_mm_model": {"text_hidden_size": 64},
 }
@@ -117,7 +124,7 @@ def image_prompt(model: Any) -> tuple[Tensor, dict[str, Any]]:
     generator = torch.Generator().manual_seed(7)
     image = _image(model, generator)
     with torch.no_grad():
-        found = model.base_model.get_image_features(**image, return_dict=True).pooler_output
+        found = _features(model, image)
     features = torch.cat(list(found)) if isinstance(found, (list, tuple)) else found
     is_image = torch.zeros(1, 7 + features.flatten(0, -2).shape[0], dtype=torch.long)
     is_image[:, 4:-3] = 1
@@ -126,6 +133,14 @@ def image_prompt(model: Any) -> tuple[Tensor, dict[str, Any]]:
     named = inspect.signature(model.forward).parameters
     types = {name: is_image for name in ("mm_token_type_ids",) if name in named}
     return tokens, image | types
+
+
+def _features(model: Any, image: dict[str, Any]) -> Any:
+    asked = inspect.signature(model.base_model.get_image_features).parameters
+    chosen = "vision_feature_select_strategy"
+    others = {chosen: "default"} if chosen in asked else {}
+    output = model.base_model.get_image_features(**image, **others, return_dict=True)
+    return output.last_hidden_state if output.pooler_output is None else output.pooler_output
 
 
 def _image(model: Any, generator: torch.Generator) -> dict[str, Any]:

@@ -18,6 +18,8 @@ WEIGHT_SPREAD = 0.08
 
 SUPPORTED = [
     "afmoe",
+    "aria",
+    "aria_text",
     "axk1",
     "axk2",
     "cohere2_moe",
@@ -51,6 +53,8 @@ SUPPORTED = [
     "kimi_linear",
     "laguna",
     "lfm2_moe",
+    "llama4",
+    "llama4_text",
     "mellum",
     "mimo_v2_flash",
     "minimax",
@@ -72,9 +76,11 @@ SUPPORTED = [
     "qwen4_exp",
     "qwen4_exp_text",
     "solar_open",
+    "step3p7",
     "zaya",
 ]
-"""Every type that writes text and whose experts go through transformers' experts interface."""
+"""Every type that writes text and whose experts go, or can be made to go, through transformers'
+experts interface."""
 
 SMALL: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -203,6 +209,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "linear_num_heads": 4,
         "mlp_layer_types": ["dense", "sparse", "sparse"],
     },
+    "llama4_text": {"num_experts_per_tok": 1},
+    "step3p5": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     "minimax": {"block_size": 16},
     "phimoe": {"lm_head_bias": True},
     "zaya": {"num_experts_per_tok": 1},

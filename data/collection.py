@@ -41,6 +41,14 @@ class Collection:
     """One run of collect-traces, from its arguments to the finished folder."""
 
     def __init__(self, moe: MoEModel, tokenizer: Any, manifest: TraceManifest, out: Path) -> None:
+        """Say what is collected; nothing runs yet.
+
+        Args:
+            moe: The model.
+            tokenizer: Its tokenizer.
+            manifest: What to record, as it will stand in the folder.
+            out: The folder.
+        """
         self._moe = moe
         self._tokenizer = tokenizer
         self._manifest = manifest

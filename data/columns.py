@@ -105,7 +105,7 @@ def choose_column(first: list[Row], reading: RowReading, features: Mapping[str, 
 
 def _asked(kinds: Mapping[str, ColumnKind], name: str) -> Column:
     if name not in kinds:
-        raise NoTextError(f"it has no column {name}; its columns are {', '.join(kinds)}.")
+        raise NoTextError(f"it has no column {name}; its columns are {_names(kinds)}.")
     kind = kinds[name]
     if kind in ("plain", "other"):
         raise NoTextError(f"its column {name} holds neither text, nor chats, nor token ids.")
@@ -125,8 +125,12 @@ def _found(kinds: Mapping[str, ColumnKind]) -> Column:
         return Column(texts[0], "text")
     raise NoTextError(
         "no column is named text, content, messages or input_ids, and not exactly one holds text; "
-        f"its columns are {', '.join(kinds)}. Name one with --column."
+        f"its columns are {_names(kinds)}. Name one with --column."
     )
+
+
+def _names(kinds: Mapping[str, ColumnKind]) -> str:
+    return ", ".join(" ".join(name.split()) for name in kinds)
 
 
 def _is_label(name: str) -> bool:

@@ -34,6 +34,7 @@ class StockExperts:
     """Experts whose weights the module holds, computed by transformers."""
 
     def __init__(self, layer: MoELayer) -> None:
+        """Take a layer's experts, whose weights are there."""
         self._layer = layer
         config: Any = layer.experts.config
         self._implementation = config._experts_implementation or "eager"
@@ -94,6 +95,7 @@ class HeldExperts:
     """
 
     def __init__(self, layer: MoELayer, function: ExpertsFunction) -> None:
+        """Take a layer's experts, and the function that computes them."""
         self._layer = layer
         self._function = function
         self._sums: tuple[Tensor, Tensor] | None = None

@@ -35,6 +35,7 @@ class MemoryFile:
     """A shard's file that lies in memory, filled row by row."""
 
     def __init__(self, layout: Layout) -> None:
+        """Allocate every tensor of the layout."""
         self.tensors = {name: torch.empty(s.shape, dtype=s.dtype) for name, s in layout.items()}
         self._num_rows = dict.fromkeys(layout, 0)
 
@@ -62,6 +63,16 @@ class LiveTraces(Traces):
         prompts: list[TokenSequence],
         buffer_bytes: int,
     ) -> None:
+        """Take what shards are recorded by; `begin` and `open` make all of it.
+
+        Args:
+            folder: Where manifest and anchors are.
+            manifest: What shards hold.
+            anchors: Copies of the model's routers, if they can be made.
+            collection: Records a shard.
+            prompts: Of all sequences, in order.
+            buffer_bytes: Most bytes of shards to keep in memory.
+        """
         super().__init__(folder, manifest, anchors)
         self._collection = collection
         self._prompts = prompts

@@ -69,12 +69,27 @@ def token_sequences(
         )
 
 
-def first_tokens(document: Document | TokenRow, tokenizer: Any, num_tokens: int) -> list[int]:
-    """How a document begins as the model reads it, in so many tokens or all that it has."""
+def first_tokens(
+    document: Document | TokenRow, tokenizer: Any, num_tokens: int, num_known: int
+) -> list[int]:
+    """How a document begins as the model reads it.
+
+    Args:
+        document: A text, or token ids.
+        tokenizer: A transformers tokenizer.
+        num_tokens: At most so many are given.
+        num_known: Ids that the model has an embedding for.
+
+    Raises:
+        ValueError: If any of the document's tokens is not the model's.
+    """
     if isinstance(document, TokenRow):
-        return list(document.token_ids[:num_tokens])
-    encoded = tokenizer(document.text, add_special_tokens=False, verbose=False)
-    return [*_begin(tokenizer), *encoded["input_ids"]][:num_tokens]
+        token_ids = list(document.token_ids)
+    else:
+        encoded = tokenizer(document.text, add_special_tokens=False, verbose=False)
+        token_ids = [*_begin(tokenizer), *encoded["input_ids"]]
+    require_known(token_ids, num_known, f"Document {document.name}")
+    return token_ids[:num_tokens]
 
 
 class _Packing:

@@ -38,6 +38,8 @@ WIDE_MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 """Encodings by the mark at their beginning; the longer marks come first, as they begin alike."""
+TOO_DEEP = b"[" * 256
+READ_BYTES = 1 << 24
 SAVED_DATASET = ("dataset_info.json", "state.json")
 SAVED_SPLITS = "dataset_dict.json"
 
@@ -64,6 +66,8 @@ def table_documents(
     """
     builder, options = BUILDERS[ending]
     with _in_utf8(url) as readable:
+        if builder == "json" and Path(readable).is_file():
+            _require_shallow(Path(readable), url)
 
         def load() -> Any:
             import datasets
@@ -161,6 +165,16 @@ def _named(problem: str) -> Iterator[None]:
     except Exception as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{problem}: {first_line}") from error
+
+
+def _require_shallow(file: Path, url: str) -> None:
+    """Refuse JSON nested so deep that its reader ends the process (pyarrow recurses)."""
+    end = b""
+    with file.open("rb") as opened:
+        while part := opened.read(READ_BYTES):
+            if TOO_DEEP in end + part:
+                raise ValueError(f"Dataset {url} cannot be read: it is nested too deeply.")
+            end = part[-len(TOO_DEEP) :]
 
 
 @contextlib.contextmanager

@@ -188,9 +188,9 @@ def _lines(file: DataFile) -> Iterator[str]:
             f"{file.url} is no UTF-8 text (byte 0x{error.object[error.start]:02x}). If it is text "
             "in another encoding, convert it: iconv -f LATIN1 -t UTF-8"
         ) from error
-    except (OSError, EOFError, RuntimeError, ValueError) as error:
-        if isinstance(error, NoTextError | FileNotFoundError | PermissionError):
-            raise
+    except (NoTextError, FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:  # every compression has exceptions of its own
         raise ValueError(f"{file.url} cannot be read: {error}") from error
 
 

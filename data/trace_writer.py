@@ -194,6 +194,13 @@ class ShardWriter(ShardRows[ShardFile]):
     """Takes one shard's batches as they are recorded, and puts them on the disk."""
 
     def __init__(self, folder: Path, manifest: TraceManifest, num_sequences: int) -> None:
+        """Begin the files of the manifest's next shard.
+
+        Args:
+            folder: Where they go.
+            manifest: What is recorded, and the shards so far.
+            num_sequences: Sequences that the shard will hold.
+        """
         self._folder = folder
         super().__init__(
             manifest,

@@ -52,6 +52,13 @@ class Traces:
     """Reads finished traces; nothing is loaded before it is asked for."""
 
     def __init__(self, folder: Path, manifest: TraceManifest, anchors: LayerAnchors | None) -> None:
+        """Take what was read of a folder; `open` reads it.
+
+        Args:
+            folder: Where the shards are.
+            manifest: What they hold.
+            anchors: Copies of the model's routers, if they can be made.
+        """
         self.folder = folder
         self.manifest = manifest
         self.anchors = anchors

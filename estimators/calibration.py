@@ -162,15 +162,6 @@ class Calibration(nn.Module):
 
     Per pair a table over the decision margin (`decision_margins`) with evenly spaced knots, linear
     in between and constant outside: fixed shapes, no host sync, so that a CUDA graph can hold it.
-
-    Args:
-        first_margin: Margin of the first knot, [P].
-        knots_per_margin: Knots per unit of margin, [P].
-        probability: At each knot, never falling, [P, B].
-        top_k: K.
-
-    Raises:
-        ValueError: If the shapes disagree, or a table falls or leaves 0..1.
     """
 
     first_margin: Tensor
@@ -180,6 +171,17 @@ class Calibration(nn.Module):
     def __init__(
         self, first_margin: Tensor, knots_per_margin: Tensor, probability: Tensor, top_k: int
     ) -> None:
+        """Keep the tables.
+
+        Args:
+            first_margin: Margin of the first knot, [P].
+            knots_per_margin: Knots per unit of margin, [P].
+            probability: At each knot, never falling, [P, B].
+            top_k: K.
+
+        Raises:
+            ValueError: If the shapes disagree, or a table falls or leaves 0..1.
+        """
         super().__init__()
         shapes = [list(t.shape) for t in (first_margin, knots_per_margin, probability)]
         num_pairs, num_knots = probability.shape if probability.dim() == 2 else (-1, -1)

@@ -16,16 +16,18 @@ class HybridStack(EstimatorStack):
     """Predicts each pair by one of several stacks of the same pairs.
 
     Its `spec` is the first stack's; the others may read another input or have another form.
-
-    Args:
-        stacks: Of the same geometry, horizon and target layers.
-        stack_of: Which of them predicts each pair, [P].
-
-    Raises:
-        ValueError: If the stacks' pairs differ, or a pair has no stack.
     """
 
     def __init__(self, stacks: Sequence[EstimatorStack], stack_of: Sequence[int]) -> None:
+        """Put the stacks side by side.
+
+        Args:
+            stacks: Of the same geometry, horizon and target layers.
+            stack_of: Which of them predicts each pair, [P].
+
+        Raises:
+            ValueError: If the stacks' pairs differ, or a pair has no stack.
+        """
         nn.Module.__init__(self)
         first = stacks[0]
         for other in stacks:

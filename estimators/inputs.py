@@ -96,17 +96,6 @@ class SourceInput(nn.Module):
 
     Holds frozen float32 copies of what that needs, stacked over the pairs. Every method takes
     `pairs`, the pairs that the first dimension of its tensors stands for.
-
-    Args:
-        kind: What is read at the source layer.
-        anchors: Of the P target layers; None for a model whose routers have no known form, which
-            leaves router input and forms without an anchor.
-        default_vectors: Of the P source layers, [P, E, D], float. Quasi-hidden input needs them;
-            attention readout keeps them for whoever computes the readout.
-
-    Raises:
-        ValueError: If quasi-hidden input has no default vectors, or another input than the
-            router's no norm.
     """
 
     router_weight: Tensor
@@ -119,6 +108,19 @@ class SourceInput(nn.Module):
     def __init__(
         self, kind: InputKind, anchors: LayerAnchors | None, default_vectors: Tensor | None = None
     ) -> None:
+        """Keep what turns states into features.
+
+        Args:
+            kind: What is read at the source layer.
+            anchors: The P target layers' ones; None for a model whose routers have no known form,
+                which leaves router input and forms without an anchor.
+            default_vectors: The P source layers' ones, [P, E, D], float. Quasi-hidden input needs
+                them; attention readout keeps them for whoever computes the readout.
+
+        Raises:
+            ValueError: If quasi-hidden input has no default vectors, or another input than the
+                router's no norm.
+        """
         super().__init__()
         if anchors is None and kind != "router-input":
             raise ValueError(

@@ -170,15 +170,16 @@ class RecallIntervals:
 
 
 class RecallMeter:
-    """Adds up recall over batches of tokens, for P layer pairs and all budgets in one topk.
-
-    Args:
-        num_pairs: P, layer pairs measured side by side.
-        top_k: K, experts each token is routed to.
-        budgets: Experts predicted per token and layer; K itself is always measured.
-    """
+    """Adds up recall over batches of tokens, for P layer pairs and all budgets in one topk."""
 
     def __init__(self, num_pairs: int, top_k: int, budgets: tuple[int, ...] = ()) -> None:
+        """Start at nothing.
+
+        Args:
+            num_pairs: P, layer pairs measured side by side.
+            top_k: K, experts each token is routed to.
+            budgets: Experts predicted per token and layer; K itself is always measured.
+        """
         self.budgets = tuple(sorted({top_k, *budgets}))
         self.top_k = top_k
         # One row per budget, then gate mass and exact sets, for each of S sequences, [R, P, S].

@@ -23,20 +23,7 @@ from foreroute.estimators.types import (
 
 
 class EstimatorStack(nn.Module):
-    """Predicts the routing of P target layers, each from its source layer; float32 inside.
-
-    Args:
-        geometry: The model's routing.
-        spec: Form, input kind, horizon and target layers (P of them).
-        anchors: Of the P target layers, in the spec's order (`build` takes all layers'); None for a
-            model whose routers have no known form, which leaves the forms without an anchor.
-        default_vectors: Of the P source layers, [P, E, D]; only quasi-hidden input needs them.
-        is_trained: Per pair, whether the form is used; where not, the training-free logits of the
-            same input are returned (hybrid). All of them if None.
-
-    Raises:
-        ValueError: If the form is unknown, a target layer has no source, or tensors do not fit.
-    """
+    """Predicts the routing of P target layers, each from its source layer; float32 inside."""
 
     def __init__(
         self,
@@ -46,6 +33,20 @@ class EstimatorStack(nn.Module):
         default_vectors: Tensor | None = None,
         is_trained: Sequence[bool] | None = None,
     ) -> None:
+        """Keep the parts; `build` makes them.
+
+        Args:
+            geometry: The model's routing.
+            spec: Form, input kind, horizon and target layers (P of them).
+            anchors: The P target layers' ones in the spec's order (`build` takes all layers'); None
+                for a model whose routers have no known form, which leaves forms without an anchor.
+            default_vectors: Of the P source layers, [P, E, D]; only quasi-hidden input needs them.
+            is_trained: Per pair, whether the form is used; where not, the training-free logits of
+                the same input are returned (hybrid). All of them if None.
+
+        Raises:
+            ValueError: If the form is unknown, a target layer has no source, or tensors do not fit.
+        """
         super().__init__()
         self.geometry, self.spec, self.target_layers = geometry, spec, spec.target_layers
         sources = (source_position(geometry, t, spec.horizon) for t in spec.target_layers)

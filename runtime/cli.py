@@ -5,12 +5,14 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from foreroute.estimators.console import run_command
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from foreroute.data.columns import RowReading
 
 
 def generate(
@@ -113,7 +115,8 @@ def bench(
 
     from foreroute.data.adapters import discover, load_model, load_tokenizer, resolve_device
     from foreroute.data.adapters.loading import HubSettings
-    from foreroute.data.adapters.vocabulary import require_known, vocabulary_size
+    from foreroute.data.adapters.vocabulary import vocabulary_size
+    from foreroute.data.columns import RowReading
     from foreroute.estimators.artifacts import package_versions, write_json, write_text
     from foreroute.export.bundle import load_bundle
     from foreroute.runtime.bench import measure
@@ -132,10 +135,10 @@ def bench(
     checkpoint = Checkpoint.open(model, dtype=dtype, **hub)
     checkpoint.require_room_for_whole()
     tokenizer = load_tokenizer(model, **hub)
-    sequences = _sequences(tokenizer, dataset, column, num_prompts, prompt_tokens + new_tokens)
+    reading, length = RowReading(column=column, tokenizer=tokenizer), prompt_tokens + new_tokens
+    num_known = vocabulary_size(checkpoint.outline)
+    sequences = _sequences(reading, dataset, num_prompts, length, num_known)
     whole = load_model(model, dtype=dtype, **hub)
-    for tokens in sequences:
-        require_known(tokens.flatten().tolist(), vocabulary_size(whole), f"A text of {dataset}")
     moe = discover(whole, model)
     geometry = moe.geometry
     if loaded is not None:
@@ -213,17 +216,18 @@ def doctor(
     Console().print(report(found))
 
 
-def _sequences(tokenizer: Any, dataset: str, column: str, count: int, length: int) -> list[Tensor]:
+def _sequences(
+    reading: RowReading, dataset: str, count: int, length: int, num_known: int
+) -> list[Tensor]:
     """The first tokens of held-out documents, [1, length] each."""
     import torch
 
-    from foreroute.data.columns import RowReading
     from foreroute.data.corpus import contents
     from foreroute.data.packing import first_tokens
 
     sequences: list[Tensor] = []
-    for document in contents(dataset, "held-out", RowReading(column=column, tokenizer=tokenizer)):
-        ids = first_tokens(document, tokenizer, length)
+    for document in contents(dataset, "held-out", reading):
+        ids = first_tokens(document, reading.tokenizer, length, num_known)
         if len(ids) == length:
             sequences.append(torch.tensor([ids]))
         if len(sequences) == count:

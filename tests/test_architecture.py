@@ -131,6 +131,20 @@ def test_docstrings_have_a_subject() -> None:
         assert not bare, f"{name}: {bare}"
 
 
+def test_what_a_constructor_takes_is_said_there_and_nowhere_else() -> None:
+    for name, path in BY_NAME.items():
+        for node in ast.walk(statements(path)):
+            if not isinstance(node, ast.ClassDef) or node.name.startswith("_"):
+                continue
+            assert "Args:" not in (ast.get_docstring(node) or ""), f"{name}.{node.name}"
+            if name.startswith("estimators.forms."):
+                continue  # they take what `EstimatorForm` takes
+            for made_by in node.body:
+                if isinstance(made_by, ast.FunctionDef) and made_by.name == "__init__":
+                    takes = len(made_by.args.args) + len(made_by.args.kwonlyargs) > 1
+                    assert not takes or ast.get_docstring(made_by), f"{name}.{node.name}"
+
+
 def test_the_map_names_every_package_and_only_files_that_are_there() -> None:
     text = (ROOT / "docs" / "structure.md").read_text()
     packages = {path.parent.relative_to(ROOT) for path in FILES if path.name == "__init__.py"}

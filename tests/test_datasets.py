@@ -142,6 +142,8 @@ def test_text_is_decoded_by_its_mark(tmp_path, content, encoding):
         ("a.parquet", b"PAR1 or not"),
         ("a.arrow", b"ARROW1 or not"),
         ("cut.jsonl", LINES[:-5]),
+        ("deep.jsonl", b'{"text": "a", "b": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+        ("odd.txt.gz", gzip.compress(b"some text" * 9)[:12] + b"damaged" + b"x" * 40),
         ("numbers.jsonl", b'{"text": 1}\n{"text": 2}'),
         ("nested.jsonl", b'{"text": ["a", "b"], "name": "c"}'),
         ("only-ids.jsonl", b'{"id": "x1", "n": 3}'),

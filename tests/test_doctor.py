@@ -1,5 +1,9 @@
 """`foreroute doctor` needs a config.json and nothing else."""
 
+import json
+from pathlib import Path
+
+import models_matrix
 import pytest
 import torch
 from rich.console import Console
@@ -10,6 +14,9 @@ from foreroute.data.adapters import discover
 from foreroute.data.adapters.discovery import discover_outline
 from foreroute.data.adapters.weightless import outline
 from foreroute.runtime.planning.doctor import diagnose, report
+
+RESULTS = Path(models_matrix.__file__).parent / "results" / "models.json"
+ROWS = {row["model_type"]: row for row in json.loads(RESULTS.read_text())}
 
 
 def diagnose_tiny(folder, model_type, **overrides):
@@ -88,6 +95,12 @@ def test_a_config_says_what_the_loaded_model_shows(tmp_path, model_type):
     assert (found.speculative == "yes") == (
         moe.found_anchors is not None and moe.geometry.gate_family != "other"
     )
+    assert (found.graph == "yes") == (ROWS[model_type]["graph"] == "yes")
+
+
+def test_one_layer_whose_experts_have_no_kernel_keeps_decisions_off_the_gpu(tmp_path):
+    found = diagnose_tiny(tmp_path, "step3p7", swiglu_limits=[0.0, 0.0, 1.0])
+    assert found.graph == "no: the experts' activation has no kernel"
 
 
 def test_only_one_layer_of_each_kind_is_followed(tmp_path):
@@ -98,10 +111,13 @@ def test_only_one_layer_of_each_kind_is_followed(tmp_path):
     assert all(p.is_meta for p in moe.layers[0].experts.parameters())
 
 
-@pytest.mark.parametrize("model_type", ["jetmoe", "llama4", "dbrx", "longcat_flash"])
-def test_unsupported_models_are_refused_with_the_reason(tmp_path, model_type):
+@pytest.mark.parametrize(
+    ("model_type", "overrides"),
+    [("jetmoe", {}), ("dbrx", {}), ("longcat_flash", {}), ("llama4", {"num_experts_per_tok": 2})],
+)
+def test_unsupported_models_are_refused_with_the_reason(tmp_path, model_type, overrides):
     with pytest.raises(ValueError, match="so it is not supported: "):
-        diagnose_tiny(tmp_path, model_type)
+        diagnose_tiny(tmp_path, model_type, **overrides)
 
 
 @pytest.mark.parametrize(

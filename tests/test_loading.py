@@ -13,6 +13,7 @@ from tiny_models import SUPPORTED, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, conversion_mapping
 from transformers.core_model_loading import Interleave, Transpose, WeightConverter
 
+from foreroute.data.adapters.adapted import open_experts
 from foreroute.data.adapters.model_class import auto_class
 from foreroute.data.adapters.weightless import parameter_shapes
 from foreroute.estimators import host_memory
@@ -32,6 +33,7 @@ def save(folder, model_type="qwen3_moe", dtype=torch.float32, **overrides):
 
 
 def assert_same_weights(offloaded, stock):
+    open_experts(stock)  # or aria's lie under other names
     expected = dict(stock.named_parameters())
     model = offloaded.moe.model
     for name, parameter in model.named_parameters():
@@ -58,6 +60,14 @@ def test_the_part_that_writes_is_loaded_from_the_checkpoint_of_a_whole_that_also
     tensors = {f"thinker.{name}": tensor for name, tensor in thinker.state_dict().items()}
     save_file(tensors | {"talker.other": torch.ones(2)}, tmp_path / "model.safetensors")
     assert_same_weights(load_offloaded(str(tmp_path), device="cpu"), thinker)
+
+
+def test_experts_that_were_opened_are_saved_under_their_old_names(tmp_path):
+    tensors = save(tmp_path, "aria_text").state_dict()
+    model = load_offloaded(str(tmp_path), device="cpu").moe.model
+    model.save_pretrained(tmp_path / "again")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in stock.state_dict().items())
 
 
 @pytest.mark.parametrize("saved", DTYPES)

@@ -4,7 +4,7 @@ import pytest
 
 from foreroute.data.adapters import load_tokenizer
 from foreroute.data.document import Document, TokenRow
-from foreroute.data.packing import token_sequences
+from foreroute.data.packing import first_tokens, token_sequences
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +67,11 @@ def test_ids_that_the_model_does_not_know_are_refused_by_name(tokenizer, token_i
     rows = [TokenRow("part:7", (1, token_id, 2))]
     with pytest.raises(ValueError, match=rf"Document part:7 has token {token_id}, .* only 260"):
         list(token_sequences(rows, tokenizer, 3, 100, 260))
+
+
+def test_a_document_begins_as_the_tokenizer_begins_its_texts_and_all_of_it_is_known(tokenizer):
+    ids = tokenizer("abcdef")["input_ids"]
+    assert first_tokens(Document("a", "abcdef"), tokenizer, 4, 260) == ids[:4]
+    assert first_tokens(TokenRow("a", (1, 2, 3)), tokenizer, 2, 260) == [1, 2]
+    with pytest.raises(ValueError, match="Document a has token 300"):
+        first_tokens(TokenRow("a", (1, 2, 300)), tokenizer, 2, 260)

@@ -413,6 +413,19 @@ def test_a_killed_run_resumes_to_what_an_uninterrupted_one_gives(
     assert (killed / "estimators.safetensors").read_bytes() == expected
 
 
+def test_a_slurm_job_of_several_tasks_trains_in_one_process(
+    tiny_traces, tmp_path, monkeypatch
+) -> None:
+    for name, value in {
+        "SLURM_NTASKS": "4",
+        "SLURM_JOB_NAME": "train",
+        "SLURM_JOB_ID": "7",
+    }.items():
+        monkeypatch.setenv(name, value)
+    metrics = train_estimator(tiny_traces, SPEC, QUICK, tmp_path / "run", device="cpu")
+    assert metrics["num_train_tokens"] > 0
+
+
 def test_an_existing_folder_is_not_overwritten(tiny_traces, tmp_path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(ValueError, match="exists already"):

@@ -23,12 +23,14 @@ class MarginHistogram:
     """How many experts had which margin, and how many of them were used, for P layer pairs.
 
     The bins are the knots of the tables fitted to it; they are laid out on the first batch.
-
-    Args:
-        top_k: K.
     """
 
     def __init__(self, top_k: int) -> None:
+        """Start at nothing; the first batch lays out the bins.
+
+        Args:
+            top_k: K.
+        """
         self.top_k = top_k
         self.first_margin = self.knots_per_margin = torch.empty(0)  # [P]
         self.num_experts = self.num_used = torch.empty(0)  # [P, B]

@@ -45,14 +45,16 @@ class BatchStream(Generic[TokensT]):
     """Batches of one epoch, never across shards: neighbouring tokens, as views.
 
     Shards that are trained on hold their tokens in random order themselves (`PreparedShards`).
-
-    Args:
-        shards: The tokens.
-        batch_size: Tokens per batch (a shard's last may hold fewer).
-        seed: Orders shards and the batches in them; recording order if None.
     """
 
     def __init__(self, shards: Shards[TokensT], batch_size: int, seed: int | None = None) -> None:
+        """Say what is read, in which order.
+
+        Args:
+            shards: The tokens.
+            batch_size: Tokens per batch (a shard's last may hold fewer).
+            seed: Orders shards and the batches in them; recording order if None.
+        """
         self.shards, self.batch_size, self.seed = shards, batch_size, seed
 
     def __len__(self) -> int:
@@ -78,14 +80,7 @@ class BatchStream(Generic[TokensT]):
 
 
 class RoutingDataModule(LightningDataModule):
-    """Batches to train on, and batches to watch training by.
-
-    Args:
-        train: Tokens to train on.
-        validation: Tokens of other training sequences; may hold none.
-        batch_size: Tokens per batch.
-        seed: Orders the training batches, anew in every epoch.
-    """
+    """Batches to train on, and batches to watch training by."""
 
     def __init__(
         self,
@@ -95,6 +90,14 @@ class RoutingDataModule(LightningDataModule):
         batch_size: int,
         seed: int,
     ) -> None:
+        """Say what is read.
+
+        Args:
+            train: Tokens to train on.
+            validation: Tokens of other training sequences; may hold none.
+            batch_size: Tokens per batch.
+            seed: Orders the training batches, anew in every epoch.
+        """
         super().__init__()
         self.train, self.validation = train, validation
         self.batch_size, self.seed = batch_size, seed

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning import Trainer
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
@@ -241,6 +242,7 @@ def _run_trainer(
         log_every_n_steps=LOG_STEPS,
         enable_model_summary=False,
         enable_progress_bar=show_progress,
+        plugins=[LightningEnvironment()],  # one process, also where SLURM has asked for several
     )
     resume_from = checkpoint if checkpoint.is_file() else None
     try:

@@ -19,14 +19,7 @@ LOG_STEPS = 10
 
 
 class EstimatorModule(LightningModule):
-    """Trains all pairs of a stack together; no pair's gradient depends on another's.
-
-    Args:
-        stack: What is trained.
-        learning_rate: At the first step; follows a cosine to zero.
-        num_steps: Optimizer steps of the whole fit.
-        loss: What training makes small.
-    """
+    """Trains all pairs of a stack together; no pair's gradient depends on another's."""
 
     def __init__(
         self,
@@ -36,6 +29,14 @@ class EstimatorModule(LightningModule):
         num_steps: int,
         loss: LossName = "kl",
     ) -> None:
+        """Take the stack and what fits it.
+
+        Args:
+            stack: What is trained.
+            learning_rate: At the first step; follows a cosine to zero.
+            num_steps: Optimizer steps of the whole fit.
+            loss: What training makes small.
+        """
         super().__init__()
         self.stack, self.learning_rate, self.num_steps = stack, learning_rate, num_steps
         self.loss = LOSSES[loss]

@@ -130,13 +130,6 @@ class PreparedShards:
 
     They are kept on the stack's device first, then on the host (pinned, for a GPU); what fits
     neither is read and prepared anew every time.
-
-    Args:
-        stack: Prepares them; its features and anchors must not change.
-        shards: Where they come from.
-        seed: Brings each shard's tokens into random order; recording order if None.
-        device_bytes: Most bytes to keep on a GPU; by its free memory if None.
-        host_bytes: Most bytes to keep on the host; by its free memory if None.
     """
 
     def __init__(
@@ -148,6 +141,15 @@ class PreparedShards:
         device_bytes: int | None = None,
         host_bytes: int | None = None,
     ) -> None:
+        """Say what is prepared; nothing is read yet.
+
+        Args:
+            stack: Prepares them; its features and anchors must not change.
+            shards: Where they come from.
+            seed: Brings each shard's tokens into random order; recording order if None.
+            device_bytes: Most bytes to keep on a GPU; by its free memory if None.
+            host_bytes: Most bytes to keep on the host; by its free memory if None.
+        """
         self.rows = shards.rows
         self._stack, self._shards, self._seed = stack, shards, seed
         self._device = stack.input.device

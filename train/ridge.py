@@ -20,17 +20,20 @@ class NormalEquations:
     """Sums that least squares needs, over batches of tokens, for P pairs at once.
 
     Products are float32 and their sums float64, where the solving is done too.
-
-    Args:
-        num_pairs: P.
-        num_features: D.
-        num_targets: E.
-        device: Where the batches come from; the sums take 8 P D (D + E) bytes there.
     """
 
     def __init__(
         self, num_pairs: int, num_features: int, num_targets: int, device: torch.device
     ) -> None:
+        """Start at nothing.
+
+        Args:
+            num_pairs: P.
+            num_features: D.
+            num_targets: E.
+            device: Where the batches come from; the sums take 8 P D (D + E) bytes there.
+        """
+
         def zeros(rows: int, columns: int) -> Tensor:
             return torch.zeros(num_pairs, rows, columns, dtype=torch.float64, device=device)
 

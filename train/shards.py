@@ -84,13 +84,6 @@ class PairedShards:
     """The tokens of a range of sequences, shard by shard, layers stacked as they are paired.
 
     Shards are kept in memory after their first reading as long as they fit `cache_bytes`.
-
-    Args:
-        traces: Where to read.
-        spec: Which layers are paired.
-        sequences: Wanted, counted over all shards.
-        source_fields: Fields of the source layers to read; those of the spec's input if None.
-        cache_bytes: Most bytes to keep in memory, besides the shard in use.
     """
 
     def __init__(
@@ -102,6 +95,15 @@ class PairedShards:
         source_fields: tuple[str, ...] | None = None,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
+        """Find the rows of every shard.
+
+        Args:
+            traces: Where to read.
+            spec: Which layers are paired.
+            sequences: Wanted, counted over all shards.
+            source_fields: Fields of the source layers to read; those of the spec's input if None.
+            cache_bytes: Most bytes to keep in memory, besides the shard in use.
+        """
         geometry = traces.geometry
         sources = (source_position(geometry, t, spec.horizon) for t in spec.target_layers)
         self._traces = traces

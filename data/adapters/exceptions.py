@@ -7,15 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 
 WITHOUT_INTERFACE = {
-    "aria_text": "its experts sort tokens and multiply in a function of their own",
-    "aria": "its experts sort tokens and multiply in a function of their own",
     "dbrx": "its experts are slices of one flat matrix, in a loop of their own",
     "doge": "its experts are rows of embedding tables, picked by product keys",
     "jetmoe": "its attention is a mixture too, and its experts multiply in a loop of their own",
-    "llama4": "its router gives a score to every expert and each expert computes every token",
-    "llama4_text": "its router gives a score to every expert and each expert computes every token",
+    "llama4_text": "several experts read each token, and each reads it weighed in another way",
     "longcat_flash": "its identity experts have no weights and share the ids of those that have",
-    "step3p7": "its experts multiply in a loop of their own",
 }
 """Models without @use_experts_implementation: transformers does not let anyone take their experts
 over, so they are refused with this reason. All others are found by structure."""
@@ -24,9 +20,12 @@ PER_TOKEN_TABLE = "tid2eid"
 """Hash routing (deepseek_v4's first layers): a buffer of this name gives the ids from the token
 alone, so they are known before the layer runs and no estimator can do better."""
 
-HOST_ATTENTION = {"qwen_sparse_attention": "its sparse attention counts tokens on the host"}
-"""Layer types whose forward pass asks the host for numbers, though transformers says that their
-models can be captured whole."""
+UNCAPTURED = {
+    "qwen_sparse_attention": "its sparse attention counts tokens on the host",
+    "chunked_attention": "its chunked attention needs a mask that the step does not make",
+}
+"""Layer types that a captured step cannot hold, though transformers says that their models can be
+captured whole."""
 
 
 def why_not_captured(model: Any) -> str:
@@ -34,7 +33,7 @@ def why_not_captured(model: Any) -> str:
     if not model._can_compile_fullgraph:  # transformers' own mark
         return "transformers says its forward pass cannot be captured whole"
     types = getattr(model.config.get_text_config(), "layer_types", None) or ()
-    return next((HOST_ATTENTION[kind] for kind in types if kind in HOST_ATTENTION), "")
+    return next((UNCAPTURED[kind] for kind in types if kind in UNCAPTURED), "")
 
 
 def is_hash_routed(part: nn.Module | None) -> bool:

@@ -49,6 +49,9 @@ def find_gate_rule(layers: Sequence[Observed]) -> tuple[GateFamily, float]:
         The family and its scale; `other` and 1 if none fits.
     """
     true = torch.cat([seen.gate_weights.float() for seen in layers])  # [L * T, K]
+    unknown = GateFamily.OTHER, 1.0
+    if all(map(_is_weighed_before, layers)):
+        return unknown
     dtypes = {seen.gate_weights.dtype for seen in layers}
     dtypes |= {seen.router_logits.dtype for seen in layers if seen.router_logits is not None}
     tolerance = RELATIVE_TOLERANCE + 2 * max(torch.finfo(dtype).eps for dtype in dtypes)
@@ -69,6 +72,13 @@ def find_gate_rule(layers: Sequence[Observed]) -> tuple[GateFamily, float]:
         if error < best[0]:
             best = (error, family, scale)
     return best[1:]
+
+
+def _is_weighed_before(seen: Observed) -> bool:
+    """Whether one expert reads each token, times its score, so that its output needs no weight."""
+    weights, read, routed = seen.gate_weights, seen.experts_input, seen.router_input
+    is_scaled = read.shape == routed.shape and not torch.equal(read, routed)
+    return weights.shape[-1] == 1 and is_scaled and bool((weights == 1).all())
 
 
 def _rounded(scale: float) -> float:

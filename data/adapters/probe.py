@@ -151,7 +151,7 @@ def router_logits_of(output: Any, num_experts: int) -> Tensor:
     """
     parts = output if isinstance(output, tuple) else (output,)
     floats = [p for p in parts if isinstance(p, Tensor) and p.is_floating_point()]
-    exact = [part for part in floats if part.shape[-1] == num_experts]
+    exact = [part for part in floats[::-1] if part.shape[-1] == num_experts]  # scores come first
     wider = [part for part in floats if part.shape[-1] == num_experts + 1]
     for part in exact + wider:
         return part.flatten(0, -2)[:, :num_experts]
@@ -170,7 +170,8 @@ def _router_call(calls: list[Call], expert_ids: Tensor, num_experts: int) -> Cal
         if any(isinstance(part, Tensor) and is_same_memory(part, expert_ids) for part in parts):
             return call
     for call in calls[::-1]:
-        if isinstance(call.output, Tensor) and call.output.shape[-1] == num_experts:
+        parts = call.output if isinstance(call.output, tuple) else (call.output,)
+        if any(isinstance(part, Tensor) and part.shape[-1:] == (num_experts,) for part in parts):
             return call
     return None
 

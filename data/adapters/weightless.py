@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from foreroute.data.adapters.adapted import open_experts
 from foreroute.data.adapters.model_class import auto_class
 from foreroute.data.adapters.seam import is_experts_module
 
@@ -34,7 +35,8 @@ def parameter_shapes(experts: nn.Module) -> dict[str, ParameterShape]:
 
 
 def experts_by_path(model: nn.Module) -> dict[str, nn.Module]:
-    """The experts modules of a model, in order, by dotted path."""
+    """The experts modules of a model, in order, by dotted path; what can be opened is opened."""
+    open_experts(model)
     return {path: m for path, m in model.named_modules() if is_experts_module(m)}
 
 

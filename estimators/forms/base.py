@@ -17,12 +17,6 @@ class EstimatorForm(nn.Module, ABC):
     A subclass creates its parameters in `__init__` with the pairs as first dimension, so that
     `parameter[pairs]` is a view and no form loops over layers. What all pairs share has a first
     dimension of 1.
-
-    Args:
-        spec: Holds the form's sizes (rank, width).
-        num_pairs: P, pairs of source and target layer.
-        hidden_size: D.
-        num_experts: E.
     """
 
     is_anchored: ClassVar[bool] = True
@@ -36,6 +30,14 @@ class EstimatorForm(nn.Module, ABC):
     def __init__(
         self, spec: EstimatorSpec, *, num_pairs: int, hidden_size: int, num_experts: int
     ) -> None:
+        """Make the parameters.
+
+        Args:
+            spec: Holds the form's sizes (rank, width).
+            num_pairs: P, pairs of source and target layer.
+            hidden_size: D.
+            num_experts: E.
+        """
         super().__init__()
 
     @abstractmethod

@@ -17,7 +17,7 @@ from foreroute.data.adapters.exceptions import why_not_captured
 from foreroute.estimators.stack import EstimatorStack
 from foreroute.runtime.config import EngineConfig
 from foreroute.runtime.device.decode_graph import DecodeGraph, DecodeStep
-from foreroute.runtime.device.expert_form import find_expert_form
+from foreroute.runtime.device.expert_form import find_expert_form, why_no_form
 from foreroute.runtime.device.fusions import fuse_norms
 from foreroute.runtime.device.kernels.fetch import WORD, fetch
 from foreroute.runtime.device.kernels.quasi_hidden import add_expected_output
@@ -77,8 +77,8 @@ def why_not_on_device(
         return f"eviction={config.eviction} is decided on the host"
     if len(set(map(_shape_of, offloaded.store.layouts))) > 1:
         return "its layers have experts of different shapes"
-    if find_expert_form(offloaded.moe.layers[0].experts) is None:
-        return "its experts' activation has no kernel"
+    if reason := why_no_form(layer.experts for layer in offloaded.moe.layers):
+        return reason
     if stack is not None and config.looks_ahead and "layer_input" in stack.input_fields:
         return "pre-attention estimators are run by the host"
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -43,6 +44,18 @@ def find_expert_form(experts: nn.Module) -> ExpertForm | None:
         if _agrees(expected, sample, form):
             return form
     return None
+
+
+def why_no_form(layers: Iterable[nn.Module]) -> str:
+    """Why the kernels cannot stand in for a model's experts; empty if they can.
+
+    Args:
+        layers: The experts modules of all its MoE layers.
+    """
+    forms = {find_expert_form(experts) for experts in layers}
+    if None in forms:
+        return "the experts' activation has no kernel"
+    return "its layers' experts compute in different ways" if len(forms) > 1 else ""
 
 
 def _agrees(expected: Tensor, sample: Tensor, form: ExpertForm) -> bool:

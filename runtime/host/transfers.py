@@ -80,6 +80,7 @@ class StreamTransfers(Transfers):
     """Asynchronous copies from pinned memory on one CUDA stream, in the order asked for."""
 
     def __init__(self, device: torch.device) -> None:
+        """Make the stream, on the device that copies go to."""
         self._device = device
         self._stream = torch.cuda.Stream(device=device, priority=-1)
 

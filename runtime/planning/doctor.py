@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from foreroute.data.adapters import MoELayer, MoEModel
 from foreroute.data.adapters.discovery import discover_outline
 from foreroute.data.adapters.exceptions import is_hash_routed, why_not_captured
 from foreroute.estimators.forms import FREE_FORMS
-from foreroute.runtime.device.expert_form import find_expert_form
+from foreroute.runtime.device.expert_form import why_no_form
 from foreroute.runtime.store.checkpoint import Checkpoint
 from foreroute.runtime.store.host_store import RowLayout
 
@@ -84,6 +85,7 @@ def diagnose(
         checkpoint = replace(checkpoint, asked_dtype=torch.float32)
     experts = checkpoint.experts
     sizes = _sizes(checkpoint.outline, experts)
+    sizes["graph"] = _graph(checkpoint.outline, experts.values())  # before layers are dropped
     found = _diagnosis(name, discover_outline(checkpoint.outline, name), sizes)
     if checkpoint.encoder is None:
         return replace(found, dtype=str(checkpoint.dtype).removeprefix("torch."))
@@ -172,7 +174,6 @@ def _diagnosis(name: str, moe: MoEModel, sizes: dict[str, Any]) -> Diagnosis:
         else f"{YES}; {FREE_FORMS_ONLY}: {moe.anchors_problem}",
         exact=YES,
         speculative=f"skip only: {problem}" if problem else YES,
-        graph=_graph(moe.model, last.experts),
         **sizes,
     )
 
@@ -185,8 +186,6 @@ def _norm(layer: MoELayer) -> str:
     return "none: the router reads the residual"
 
 
-def _graph(model: Any, experts: nn.Module) -> str:
-    if find_expert_form(experts) is None:
-        return "no: the experts' activation has no kernel"
-    reason = why_not_captured(model)
+def _graph(model: Any, all_experts: Iterable[nn.Module]) -> str:
+    reason = why_no_form(all_experts) or why_not_captured(model)
     return f"no: {reason}" if reason else YES

@@ -96,7 +96,7 @@ class ExpertReader:
 
     @property
     def tensor_names(self) -> set[str]:
-        """Of the tensors that hold experts."""
+        """Names of the tensors that hold experts."""
         return {name for group in self._groups for name, _ in group.keys}
 
     def parts(self, targets: Collection[str]) -> Iterator[ExpertRows]:

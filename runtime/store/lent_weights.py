@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foreroute.data.adapters.adapted import checkpoint_name
 from foreroute.data.adapters.weightless import parameter_shapes
 from foreroute.runtime.store.host_store import ParameterSpec, RowLayout
 
@@ -50,7 +51,8 @@ class LentWeights:
     def _decode(self, _: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
         if self.is_shown_decoded:
             weights = self._layout.weights(self._rows)
-            state |= {prefix + name: weights[name][:] for name in self._layout.encoded}
+            for name in self._layout.encoded:
+                state[prefix + checkpoint_name(self._experts, name)] = weights[name][:]
 
     def take_in(self) -> None:
         """Write parameters that now lie elsewhere (a merge made new ones) into the rows.

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from torch import Tensor
 
 from foreroute.data.adapters import MoELayer, MoEModel, discover
+from foreroute.data.adapters.adapted import checkpoint_name
 from foreroute.data.adapters.loading import loading_alone
 from foreroute.data.adapters.weightless import ParameterShape, parameter_shapes, weightless
 from foreroute.runtime.store.checkpoint import Checkpoint
@@ -133,7 +134,7 @@ class LayerReader:
         self._layers = moe.layers
         self._gpu = device if device.type == "cuda" else None
         self._targets = [_targets(layer, checkpoint.encoder) for layer in moe.layers]
-        every = {name: shape for targets in self._targets for name, shape in targets.items()}
+        every = {path: shape for targets in self._targets for path, (_, shape) in targets.items()}
         self._reader = ExpertReader(moe.model, checkpoint.files, every)
         self._num_bytes = sum(math.prod(t.shape) * t.dtype.itemsize for t in every.values())
 
@@ -161,23 +162,23 @@ class LayerReader:
             TooManyExceptions: If a parameter must be stored as it is.
             ValueError: If the checkpoint lacks part of an expert.
         """
-        targets, prefix = self._targets[number], f"{self._layers[number].name}."
+        targets = self._targets[number]
         writer, done = RowWriter(layout, rows, self._gpu), 0
         for part in self._reader.parts(targets):
-            name = part.target.removeprefix(prefix)
+            name, shape = targets[part.target]
             writer.put(name, part.expert_id, part.row, part.rows)
             done += part.rows.numel()
-            tick(part.rows.numel() * targets[part.target].dtype.itemsize)
-        expected = sum(math.prod(target.shape) for target in targets.values())
+            tick(part.rows.numel() * shape.dtype.itemsize)
+        expected = sum(math.prod(shape.shape) for _, shape in targets.values())
         if done != expected:
             raise ValueError(
-                f"The checkpoint holds {done} numbers of experts of {prefix[:-1]}, the model has "
-                f"{expected}; some are missing or have another shape."
+                f"The checkpoint holds {done} numbers of the experts in {self._layers[number].name}, the "
+                f"model has {expected}; some are missing or have another shape."
             )
 
 
-def _targets(layer: MoELayer, encoder: Encoder | None) -> dict[str, ParameterShape]:
-    """What the checkpoint is asked for, by dotted path: parameters, or their stored parts."""
+def _targets(layer: MoELayer, encoder: Encoder | None) -> dict[str, tuple[str, ParameterShape]]:
+    """What the checkpoint is asked for: by its path there, a parameter or a stored part of one."""
     shapes = parameter_shapes(layer.experts)
     layout = RowLayout.of(layer.experts, encoder)
     if layout.is_native:  # the checkpoint has the stored parts themselves
@@ -186,7 +187,10 @@ def _targets(layer: MoELayer, encoder: Encoder | None) -> dict[str, ParameterSha
             name: ParameterShape((num_experts, *spec.shape), spec.dtype)
             for name, spec in layout.parameters.items()
         }
-    return {f"{layer.name}.{name}": shape for name, shape in shapes.items()}
+    return {
+        f"{layer.name}.{checkpoint_name(layer.experts, name)}": (name, shape)
+        for name, shape in shapes.items()
+    }
 
 
 @contextlib.contextmanager
