@@ -150,7 +150,7 @@ def _prefetch(scenario: Scenario) -> Rows:
 
 
 def _other_predictors(scenario: Scenario) -> list[dict[str, Any]]:
-    """Budgeted prefetch 4 layers ahead under better and worse predictors, x on demand."""
+    """Prefetch in pieces 4 layers ahead under better and worse predictors, x on demand."""
     kinds = {
         "perfect": {"recall": 1.0, "falloff": 1.0},
         "recall .89, knows well which are wrong (a + b = 0.5)": {"concentration": 0.5},
@@ -335,7 +335,7 @@ def _evict_section(parts: dict[str, Rows]) -> str:
 
 def _predictors_section(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "Budgeted, 4 ahead, under other predictors, all calibrated; multiples of on demand:",
+        "In pieces, 4 ahead, under other predictors, all calibrated; multiples of on demand:",
         "",
         "| | " + " | ".join(SLOTS) + " |",
         "|---|" + "---|" * len(SLOTS),
@@ -375,7 +375,7 @@ def _prefetch_section(parts: dict[str, Rows]) -> str:
     worst = max(r.tpot_ms for r in ours)
     lines += [
         "",
-        f"Budgeted at 25 %: {quarter:.3f} x on demand (asked for: at most 0.88); the worst of all "
+        f"In pieces at 25 %: {quarter:.3f} x on demand (asked for: at most 0.88); the worst of all "
         f"slots and horizons: {worst:.3f} x (asked for: at most 1.01).",
         "",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import sys
 from pathlib import Path
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from foreroute.data.traces import Traces
 
 ENGINE_FLAGS = ("bundle", "on_miss", "weights", "expert_slots")
+SLOTS_HELP = (
+    "expert_slots: Run the model in an engine with its experts in host memory and so many of each "
+    "layer's on the device, a number or a share such as 25%; for models that it cannot hold whole."
+)
 
 
 def main() -> None:
@@ -22,19 +27,33 @@ def main() -> None:
     from foreroute.data.collect import collect_traces
 
     @functools.wraps(collect_traces)
-    def command(**arguments: Any) -> None:
+    def command(*, expert_slots: str | None = None, **arguments: Any) -> None:
+        if expert_slots is not None:
+            collect(expert_slots=expert_slots, **arguments)
+            return
         prepare_process()
         show_traces(collect_traces(**arguments))
 
-    run_command("collect-traces", command)
+    run_command("collect-traces", _with_slots(command))
+
+
+def _with_slots(command: Any) -> Any:
+    """The command with `--expert-slots` among its flags and in its help."""
+    signature = inspect.signature(command)
+    slots = inspect.Parameter(
+        "expert_slots", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="str | None"
+    )
+    command.__signature__ = signature.replace(parameters=[*signature.parameters.values(), slots])
+    command.__doc__ = command.__doc__.replace("\n    Returns:", f"    {SLOTS_HELP}\n\n    Returns:")
+    return command
 
 
 def collect(
     *,
     bundle: Path | None = None,
-    on_miss: str = "skip",
+    on_miss: str | None = None,
     weights: str = "true",
-    expert_slots: str = "25%",
+    expert_slots: str | None = None,
     model: str = "bundled",
     revision: str | None = None,
     dataset: str = "python-stdlib",
@@ -52,6 +71,7 @@ def collect(
     dtype: str = "auto",
     states_dtype: str = "auto",
     device: str = "auto",
+    device_map: str | None = None,
     batch_size: int = 8,
     shard_tokens: int = 16384,
     max_bytes: str | None = None,
@@ -64,14 +84,17 @@ def collect(
     What is recorded as routing is always the true router's choice, whichever experts ran. Which
     ones are resident depends on all that ran before, so traces of a run that was killed and went on
     differ from an uninterrupted run's. Without --bundle this is collect-traces, of the model's own
-    text unless --source says otherwise.
+    text unless --source says otherwise; with --expert-slots alone, of a model whose experts are
+    fetched when they are needed, so that the device need not hold them.
 
     Args:
         bundle: Run the model in an engine with the estimators of this bundle.
-        on_miss: What the engine does about a missing expert: skip, predicted or another of its
-            speculative modes; fetch is exact, and serves models that do not fit the device.
+        on_miss: What the engine does about a missing expert: skip (unless said), predicted or
+            another of its speculative modes, with a bundle; fetch (unless said, without one) is
+            exact.
         weights: Gate weights of predicted experts: true or predicted.
-        expert_slots: Slots per MoE layer on the device: a number, or a share such as 25%.
+        expert_slots: Slots per MoE layer on the device: a number, or a share such as 25% (unless
+            said, with a bundle); without it and a bundle the whole model is on the device.
         model: As collect-traces takes it, like all that follow.
         revision: Branch, tag or commit of a Hub id, for weights and tokenizer.
         dataset: Where prompts, or text, come from.
@@ -90,6 +113,8 @@ def collect(
         dtype: auto, float32, bfloat16 or float16.
         states_dtype: auto, float32, bfloat16, float16 or int8.
         device: auto, cpu or cuda.
+        device_map: Spread the layers over GPUs that hold the whole model: auto, balanced,
+            sequential.
         batch_size: Sequences per forward pass; sequences of a batch share the slots.
         shard_tokens: Tokens per shard.
         max_bytes: Stop cleanly before the traces exceed this.
@@ -110,7 +135,10 @@ def collect(
     from foreroute.runtime import Engine
 
     prepare_process()
-    if bundle is None:
+    on_miss = on_miss or ("skip" if bundle else "fetch")
+    if bundle is None and (on_miss != "fetch" or weights != "true"):
+        raise ValueError(f"--on-miss {on_miss} --weights {weights} needs --bundle, which predicts.")
+    if bundle is None and expert_slots is None:
         show_traces(collect_traces(**given))
         return
     if on_miss != "fetch" and source != "generated":
@@ -118,17 +146,21 @@ def collect(
             f"--on-miss {on_miss} speculates while the model generates, not while it reads text: "
             "give --source generated, or --on-miss fetch."
         )
-    if not (bundle / MANIFEST_FILE).is_file():
+    if device_map is not None:
+        raise ValueError("--device-map is for models without an engine: leave out --expert-slots.")
+    speculation, expert_slots = None, expert_slots or "25%"
+    if bundle is not None and not (bundle / MANIFEST_FILE).is_file():
         raise FileNotFoundError(f"{bundle} holds no bundle: it has no {MANIFEST_FILE}.")
-    speculation = Speculation(
-        bundle=str(bundle),
-        bundle_sha256=sha256_of(bundle / MANIFEST_FILE),
-        on_miss=on_miss,
-        weights=weights,
-        expert_slots=expert_slots,
-    )
+    if bundle is not None and on_miss != "fetch":
+        speculation = Speculation(
+            bundle=str(bundle),
+            bundle_sha256=sha256_of(bundle / MANIFEST_FILE),
+            on_miss=on_miss,
+            weights=weights,
+            expert_slots=expert_slots,
+        )
     asked = {name: value for name, value in given.items() if name not in LOADING_FLAGS}
-    request = CollectRequest(**asked, speculation=None if on_miss == "fetch" else speculation)
+    request = CollectRequest(**asked, speculation=speculation)
     request.require_free()
     engine = Engine.from_pretrained(
         model,
@@ -140,7 +172,8 @@ def collect(
         dtype=dtype,
         revision=revision,
         trust_remote_code=trust_remote_code,
-        decide_on="host",  # so that every choice passes through Python, where it is recorded
+        # speculation is the host's; on demand, a GPU streams the experts of prompts by itself
+        decide_on="host" if speculation else "auto",
         agreement_floor=0.0,  # what is asked for is recorded to the end
     )
     tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)

@@ -30,7 +30,7 @@ from foreroute.estimators.forms import FREE_FORMS
 
 logger = logging.getLogger(__name__)
 
-LOADING_FLAGS = ("dtype", "device", "trust_remote_code")
+LOADING_FLAGS = ("dtype", "device", "device_map", "trust_remote_code")
 FREE_FORMS_ONLY = (
     f"Only estimators without an anchor ({', '.join(FREE_FORMS)}) can be trained on them."
 )
@@ -181,6 +181,7 @@ def collect_traces(
     dtype: str = "auto",
     states_dtype: str = CollectRequest.states_dtype,
     device: str = "auto",
+    device_map: str | None = None,
     batch_size: int = CollectRequest.batch_size,
     shard_tokens: int = CollectRequest.shard_tokens,
     max_bytes: str | None = CollectRequest.max_bytes,
@@ -217,6 +218,8 @@ def collect_traces(
         states_dtype: Dtype in which states are stored; auto is the model's, or bfloat16 where the
             model's is float32; int8 has one scale per token.
         device: auto, cpu or cuda.
+        device_map: Spread the model's layers over the host's GPUs: auto, balanced or sequential
+            (by accelerate); they must hold it whole.
         batch_size: Sequences per forward pass.
         shard_tokens: Tokens per shard, rounded down to whole sequences.
         max_bytes: Stop cleanly before the traces exceed this (500MB, 2GiB).
@@ -239,6 +242,7 @@ def collect_traces(
         model,
         dtype=dtype,
         device=resolve_device(device),
+        device_map=device_map,
         revision=revision,
         trust_remote_code=trust_remote_code,
     )

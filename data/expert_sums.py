@@ -7,7 +7,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from foreroute.data.adapters import MoELayer, stock_experts_function
+from foreroute.data.adapters import (
+    MoELayer,
+    combine,
+    stock_experts_function,
+    unweighted_outputs,
+)
 from foreroute.data.adapters.seam import ExpertsFunction
 
 SHARED_IMPLEMENTATIONS = ("batched_mm", "grouped_mm")
@@ -105,20 +110,22 @@ class HeldExperts:
     def compute(
         self, experts: nn.Module, hidden: Tensor, expert_ids: Tensor, gate_weights: Tensor
     ) -> Tensor:
-        """Pass the call on; in prompts, compute every (token, expert) pair by itself too."""
-        output = self._function(experts, hidden, expert_ids, gate_weights)
-        if self.is_prompt:
-            flat = expert_ids.reshape(-1).long()  # [pairs]
-            pairs = hidden.repeat_interleave(expert_ids.shape[-1], dim=0)  # [pairs, D]
-            ones = torch.ones_like(gate_weights).view(-1, 1)
-            outputs = self._function(experts, pairs, expert_ids.reshape(-1, 1), ones).float()
-            sums = torch.zeros(self._layer.num_experts, outputs.shape[-1], device=flat.device)
-            sums.index_add_(0, flat, outputs)
-            count = flat.bincount(minlength=self._layer.num_experts)
-            if self._sums is not None:
-                sums, count = sums + self._sums[0], count + self._sums[1]
-            self._sums = sums, count
-        return output
+        """Pass the call on; in prompts pair by pair, so that each output is there to be added up.
+
+        The pairs are weighed and added as transformers' batched_mm and grouped_mm do.
+        """
+        if not self.is_prompt:
+            return self._function(experts, hidden, expert_ids, gate_weights)
+        flat = expert_ids.reshape(-1).long()  # [pairs]
+        pairs = hidden.repeat_interleave(expert_ids.shape[-1], dim=0)  # [pairs, D]
+        outputs = unweighted_outputs(self._function, experts, pairs, expert_ids.reshape(-1))
+        sums = torch.zeros(self._layer.num_experts, outputs.shape[-1], device=flat.device)
+        sums.index_add_(0, flat, outputs.float())
+        count = flat.bincount(minlength=self._layer.num_experts)
+        if self._sums is not None:
+            sums, count = sums + self._sums[0], count + self._sums[1]
+        self._sums = sums, count
+        return combine(outputs, gate_weights)
 
     def take(self) -> tuple[Tensor, Tensor] | None:
         """The sums over prompts."""

@@ -22,6 +22,11 @@ _CHOICES = {
     "prefetch": get_args(PrefetchMode),
     "layer_slots": get_args(LayerSlots),
 }
+_KINDS: dict[str, tuple[type, ...]] = {
+    "context": (int,),
+    "budget": (int, type(None)),
+    "agreement_floor": (int, float),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +78,10 @@ class EngineConfig:
         Raises:
             ValueError: If a value is unknown or the values contradict each other.
         """
+        for name, kinds in _KINDS.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                raise ValueError(f"{name} must be a number, not {value!r}.")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(

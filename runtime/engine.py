@@ -7,6 +7,7 @@ import functools
 import inspect
 import logging
 import weakref
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,6 +25,7 @@ from foreroute.runtime.look_ahead import LookAhead
 from foreroute.runtime.planning.slot_plan import plan_slots, read_recording
 from foreroute.runtime.stats import RuntimeStats
 from foreroute.runtime.store.offload import OffloadedModel, load_offloaded
+from foreroute.runtime.store.pretrained import sort_arguments, take_over
 from foreroute.runtime.streamer import TimingStreamer
 from foreroute.runtime.turns import Turns, serialised
 
@@ -75,56 +77,54 @@ class Engine:
     @classmethod
     def from_pretrained(
         cls,
-        model: str,
+        model: str | Path | nn.Module,
         *,
         bundle: str | Path | None = None,
         expert_slots: str | int = "25%",
         prefetch: str | None = None,
         on_miss: str = "fetch",
-        device: str = "auto",
-        dtype: str | torch.dtype = "auto",
-        revision: str | None = None,
-        expert_dtype: str = "auto",
-        trust_remote_code: bool = False,
+        device: str | torch.device | None = "auto",
+        dtype: str | torch.dtype | None = "auto",
         **settings: Any,
     ) -> Engine:
         """Load a model with its experts in host memory, and estimators if there is a bundle.
 
         Args:
-            model: `bundled`, a local folder or a Hub id.
+            model: `bundled`, a local folder or a Hub id; or a causal language model of
+                transformers, whose experts are taken over (it runs in this engine only).
             bundle: Folder that `export-estimator` wrote.
             expert_slots: Slots per MoE layer, `8` or `25%`.
             prefetch: `none`, `auto` or `all`; unless said, auto if there is a bundle.
             on_miss: `fetch` (exact), `skip` or `predicted`.
-            device: `auto`, `cpu` or `cuda`.
+            device: `auto`, `cpu` or `cuda`; `device_map` may name it too.
             dtype: `auto`, `float32`, `bfloat16`, `float16`, or one of torch's; `torch_dtype` is
                 taken as another name for it.
-            revision: Branch, tag or commit of a Hub id.
-            expert_dtype: How experts are stored and copied: `auto` (as the checkpoint has them),
-                `bf16`, `fp8`, `int8` or `int4`; fewer bits than the checkpoint change the output.
-            trust_remote_code: Run code that came with the checkpoint.
-            **settings: Other fields of `EngineConfig`.
+            **settings: Other fields of `EngineConfig`; of `HubSettings` (`revision`, `token`,
+                `cache_dir`, `local_files_only`, `subfolder`, `trust_remote_code`);
+                `attn_implementation`; and `expert_dtype`: how experts are stored and copied,
+                `auto` (as the checkpoint has them), `bf16`, `fp8`, `int8` or `int4` (fewer bits
+                than the checkpoint's change the output).
 
         Raises:
-            ValueError: If the model, the bundle and the settings do not fit together.
+            ValueError: If the model, the bundle and the settings do not fit together, or an
+                argument of transformers has no meaning here; says what to do instead.
             FileNotFoundError: If the model or the bundle is missing.
         """
-        dtype = settings.pop("torch_dtype", dtype)
+        names = [field.name for field in fields(EngineConfig)]
+        given = sort_arguments(settings, names, device=device, dtype=dtype)
         config = EngineConfig(
             expert_slots=str(expert_slots),
             prefetch=prefetch or ("auto" if bundle else "none"),  # type: ignore[arg-type]
             on_miss=on_miss,  # type: ignore[arg-type]
-            **settings,
+            **given.config,
         )
         loaded = load_bundle(Path(bundle)) if bundle else None
-        offloaded = load_offloaded(
-            model,
-            device=device,
-            dtype=dtype,
-            revision=revision,
-            expert_dtype=expert_dtype,
-            trust_remote_code=trust_remote_code,
-        )
+        if isinstance(model, nn.Module):
+            offloaded = take_over(model, given)
+        else:
+            offloaded = load_offloaded(
+                str(model), device=given.device, dtype=given.dtype, **given.model, **given.hub
+            )
         if loaded is not None:
             loaded.require_fits(offloaded.moe.geometry)
         return cls(offloaded, config, loaded.stack if loaded else None)

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeForCausalLM
 
 import foreroute.data.collection as collection
 from foreroute.data.cli import main
@@ -67,6 +67,24 @@ def test_collected_traces_hold_what_was_asked_for(arguments):
     assert "--shard-tokens 128" in manifest.command
     assert not list(arguments["out"].rglob("*.partial"))
     assert "time: " in (arguments["out"] / "command.txt").read_text()
+
+
+def test_a_device_map_records_the_same(arguments, tmp_path):
+    pytest.importorskip("accelerate")
+    plain = collect_traces(**arguments)
+    mapped = collect_traces(**(arguments | {"out": tmp_path / "mapped", "device_map": "auto"}))
+    for layer_idx in range(4):
+        tensors = mapped.record(layer_idx, 0).tensors
+        for name, tensor in plain.record(layer_idx, 0).tensors.items():
+            assert torch.equal(tensors[name], tensor)
+
+
+def test_gpus_that_cannot_hold_the_model_are_refused_in_one_line(arguments, monkeypatch):
+    places = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": "cpu"}
+    monkeypatch.setattr(Qwen3MoeForCausalLM, "hf_device_map", places, raising=False)
+    with pytest.raises(ValueError, match=r"model.layers.1 and more .*--expert-slots"):
+        collect_traces(**(arguments | {"device_map": "auto"}))
+    assert not arguments["out"].exists()
 
 
 def test_tokens_are_rounded_up_to_whole_sequences(arguments):

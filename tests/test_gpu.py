@@ -1,6 +1,8 @@
 """On CUDA: pinned memory of exact size, copies on their own stream, exact at any slot count."""
 
 import copy
+import gc
+import threading
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from tiny_models import tiny_model
 from torch import Tensor
 
+from foreroute.data.adapters import load_tokenizer
 from foreroute.data.recorder import RoutingRecorder
 from foreroute.estimators import EstimatorStack
 from foreroute.runtime import Engine, EngineConfig
@@ -276,12 +279,13 @@ def test_a_step_that_cannot_be_captured_runs_kernel_by_kernel_and_says_so(
     config = EngineConfig(expert_slots="6", prefetch="auto")
     with graph_engine(offloaded, config) as engine:
         expected = engine.generate(prompt(), **settings)
+        num_steps = engine.stats().decode.forwards
     norm = offloaded.moe.model.model.norm
     waiting = norm.register_forward_hook(lambda _, __, output: output.sum().item() and None)
     with graph_engine(offloaded, config) as engine:
         got = engine.generate(prompt(), **settings)
         engine.check_integrity()
-        assert engine.stats().decode.forwards >= 11
+        assert engine.stats().decode.forwards == num_steps >= 11
     waiting.remove()
     assert torch.equal(got, expected)
     assert "without a CUDA graph" in caplog.text
@@ -359,10 +363,12 @@ def test_the_device_predicts_from_the_routers_input_where_the_experts_read_anoth
             return predict(source, router_input=router_input, **states)
 
         run.predictor.predict = watched
-        cache = engine(input_ids=prompt()[:, :9], use_cache=True).past_key_values
+        tokens = torch.arange(3, 13, device=CUDA).unsqueeze(0)
+        cache = engine(input_ids=tokens[:, :9], use_cache=True).past_key_values
         with RoutingRecorder(moe) as recorder:
-            engine(input_ids=prompt()[:, 9:10], past_key_values=cache, use_cache=True)
+            engine(input_ids=tokens[:, 9:], past_key_values=cache, use_cache=True)
             records = recorder.take()
+        torch.cuda.synchronize()
     assert len(seen) == len(stack.source_layers)
     assert all(torch.equal(state, records[source].router_input.to(CUDA)) for source, state in seen)
 
@@ -430,3 +436,78 @@ def test_graph_decodes_experts_in_fewer_bits(make_tiny_moe: Any, expert_dtype: s
     difference = (by_host - expected).float().abs().amax(-1) / expected.float().abs().max()
     # the median step: where a router is near a tie, rounding chooses another expert
     assert difference.median() <= STOCK_TOLERANCE
+
+
+def test_threads_are_answered_one_after_the_other(offloaded: OffloadedModel) -> None:
+    settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    prompts = [prompt()[:, : 6 + i] for i in range(4)]
+    with graph_engine(offloaded, EngineConfig(expert_slots="6")) as engine:
+        expected = [engine.generate(tokens, **settings) for tokens in prompts]
+        wrong: list[int] = []
+
+        def ask(number: int) -> None:
+            for _ in range(3):
+                if not torch.equal(engine.generate(prompts[number], **settings), expected[number]):
+                    wrong.append(number)
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+        engine.check_integrity()
+
+
+def test_engines_leave_nothing_on_the_device() -> None:
+    def bytes_left() -> int:
+        gc.collect()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_allocated()
+
+    left = []
+    for _ in range(3):
+        model = offload(tiny_model("qwen3_moe", dtype=torch.bfloat16), device=CUDA)
+        config = EngineConfig(expert_slots="4", prefetch="all")
+        with Engine(model, config) as engine:
+            engine.generate(prompt()[:, :8] % 128, max_new_tokens=4, do_sample=False)
+        del engine, model
+        left.append(bytes_left())
+    assert left[0] == left[1] == left[2]
+
+
+def test_an_engine_made_under_inference_mode_decodes_in_its_graph() -> None:
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    with torch.inference_mode():
+        model = offload(tiny_model("qwen3_moe", dtype=torch.bfloat16), device=CUDA)
+        engine = Engine(model, EngineConfig(expert_slots="4"))
+        inside = engine.generate(prompt()[:, :8] % 128, **settings)
+    with engine:
+        assert torch.equal(engine.generate(prompt()[:, :8] % 128, **settings), inside)
+        assert isinstance(engine.driver._graph, DecodeGraph)  # type: ignore[attr-defined]
+
+
+def test_generation_ends_at_a_string(tiny_moe: Any) -> None:
+    tokenizer = load_tokenizer(str(tiny_moe.folder))
+    tokens = prompt()[:, :8]
+    settings = {"max_new_tokens": 12, "min_new_tokens": 1, "do_sample": False}
+    with Engine.from_pretrained(str(tiny_moe.folder), device="cuda", expert_slots="4") as engine:
+        whole = engine.generate(tokens, **settings)
+        stop = tokenizer.decode(whole[0, 10:11])
+        ended = engine.generate(tokens, stop_strings=[stop], tokenizer=tokenizer, **settings)
+    assert ended.shape[1] <= 11
+    assert torch.equal(ended, whole[:, : ended.shape[1]])
+
+
+def test_an_adapter_is_heard_by_the_graph() -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny_model("qwen3_moe", dtype=torch.bfloat16)
+    tokens, settings = prompt()[:, :8] % 128, {"max_new_tokens": 8, "do_sample": False}
+    lora = peft.LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+    with Engine(offload(model, device=CUDA), EngineConfig(expert_slots="8")) as engine:
+        plain = engine.generate(tokens, **settings)
+        adapted = peft.get_peft_model(engine.model, lora)
+        with_adapter = engine.generate(tokens, **settings)
+        assert not torch.equal(with_adapter, plain)
+        with adapted.disable_adapter():
+            assert torch.equal(engine.generate(tokens, **settings), plain)

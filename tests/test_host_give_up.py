@@ -16,7 +16,7 @@ from foreroute.runtime.store.offload import OffloadedModel, offload
 
 PERIOD, TOKENS, SOURCES = 40, 91, 3
 LAYER_S, COPY_S = 1e-3, 2e-3
-BUDGETED = {"expert_slots": "3", "prefetch": "auto"}
+AUTO = {"expert_slots": "3", "prefetch": "auto"}
 
 
 class Clock:
@@ -135,7 +135,7 @@ def test_a_predictor_that_never_helps_is_asked_in_trials_alone(
     caplog.set_level("INFO")
     expected, _, _ = on_demand(offloaded, clock)
     useless = guesses(tiny_moe, clock, predict_s=5e-3)
-    with Engine(offloaded, EngineConfig(**BUDGETED), useless) as engine:
+    with Engine(offloaded, EngineConfig(**AUTO), useless) as engine:
         assert torch.equal(generate(engine), expected)
         stats = engine.stats()
         engine.check_integrity()
@@ -155,7 +155,7 @@ def test_a_predictor_that_helps_is_asked_all_the_time_and_saves_time(
     oracle = guesses(tiny_moe, clock, predict_s=1e-5)
     oracle.future = future
     start = clock.now
-    with Engine(offloaded, EngineConfig(**BUDGETED), oracle) as engine:
+    with Engine(offloaded, EngineConfig(**AUTO), oracle) as engine:
         assert torch.equal(generate(engine), expected)
         stats = engine.stats()
     assert stats.steps_ahead == stats.decode.forwards
@@ -171,7 +171,7 @@ def test_forced_and_speculative_prefetch_never_gives_up(
     tiny_moe: Any, offloaded: OffloadedModel, clock: Clock, settings: dict[str, Any]
 ) -> None:
     useless = guesses(tiny_moe, clock, predict_s=5e-3)
-    with Engine(offloaded, EngineConfig(**(BUDGETED | settings)), useless) as engine:
+    with Engine(offloaded, EngineConfig(**(AUTO | settings)), useless) as engine:
         generate(engine)
         assert engine.stats().share_ahead == 1
     assert useless.calls == (TOKENS - 1) * SOURCES
@@ -183,7 +183,7 @@ def test_where_copies_hide_behind_nothing_nothing_is_predicted(
     assert not ImmediateTransfers.can_hide
     expected, _, _ = on_demand(offloaded, clock)
     unused = guesses(tiny_moe, clock, predict_s=0.0)
-    with Engine(offloaded, EngineConfig(**BUDGETED), unused) as engine:
+    with Engine(offloaded, EngineConfig(**AUTO), unused) as engine:
         assert torch.equal(generate(engine), expected)
         assert engine.stats().share_ahead == 0
         assert engine.stats().decode.prefetches == 0

@@ -13,6 +13,7 @@ from tiny_models import SUPPORTED, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, conversion_mapping
 from transformers.core_model_loading import Interleave, Transpose, WeightConverter
 
+from foreroute.data.adapters import load_model
 from foreroute.data.adapters.adapted import open_experts
 from foreroute.data.adapters.model_class import auto_class
 from foreroute.data.adapters.weightless import parameter_shapes
@@ -258,3 +259,97 @@ def test_loading_shows_how_many_bytes_of_the_experts_it_has_read(tmp_path, monke
     shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", capsys.readouterr().err)
     total = f"{store.num_bytes / 1000:.1f}"
     assert f"experts {'━' * 40} {total}/{total} kB" in shown
+
+
+def test_the_experts_come_from_the_files_that_transformers_reads(tmp_path):
+    """A new whole file beside old shards and their index; and a file that the config names."""
+    for folder in (tmp_path / "beside", tmp_path / "named"):
+        save(folder, seed=0)
+        tiny_model("qwen3_moe", seed=1).save_pretrained(tmp_path / "new")
+        weights = (tmp_path / "new" / "model.safetensors").read_bytes()
+        name = "model.safetensors" if folder.name == "beside" else "weights.safetensors"
+        (folder / name).write_bytes(weights)
+        if folder.name == "named":
+            config = json.loads((folder / "config.json").read_text())
+            config["transformers_weights"] = name
+            (folder / "config.json").write_text(json.dumps(config))
+        stock = AutoModelForCausalLM.from_pretrained(folder)
+        assert torch.equal(stock.lm_head.weight, tiny_model("qwen3_moe", seed=1).lm_head.weight)
+        assert_same_weights(load_offloaded(str(folder), device="cpu"), stock)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "index", "shard"])
+@pytest.mark.parametrize("damage", ["pointer", "cut", "empty"])
+def test_a_file_that_is_not_whole_is_named_in_one_line(tmp_path, name, damage):
+    if name in ("index", "shard"):
+        save(tmp_path)
+        name = "model.safetensors.index.json" if name == "index" else "model-00002-of-*"
+    else:
+        tiny_model("qwen3_moe").save_pretrained(tmp_path)
+    path = next(iter(sorted(tmp_path.glob(name))))
+    whole = path.read_bytes()
+    path.write_bytes({"pointer": POINTER, "cut": whole[: len(whole) // 2], "empty": b""}[damage])
+    for load in (load_model, load_offloaded):
+        with pytest.raises(ValueError, match=re.escape(path.name)) as error:
+            load(str(tmp_path), device="cpu")
+        assert "\n" not in str(error.value)
+        assert damage != "pointer" or name == "config.json" or "Git LFS pointer" in str(error.value)
+
+
+def test_names_outside_the_folder_are_not_opened(tmp_path):
+    save(tmp_path / "model")
+    tiny_model("qwen3_moe").save_pretrained(tmp_path)
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    for name in ("../model.safetensors", "/dev/zero", str(tmp_path / "model.safetensors")):
+        content = json.loads(index.read_text())
+        content["weight_map"] = dict.fromkeys(content["weight_map"], name)
+        index.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"outside|lacks"):
+            load_offloaded(str(tmp_path / "model"), device="cpu")
+
+
+def test_arguments_of_transformers_work_or_say_what_to_do(tmp_path):
+    tiny_model("qwen3_moe").save_pretrained(tmp_path / "sub")
+    tokens = torch.arange(3, 12).unsqueeze(0)
+    stock = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "sub", attn_implementation="eager"
+    ).eval()
+    stock.set_experts_implementation("batched_mm")
+    settings = {
+        "device_map": "cpu",
+        "torch_dtype": "auto",
+        "low_cpu_mem_usage": True,
+        "use_safetensors": True,
+        "local_files_only": True,
+        "token": None,
+        "subfolder": "sub",
+        "attn_implementation": "eager",
+    }
+    engine = Engine.from_pretrained(tmp_path, expert_slots=4, **settings)
+    with engine, torch.no_grad():
+        assert torch.equal(engine(tokens).logits, stock(tokens).logits)
+    for name, value in {
+        "max_memory": {0: "8GiB"},
+        "load_in_4bit": True,
+        "device_map": {"model": 0, "lm_head": 1},
+        "policey": "lru",
+        "budget": "4",
+        "use_safetensors": False,
+    }.items():
+        with pytest.raises(ValueError, match=name):
+            Engine.from_pretrained(tmp_path / "sub", **{name: value})
+
+
+def test_a_loaded_model_is_taken_over():
+    model, tokens = tiny_model("mixtral"), torch.arange(3, 12).unsqueeze(0)
+    model.set_experts_implementation("batched_mm")
+    expected = model(tokens).logits
+    with Engine.from_pretrained(model, expert_slots="4", device="cpu") as engine:
+        assert torch.equal(engine(tokens).logits, expected)
+    with pytest.raises(ValueError, match="loaded already"):
+        Engine.from_pretrained(tiny_model("mixtral"), revision="v2")
+    with pytest.raises(ValueError, match="is no causal language model"):
+        Engine.from_pretrained(torch.nn.Linear(2, 2))

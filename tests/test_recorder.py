@@ -107,6 +107,23 @@ def test_sums_of_experts_that_another_function_computes_are_the_same(tiny_moe):
         assert torch.equal(found_records[layer_idx].expert_ids, records[layer_idx].expert_ids)
 
 
+@pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
+def test_experts_that_another_function_computes_are_computed_once(tiny_moe, implementation):
+    num_pairs = []
+
+    def counted(experts, hidden, ids, weights):
+        num_pairs.append(ids.numel())
+        return stock_experts_function(implementation, experts)(experts, hidden, ids, weights)
+
+    with routed_through(tiny_moe.model, {layer.experts: counted for layer in tiny_moe.moe.layers}):
+        with torch.no_grad():
+            expected = tiny_moe.model(input_ids=some_tokens()).logits
+        num_pairs.clear()
+        logits, _, _ = record(tiny_moe)
+    assert num_pairs == [some_tokens().numel() * 2] * len(tiny_moe.moe.layers)
+    assert torch.equal(logits, expected)
+
+
 def test_expert_sums_add_up_over_passes_and_start_anew_once_taken(tiny_moe):
     with torch.no_grad(), RoutingRecorder(tiny_moe.moe) as recorder:
         for _ in range(2):

@@ -1,13 +1,16 @@
 """Traces of a running engine: states that its speculation produced, routing of the true router."""
 
+import dataclasses
 import inspect
 import json
+import sys
 
 import pytest
 import torch
 
-from foreroute.data.cli import ENGINE_FLAGS, collect
-from foreroute.data.collect import CollectRequest, collect_traces
+from foreroute.data.adapters import discover, load_model, load_tokenizer
+from foreroute.data.cli import ENGINE_FLAGS, collect, main
+from foreroute.data.collect import CollectRequest, collect_from, collect_traces
 from foreroute.data.traces import Traces
 from foreroute.estimators import EstimatorSpec
 from foreroute.estimators.console import run_command
@@ -84,6 +87,41 @@ def test_an_exact_engine_records_what_the_model_records(arguments, tmp_path):
             engine.record(2, 0).tensors[name].float(), expected.float(), atol=1e-4
         )
     assert engine.manifest.speculation is None
+
+
+@pytest.mark.parametrize("slots", ["2", "25%", "8"])
+def test_a_model_is_recorded_on_demand_without_a_bundle_bit_for_bit(
+    tiny_moe, arguments, monkeypatch, slots
+):
+    plain = {name: value for name, value in arguments.items() if name not in ENGINE_FLAGS}
+    plain |= {"source": "dataset", "tokens": 4 * 32, "generated_share": 0.25}
+    plain = {name: value for name, value in plain.items() if name != "generate"}
+    flags = plain | {"expert_slots": slots, "out": plain["out"].parent / "engine"}
+    words = [
+        part
+        for name, value in flags.items()
+        for part in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    monkeypatch.setattr(sys, "argv", ["collect-traces", *words])
+    main()
+    engine, model = Traces.open(flags["out"]), collect_traces(**plain)
+    request = CollectRequest(**{n: v for n, v in plain.items() if n != "device"})
+    stock = load_model(plain["model"])
+    stock.set_experts_implementation("batched_mm")  # which the engine equals on a CPU
+    request = dataclasses.replace(request, out=plain["out"].parent / "batched")
+    exact = collect_from(discover(stock), load_tokenizer(plain["model"]), request)
+    assert torch.equal(engine.tokens(0).token_ids, model.tokens(0).token_ids)
+    for layer_idx in range(4):
+        found, expected = engine.record(layer_idx, 0), exact.record(layer_idx, 0)
+        for name, tensor in expected.tensors.items():
+            assert torch.equal(found.tensors[name], tensor), (layer_idx, name)
+        assert torch.equal(found.expert_ids, model.record(layer_idx, 0).expert_ids)
+
+
+@pytest.mark.parametrize("change", [{"on_miss": "skip"}, {"weights": "predicted"}])
+def test_speculation_without_a_bundle_is_refused(arguments, change):
+    with pytest.raises(ValueError, match="needs --bundle"):
+        collect(**(arguments | {"bundle": None} | change))
 
 
 def test_default_vectors_are_means_over_the_prompts(arguments):

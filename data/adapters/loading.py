@@ -66,8 +66,12 @@ def loading_alone() -> Iterator[None]:
                 logging.enable_progress_bar()
 
 
-def resolve_model(name: str) -> str:
+def resolve_model(name: str, subfolder: str = "") -> str:
     """The folder or Hub id behind a model's name.
+
+    Args:
+        name: `bundled`, a local folder or a Hub id.
+        subfolder: Of the folder, that holds the model.
 
     Raises:
         FileNotFoundError: If it looks like a local path and there is none.
@@ -79,8 +83,13 @@ def resolve_model(name: str) -> str:
         return str(folder)
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"{path} holds no model: it has no config.json.")
+        if not (path / subfolder / "config.json").is_file():
+            has_adapter = (path / subfolder / "adapter_config.json").is_file()
+            what = ", but an adapter: load its base model, then" if has_adapter else ":"
+            how = " PeftModel.from_pretrained(engine.model, folder)" if has_adapter else ""
+            raise FileNotFoundError(
+                f"{path / subfolder} holds no model{what}{how or ' it has no config.json'}."
+            )
         return str(path)
     if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise FileNotFoundError(
@@ -139,7 +148,10 @@ def load_config(name: str, **hub: Unpack[HubSettings]) -> Any:
     from transformers import AutoConfig  # lazily: transformers' auto classes import scikit-learn
     from transformers.utils import CONFIG_NAME, cached_file
 
-    source, settings = resolve_model(name), hub | {"revision": hub.get("revision") or "main"}
+    source, settings = (
+        resolve_model(name, hub.get("subfolder", "")),
+        hub | {"revision": hub.get("revision") or "main"},
+    )
     trusted = settings.pop("trust_remote_code", False)
     try:
         file = cached_file(source, CONFIG_NAME, **settings)
@@ -162,6 +174,7 @@ def load_model(
     *,
     dtype: str = "auto",
     device: torch.device | str = "cpu",
+    device_map: str | None = None,
     **hub: Unpack[HubSettings],
 ) -> Any:
     """Load a model that writes text in eval mode, with its default experts implementation.
@@ -169,15 +182,19 @@ def load_model(
     Args:
         name: `bundled`, a local folder, or a Hub id.
         dtype: As `resolve_dtype` takes it.
-        device: Where the whole model goes.
+        device: Where the whole model goes, unless a map says it.
+        device_map: How its layers are spread over the host's GPUs (`auto`, `balanced`,
+            `sequential`), by accelerate.
         **hub: See `HubSettings`.
 
     Raises:
         FileNotFoundError: If a local path does not exist.
-        ValueError: If the model cannot be read; one line says why.
+        ValueError: If the model cannot be read, or the GPUs of a map cannot hold it; one line says
+            why.
     """
     weights_dtype = resolve_dtype(dtype)
-    source, config = resolve_model(name), load_config(name, **hub)
+    source = resolve_model(name, hub.get("subfolder", ""))
+    config = load_config(name, **hub)
     if (Path(source) / PREPARED_MANIFEST).is_file():
         raise ValueError(
             f"{name} is a prepared model, whose experts lie in the runtime's rows: it cannot be "
@@ -188,11 +205,35 @@ def load_model(
         find_weight_files(source, config, **settings)  # says what is wrong with a file, in one line
         try:
             model = auto_class(config, name).from_pretrained(
-                source, config=config, dtype=weights_dtype, use_safetensors=True, **settings
+                source,
+                config=config,
+                dtype=weights_dtype,
+                use_safetensors=True,
+                device_map=device_map,
+                **settings,
             )
-        except (OSError, RuntimeError, ValueError) as error:
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
             raise ValueError(_unreadable(name, error)) from error
-    return model.eval().requires_grad_(False).to(device)
+    model.eval().requires_grad_(False)
+    if device_map is None:
+        return model.to(device)
+    _require_no_offload(model, name)
+    return model
+
+
+def _require_no_offload(model: Any, name: str) -> None:
+    """Refuse a map that leaves part of a model to the host: accelerate copies that at every pass.
+
+    Raises:
+        ValueError: If it does; names the first such part.
+    """
+    places = getattr(model, "hf_device_map", None) or {}
+    on_host = [part for part, place in places.items() if str(place) in ("cpu", "disk", "meta")]
+    if on_host and len(on_host) < len(places):
+        raise ValueError(
+            f"The GPUs cannot hold {name}: {on_host[0]} and more would stay on the host. Give "
+            "--expert-slots instead, which keeps the experts there and fetches what is needed."
+        )
 
 
 def load_tokenizer(name: str, **hub: Unpack[HubSettings]) -> Any:
@@ -208,7 +249,7 @@ def load_tokenizer(name: str, **hub: Unpack[HubSettings]) -> Any:
     """
     from transformers import AutoTokenizer
 
-    source = resolve_model(name)
+    source = resolve_model(name, hub.get("subfolder", ""))
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source, **(hub | {"revision": hub.get("revision") or "main"})

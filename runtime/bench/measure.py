@@ -67,7 +67,7 @@ class ModeResult:
     wasted_bytes_per_token: float
     late_per_token: float
     share_ahead: float | None
-    """Share of decode steps that looked ahead; None for modes that never do. Budgeted prefetch ends
+    """Share of decode steps that looked ahead; None for modes that never do. `prefetch="auto"` ends
     where it takes longer than it saves, and is tried again now and then."""
     agreement: float
     """Share of speculatively run experts that the true router chose; 1 for exact modes."""

@@ -13,6 +13,7 @@ from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from foreroute.runtime.device.fusions import fuse_attention, fuse_rotary, fuse_routers
 from foreroute.runtime.device.kernels.cache import store_token
+from foreroute.runtime.device.streams import borrow_stream
 
 WARM_UP_STEPS = 2
 LENGTH_STEP = 256  # caches are this much longer than needed at most, so that graphs serve again
@@ -167,6 +168,7 @@ class DecodeGraph(DecodeStep):
         """
         super().__init__(model, batch, length, routers)
         self._graphs = []
+        self._warm_up = borrow_stream(self.tokens.device, self)
         for set_up in variants:
             set_up()
             with self._fused():
@@ -174,7 +176,7 @@ class DecodeGraph(DecodeStep):
 
     def _capture(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """The graph of a step, and the logits that it writes."""
-        stream = torch.cuda.Stream()
+        stream = self._warm_up
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_STEPS):
@@ -182,7 +184,8 @@ class DecodeGraph(DecodeStep):
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         pool = self._graphs[0][0].pool() if self._graphs else None  # they never run at once
-        with torch.cuda.graph(graph, pool=pool):
+        # other engines' threads go on meanwhile
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             logits = self._step()
         return graph, logits
 

@@ -40,6 +40,7 @@ from foreroute.runtime.device.prefill import StreamedPrefill
 from foreroute.runtime.device.residency import FETCH_BLOCKS, DeviceResidency
 from foreroute.runtime.device.run_state import DeviceRun
 from foreroute.runtime.device.sampling import decode_loop
+from foreroute.runtime.device.streams import borrow_stream
 from foreroute.runtime.look_ahead import LookAhead
 from foreroute.runtime.policies import GiveUp, find_policy
 from foreroute.runtime.policies.give_up import LOOK_AHEAD, ON_DEMAND
@@ -118,7 +119,7 @@ class DeviceDriver:
             rule=self._policy.device_rule(),
             form=form,
             predictor=DevicePredictor(ahead, offloaded.moe.model.dtype) if ahead else None,
-            ahead=torch.cuda.Stream(device=device, priority=-1),
+            ahead=borrow_stream(device, self, priority=-1),
             head_words=torch.zeros(1, dtype=torch.int32, device=device),
             trust=torch.full((2,), PRIOR_PREFETCHES, device=device),
             prompt_weight=self._policy.prompt_weight if config.warm_start == "prompt" else 0.0,
@@ -270,7 +271,8 @@ class DeviceDriver:
                 self.run.stats = stats
                 for tensor, value in zip(learnt, before, strict=True):
                     tensor.copy_(value)
-            graph.choose_variant = self._before_step
+            if isinstance(graph, DecodeGraph):  # other steps are counted by `begin_forward`
+                graph.choose_variant = self._before_step
             self._graph = graph
         return graph
 

@@ -21,7 +21,7 @@ Rates = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class MachineProfile:
-    """What the simulator, the planner and the prefetcher's rule know of a machine."""
+    """What the simulator, the planner and the prefetch rules know of a machine."""
 
     name: str
     """How it is called."""

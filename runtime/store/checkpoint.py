@@ -91,7 +91,7 @@ class Checkpoint:
     @property
     def source(self) -> str:
         """The folder or Hub id."""
-        return resolve_model(self.name)
+        return resolve_model(self.name, self.hub.get("subfolder", ""))
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -117,6 +117,7 @@ def load_offloaded(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     expert_dtype: str = "auto",
+    attn_implementation: str | None = None,
     **hub: Unpack[HubSettings],
 ) -> OffloadedModel:
     """Load `bundled`, a folder or a Hub id with its experts in host memory, and only there.
@@ -127,6 +128,7 @@ def load_offloaded(
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
         expert_dtype: How experts are stored: `auto`, lossless, bf16, fp8, int8 or int4; see
             `default_expert_dtype`.
+        attn_implementation: Transformers' name of the attention to run; its own choice if None.
         **hub: Where the files come from; see `HubSettings`.
 
     Raises:
@@ -138,5 +140,7 @@ def load_offloaded(
         checkpoint = Checkpoint.open(
             name, dtype=dtype, expert_dtype=expert_dtype, device=target, **hub
         )
+        if attn_implementation is not None:
+            checkpoint.config._attn_implementation = attn_implementation
         moe, store = load_with_host_experts(checkpoint, target)
         return OffloadedModel.whole(moe, store, target, checkpoint.expert_dtype)

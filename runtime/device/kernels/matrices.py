@@ -26,6 +26,10 @@ from foreroute.runtime.store.encodings import (
 
 PLAIN, INT8, FP8, FP8_BLOCKS, INT4, MXFP4, LOSSLESS = range(7)
 GROUPED = (FP8_BLOCKS, INT4, MXFP4)
+KIND_PLAIN, KIND_FP8, KIND_FP8_BLOCKS, KIND_INT4 = map(tl.constexpr, (PLAIN, FP8, FP8_BLOCKS, INT4))
+KIND_LOSSLESS = tl.constexpr(LOSSLESS)
+"""The same for kernels. Up to `FP8` a row has one scale at most; from `FP8_BLOCKS` on groups of
+elements share scales, and from `INT4` on a byte holds two numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,13 +158,13 @@ def load_inputs(  # noqa: ANN201
         (the same where an element is one number): [C], or [groups, elements] by group.
     """
     at = start + tl.arange(0, AT_ONCE)
-    if KIND < 3:
+    if KIND < KIND_FP8_BLOCKS:
         element, is_there = at, at < num_elements
     else:
         within = tl.arange(0, PADDED)
         element = at[:, None] * GROUP + within[None, :]
         is_there = (element < num_elements) & (within < GROUP)[None, :]
-    if KIND < 4:
+    if KIND < KIND_INT4:
         low = tl.load(state + element, mask=is_there, other=0.0).to(tl.float32)
         high = low
     else:
@@ -199,12 +203,12 @@ def row_sums(  # noqa: ANN201
     element, is_there, low, high = tile
     is_row = row < num_rows
     base = weight + slot * slot_stride
-    if KIND < 3:
+    if KIND < KIND_FP8_BLOCKS:
         where = base + row[:, None] * row_stride + element[None, :]
         raw = tl.load(where, mask=is_row[:, None] & is_there[None, :], other=0)
-        number = _float8(raw) if KIND == 2 else raw.to(tl.float32)
+        number = _float8(raw) if KIND == KIND_FP8 else raw.to(tl.float32)
         total = tl.sum(number * low[None, :], 1)
-        if KIND > 0:
+        if KIND > KIND_PLAIN:
             at = slot * scale_slot_stride + row * scale_row_stride
             total *= tl.load(scales + at, mask=is_row, other=0.0)
         return total
@@ -220,9 +224,9 @@ def row_sums(  # noqa: ANN201
         at = slot * scale_slot_stride + shared[:, None] * scale_row_stride + group[None, :]
         has_scale = is_row[:, None] & (tl.max(is_there.to(tl.int32), 1) > 0)[None, :]
         scale = tl.load(scales + at, mask=has_scale, other=0)
-        if KIND == 3:
+        if KIND == KIND_FP8_BLOCKS:
             total = tl.sum(_float8(raw) * low[None, :, :], 2) * scale
-        elif KIND == 4:
+        elif KIND == KIND_INT4:
             sums = _float_of(raw & 15) * low[None, :, :] + _float_of(raw >> 4) * high[None, :, :]
             offset = tl.load(offsets + at, mask=has_scale, other=0.0).to(tl.float32)
             total = tl.sum(sums, 2) * scale.to(tl.float32)

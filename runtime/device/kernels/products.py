@@ -26,6 +26,7 @@ from foreroute.runtime.device.kernels.demand import (
 )
 from foreroute.runtime.device.kernels.lossless import packed_sums
 from foreroute.runtime.device.kernels.matrices import (
+    KIND_LOSSLESS,
     LOSSLESS,
     PLAIN,
     SlotMatrix,
@@ -130,7 +131,7 @@ def _up_kernel(
         )
         gate = tl.zeros([ROWS], dtype=tl.float32)
         up = tl.zeros([ROWS], dtype=tl.float32)
-        if KIND == 6:
+        if KIND == KIND_LOSSLESS:
             lines = scales + slot * scale_slot_stride
             words = weight + slot * slot_stride
             parts = tl.arange(0, 2 if HAS_GATE else 1)[:, None]  # the gate's rows, and up's
@@ -204,7 +205,7 @@ def _down_kernel(
         height,
     )
     total = tl.zeros([ROWS], dtype=tl.float32)
-    if KIND == 6:
+    if KIND == KIND_LOSSLESS:
         k = tl.arange(0, MOST_K)[:, None]  # all experts side by side
         pair = token * TOP_K + k
         slot = slot_named(tl.load(places + pair, mask=k < TOP_K, other=0))
@@ -223,7 +224,7 @@ def _down_kernel(
         pair = token * TOP_K + k
         slot = slot_named(tl.load(places + pair))
         value = tl.zeros([ROWS], dtype=tl.float32)
-        if KIND != 6:
+        if KIND != KIND_LOSSLESS:
             for start in range(0, num_steps, AT_ONCE):
                 state = inner + pair * width
                 tile = load_inputs(state, start, num_elements, KIND, GROUP, PADDED, AT_ONCE)
@@ -231,7 +232,7 @@ def _down_kernel(
         if HAS_BIAS:
             where_bias = bias + slot * bias_slot_stride + row
             value += tl.load(where_bias, mask=is_row, other=0.0).to(tl.float32)
-        if KIND != 6 or HAS_BIAS:
+        if KIND != KIND_LOSSLESS or HAS_BIAS:
             total += tl.load(gate_weights + pair).to(tl.float32) * value
     tl.store(output + token * depth + row, total.to(output.dtype.element_ty), mask=is_row)
 
