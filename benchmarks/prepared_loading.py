@@ -71,10 +71,9 @@ def save_model(folder: Path, layers: int, device: torch.device, is_tiny: bool) -
 
 
 def load(folder: Path, expert_dtype: str, device: torch.device) -> dict[str, Any]:
-    """Seconds, peak and kept memory of one way to load, in a fresh process; the second of two."""
+    """Seconds, peak and kept memory of one way to load, in a fresh process."""
     command = [sys.executable, "-c", LOAD, str(folder), expert_dtype, device.type]
-    for _ in range(2):
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     files = [path for path in folder.rglob("*") if path.is_file()]
     return found | {"disk_mib": sum(path.stat().st_size for path in files) / 2**20}
@@ -83,7 +82,7 @@ def load(folder: Path, expert_dtype: str, device: torch.device) -> dict[str, Any
 def main() -> None:
     """Measure the three ways."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--tiny", action="store_true", help="small sizes: a test of this script")
     parser.add_argument("--json", type=Path)

@@ -70,6 +70,8 @@ def row_documents(
     """
     left = iter(rows)
     first = list(itertools.islice(left, NUM_ROWS_SEEN))
+    if len(first) == 1:
+        first = _rows_within(first[0]) or first
     if not first:
         return
     column = choose_column(first, reading, features or {})
@@ -101,6 +103,14 @@ def choose_column(first: list[Row], reading: RowReading, features: Mapping[str, 
             f"{_plural(found.kind)}. Leave out --prompt-tokens, or name another --column."
         )
     return found
+
+
+def _rows_within(row: Row) -> list[Row]:
+    """The rows of a JSON file that holds them under one name, with other things beside them."""
+    lists = [value for value in row.values() if isinstance(value, list)]
+    inner = lists[0] if len(lists) == 1 else []
+    is_table = all(isinstance(part, dict) for part in inner) and not turns_of(inner)
+    return inner if is_table else []
 
 
 def _asked(kinds: Mapping[str, ColumnKind], name: str) -> Column:
@@ -162,7 +172,7 @@ def _plural(kind: ColumnKind) -> str:
 
 def _document(row: Row, column: Column, name: str, reading: RowReading) -> Document | TokenRow:
     value = row.get(column.name)
-    if value is None:
+    if value is None or value == []:
         return Document(name, "")
     if column.kind == "text":
         if not isinstance(value, str):

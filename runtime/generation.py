@@ -68,6 +68,8 @@ def run_generate(
             sampling = {"do_sample": True, "temperature": temperature}
         sampling |= {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids)}
         sampling["max_new_tokens"] = max_new_tokens
+        if engine.model.generation_config.stop_strings:  # to find them, `generate` needs it
+            sampling["tokenizer"] = tokenizer
         if (engine.model.generation_config.num_beams or 1) == 1:
             streamer = TextStreamer(tokenizer, skip_prompt=False, skip_special_tokens=True)
             engine.generate(streamer=streamer, **sampling)

@@ -85,6 +85,34 @@ def test_values_that_no_rule_knows_are_refused_when_the_model_is_built(
             read(folder)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("eos_token_id", "x"),
+        ("eos_token_id", [[1]]),
+        ("bos_token_id", 1.5),
+        ("forced_eos_token_id", 10**6),
+        ("num_beams", 10**12),
+        ("num_beams", "2"),
+        ("max_time", "x"),
+        ("temperature", float("nan")),
+        ("guidance_scale", "x"),
+        ("watermarking_config", "x"),
+        ("stop_strings", 3),
+    ],
+)
+def test_a_bad_field_of_the_generation_config_is_named(
+    broken: Callable[..., Path], field: str, value: Any
+) -> None:
+    path = broken() / "generation_config.json"
+    usual = {"_from_model_config": True, "eos_token_id": [1, 2], "stop_strings": ["a"], "top_k": 5}
+    path.write_text(json.dumps(usual))
+    load_config(str(path.parent))
+    path.write_text(json.dumps({field: value}))
+    with pytest.raises(ValueError, match=rf"generation_config\.json cannot be used: {field} is"):
+        load_config(str(path.parent))
+
+
 def test_plan_refuses_what_doctor_refuses(tmp_path: Path) -> None:
     tiny_config("jetmoe").save_pretrained(tmp_path)
     for read in (diagnose, plan):

@@ -73,6 +73,7 @@ def zipped(path, members: dict[str, bytes]):
         ("array.json", json.dumps(ROWS).encode()),
         ("lines.json", LINES),
         ("A.JSONL", LINES),
+        ("inner.json", json.dumps({"version": "1", "data": ROWS}).encode()),
         ("a.ndjson", LINES),
         ("a.csv", as_csv(",")),
         ("a.tsv", as_csv("\t")),
@@ -232,7 +233,8 @@ CHATS = {
 
 @pytest.mark.parametrize("row", CHATS.values(), ids=CHATS)
 def test_chats_go_through_the_tokenizers_template(tmp_path, row):
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for _ in range(3)))
+    empty = dict.fromkeys(row) | {next(iter(row)): []}
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [row, empty, row, row])))
     rows = rows_of(tmp_path / "a.jsonl")
     assert ["".join(map(chr, r.token_ids)) for r in rows] == ["<user>hi"] * 3
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
 from foreroute.data.adapters import ExpertsView
 from foreroute.runtime import Engine, EngineConfig
+from foreroute.runtime.planning.doctor import diagnose
 from foreroute.runtime.store.encodings import EXPERT_DTYPES, Fp8Blocks, Int4, Mxfp4
 from foreroute.runtime.store.offload import load_offloaded, offload
 
@@ -236,10 +237,148 @@ def full_bytes(stock):
     return sum(p.nbytes for p in experts.parameters()) // 8
 
 
-def test_other_quantisations_and_requantising_are_refused(tmp_path):
+def test_other_quantisations_and_requantising_are_refused_by_doctor_too(tmp_path):
     save_fp8(tmp_path, "qwen3_moe")
     with pytest.raises(ValueError, match="comes in fp8 already"):
         load_offloaded(str(tmp_path), device="cpu", expert_dtype="int8")
-    add_quantization(tmp_path, {"quant_method": "gptq", "bits": 4})
-    with pytest.raises(ValueError, match="quantised as 'gptq'"):
-        load_offloaded(str(tmp_path), device="cpu")
+    for settings in (
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        {"quant_method": "gptq", "bits": 3},
+        {"quant_method": "awq", "bits": 4, "version": "gemv"},
+        {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
+    ):
+        add_quantization(tmp_path, settings)
+        for ask in (load_offloaded, diagnose):
+            with pytest.raises(ValueError, match="cannot be read; known: mxfp4, fp8"):
+                ask(str(tmp_path), **({} if ask is diagnose else {"device": "cpu"}))
+
+
+def packed(numbers, bits=4):
+    """Numbers along a row into words, the first in the lowest bits."""
+    words = numbers.to(torch.int64).unflatten(1, (-1, 32 // bits))
+    words = (words << torch.arange(0, 32, bits)).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def fp8_per(scale_of, name, **extra):
+    def form(matrix):
+        scale = scale_of(matrix.float()) / 448
+        values = (matrix.float() / scale).to(torch.float8_e4m3fn)
+        tensors = {"weight": values, name: scale.reshape(scale.shape or (1,)), **extra}
+        return tensors, values.float() * scale
+
+    return form
+
+
+def int8_channels(matrix):
+    scale = (matrix.float().abs().amax(1, keepdim=True) / 127).bfloat16()
+    values = (matrix.float() / scale.float()).round().clamp(-127, 127).to(torch.int8)
+    return {"weight": values, "weight_scale": scale}, values.float() * scale.float()
+
+
+def grouped(matrix, group=16):
+    """Codes 0..15, and a scale and a zero for each group of inputs."""
+    parts = matrix.float().unflatten(1, (-1, group))
+    low, high = parts.amin(2, keepdim=True), parts.amax(2, keepdim=True)
+    scale = ((high - low) / 15).half().float()
+    zero = (-low / scale).round().clamp(1, 15)
+    codes = (parts / scale + zero).round().clamp(0, 15)
+    return codes.flatten(1), scale.squeeze(2), zero.squeeze(2), ((codes - zero) * scale).flatten(1)
+
+
+def int4_packed(matrix):
+    codes, scale, zero, decoded = grouped(matrix)
+    shape = torch.tensor(matrix.shape)
+    tensors = {"weight_packed": packed(codes), "weight_scale": scale.half(), "weight_shape": shape}
+    return tensors | {"weight_zero_point": packed(zero.T.contiguous()).T.contiguous()}, decoded
+
+
+def gptq(matrix):
+    codes, scale, zero, decoded = grouped(matrix)
+    order = torch.arange(matrix.shape[1]) // 16
+    return {
+        "qweight": packed(codes).T.contiguous(),
+        "qzeros": packed((zero - 1).T.contiguous()),
+        "scales": scale.T.contiguous().half(),
+        "g_idx": order.int(),
+    }, decoded
+
+
+def awq(matrix):
+    codes, scale, zero, decoded = grouped(matrix)
+    places = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])  # which number lies n-th in a word
+
+    def words(rows):
+        return packed(rows.unflatten(1, (-1, 8))[..., places].flatten(1))
+
+    return {
+        "qweight": words(codes.T.contiguous()),
+        "qzeros": words(zero.T.contiguous()),
+        "scales": scale.T.contiguous().half(),
+    }, decoded
+
+
+COMPRESSED = {"quant_method": "compressed-tensors"}
+STATIC = {"input_scale": torch.tensor(0.5)}
+FORMS = {
+    "fp8-per-tensor-static": (
+        fp8_per(lambda m: m.abs().max(), "weight_scale", **STATIC),
+        {"quant_method": "fp8", "activation_scheme": "static"},
+    ),
+    "fp8-per-channel": (
+        fp8_per(lambda m: m.abs().amax(1, keepdim=True), "weight_scale"),
+        COMPRESSED | {"format": "float-quantized"},
+    ),
+    "fp8-inverse-per-tensor": (
+        fp8_per(lambda m: m.abs().max(), "weight_scale_inv"),
+        {"quant_method": "fp8"},
+    ),
+    "int8-per-channel": (int8_channels, COMPRESSED | {"format": "int-quantized"}),
+    "int4-packed": (int4_packed, COMPRESSED | {"format": "pack-quantized"}),
+    "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": 16}),
+    "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"}),
+}
+
+
+@pytest.mark.parametrize("left", ["nothing", "layer-1"])
+@pytest.mark.parametrize("form", FORMS)
+def test_quantised_checkpoints_are_decoded_as_they_are_read(tmp_path, form, left):
+    """Attention and experts in fewer bits, one layer perhaps left as it was."""
+    encode, settings = FORMS[form]
+    model = tiny_model("qwen3_moe", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "plain")
+    plain = load_file(tmp_path / "plain" / "model.safetensors")
+    tensors, decoded = {}, dict(plain)
+    for name, matrix in plain.items():
+        is_left = "layers.1." in name and left == "layer-1"
+        if is_left or not ("experts." in name or "_proj." in name) or matrix.dim() != 2:
+            tensors[name] = matrix
+            continue
+        prefix = name.removesuffix("weight")
+        parts, dense = encode(matrix)
+        tensors |= {prefix + part: value.clone() for part, value in parts.items()}
+        decoded[name] = dense.bfloat16()
+    model.config.save_pretrained(tmp_path / "quantised")
+    save_file(tensors, tmp_path / "quantised" / "model.safetensors", metadata={"format": "pt"})
+    add_quantization(tmp_path / "quantised", settings)
+    save_file(decoded, tmp_path / "plain" / "model.safetensors", metadata={"format": "pt"})
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
+    stock.set_experts_implementation("batched_mm")
+    offloaded = load_offloaded(str(tmp_path / "quantised"), device="cpu")
+    with torch.no_grad():
+        assert torch.equal(run(offloaded), stock(TOKENS).logits)
+    assert diagnose(str(tmp_path / "quantised")).dtype.startswith("bfloat16, decoded from")
+
+
+def test_blocks_of_fp8_with_a_layer_left_in_bf16_are_decoded(tmp_path):
+    save_fp8(tmp_path, "qwen3_moe")
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in [n for n in tensors if "layers.1." in n and n.endswith("_scale_inv")]:
+        weight, scale = name.removesuffix("_scale_inv"), tensors.pop(name)
+        blocks = scale.repeat_interleave(32, 0).repeat_interleave(32, 1)
+        tensors[weight] = (tensors[weight].float() * blocks).bfloat16()
+    whole = run(load_offloaded(str(tmp_path), device="cpu"))
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    offloaded = load_offloaded(str(tmp_path), device="cpu")
+    assert not offloaded.store.layouts[0].encoded
+    assert torch.equal(run(offloaded), whole)

@@ -18,6 +18,7 @@ def train(
     model: str | None = None,
     revision: str | None = None,
     dataset: str = "python-stdlib",
+    column: str = "",
     tokens: int = 200_000,
     buffer: str = "1GiB",
     layers: str = "all",
@@ -46,6 +47,7 @@ def train(
         model: Train while this model runs, and store nothing of it: bundled, a folder or a Hub id.
         revision: Branch, tag or commit of a Hub id, for that model and its tokenizer.
         dataset: Text that model runs on, as collect-traces takes it.
+        column: Column of its tables; found unless said.
         tokens: Tokens of it, to train on and to measure by.
         buffer: Most memory for its states; the model runs again over what does not fit.
         layers: Layers to predict, as the model counts them: all, 3, 3,4 or 3-7.
@@ -93,6 +95,7 @@ def train(
             model=model,
             revision=revision,
             dataset=dataset,
+            column=column,
             tokens=tokens,
             record=RECORDED_FOR.get(input, ""),
             device=device,

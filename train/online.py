@@ -27,6 +27,7 @@ def open_live_traces(
     model: str,
     revision: str | None = None,
     dataset: str,
+    column: str = "",
     tokens: int,
     record: str = "",
     device: str = "auto",
@@ -46,6 +47,7 @@ def open_live_traces(
         model: `bundled`, a local folder or a Hub id.
         revision: Branch, tag or commit of a Hub id, for weights and tokenizer.
         dataset: As `collect-traces` takes it.
+        column: Column of its tables; found if empty.
         tokens: Tokens to train on and to measure by, all together.
         record: Optional trace fields to record, a comma list; `RECORDED_FOR` has an input's.
         device: auto, cpu or cuda.
@@ -67,6 +69,7 @@ def open_live_traces(
         model=model,
         revision=revision,
         dataset=dataset,
+        column=column,
         tokens=tokens,
         record=record,
         sequence_length=sequence_length,

@@ -28,6 +28,17 @@ AT_LEAST_ONE = frozenset(
 NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k")
 DTYPE_FIELDS = ("dtype", "torch_dtype")
+GENERATION_COUNTS = frozenset(
+    {"max_length", "max_new_tokens", "min_length", "min_new_tokens", "top_k", "num_beams"}
+    | {"num_return_sequences", "no_repeat_ngram_size", "prompt_lookup_num_tokens"}
+    | {"assistant_early_exit"}
+)
+GENERATION_NUMBERS = frozenset(
+    {"temperature", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
+    | {"repetition_penalty", "length_penalty", "guidance_scale", "max_time", "penalty_alpha"}
+)
+GENERATION_OBJECTS = frozenset({"watermarking_config", "compile_config", "cache_config"})
+GREATEST_BEAMS = 1 << 10
 
 
 def check_config_file(path: Path) -> None:
@@ -43,6 +54,49 @@ def check_config_file(path: Path) -> None:
     for prefix, part in _parts("", values):
         for problem in _problems(part):
             raise ValueError(f"{path} cannot be used: {prefix}{problem}.")
+
+
+def check_generation_file(path: Path, vocabulary_size: int) -> None:
+    """Refuse a generation_config.json that `generate` would stumble over.
+
+    Args:
+        path: The file.
+        vocabulary_size: Of the model.
+
+    Raises:
+        ValueError: If it is no JSON object, or a field has a value that cannot be; names both.
+    """
+    for name, value in _read(path).items():
+        if value is not None:
+            for expected in _expected_instead(name, value, vocabulary_size):
+                raise ValueError(
+                    f"{path} cannot be used: {name} is {value!r}, expected {expected}."
+                )
+
+
+def _expected_instead(name: str, value: Any, vocabulary_size: int) -> Iterator[str]:
+    """What a field of a generation config should be, where it is something else."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if name in GENERATION_COUNTS and type(value) is not int:
+        yield "a whole number"
+    if name in GENERATION_NUMBERS and not (is_number and math.isfinite(value)):
+        yield "a finite number"
+    if name in ("num_beams", "num_return_sequences") and not 1 <= value <= GREATEST_BEAMS:
+        yield f"a number from 1 to {GREATEST_BEAMS}"
+    if name.endswith("_token_id"):
+        ids = _listed(value)
+        if not all(type(token_id) is int for token_id in ids):
+            yield "a token id, or a list of them"
+        elif name.startswith("forced_") and not all(0 <= i < vocabulary_size for i in ids):
+            yield f"token ids below {vocabulary_size}"
+    if name == "stop_strings" and not all(isinstance(text, str) for text in _listed(value)):
+        yield "a text, or a list of them"
+    if name in GENERATION_OBJECTS and not isinstance(value, dict):
+        yield "an object"
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _read(path: Path) -> Mapping[str, Any]:

@@ -12,7 +12,11 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 
-from foreroute.data.adapters.config_file import check_config_file
+from foreroute.data.adapters.config_file import (
+    GREATEST_INTEGER,
+    check_config_file,
+    check_generation_file,
+)
 from foreroute.data.adapters.model_class import auto_class, writing_part
 from foreroute.data.adapters.weight_files import find_weight_files
 
@@ -146,7 +150,7 @@ def load_config(name: str, **hub: Unpack[HubSettings]) -> Any:
             transformers has no model of it that writes text.
     """
     from transformers import AutoConfig  # lazily: transformers' auto classes import scikit-learn
-    from transformers.utils import CONFIG_NAME, cached_file
+    from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 
     source, settings = (
         resolve_model(name, hub.get("subfolder", "")),
@@ -164,6 +168,10 @@ def load_config(name: str, **hub: Unpack[HubSettings]) -> Any:
         raise ValueError(_unreadable(name, error)) from error
     except Exception as error:  # each model's config checks its fields in its own way
         raise ValueError(f"{file} cannot be used: {' '.join(str(error).split())}") from error
+    generation_file = Path(file).with_name(GENERATION_CONFIG_NAME)
+    if generation_file.is_file():
+        size = getattr(config.get_text_config(), "vocab_size", None)
+        check_generation_file(generation_file, size or GREATEST_INTEGER)
     config = writing_part(config)
     auto_class(config, name)  # or it raises
     return config

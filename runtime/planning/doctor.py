@@ -87,11 +87,13 @@ def diagnose(
     sizes = _sizes(checkpoint.outline, experts)
     sizes["graph"] = _graph(checkpoint.outline, experts.values())  # before layers are dropped
     found = _diagnosis(name, discover_outline(checkpoint.outline, name), sizes)
+    dtype_name = str(checkpoint.dtype).removeprefix("torch.")
+    method = (checkpoint.quantization or {}).get("quant_method")
     if checkpoint.encoder is None:
-        return replace(found, dtype=str(checkpoint.dtype).removeprefix("torch."))
+        return replace(found, dtype=dtype_name + (f", decoded from {method}" if method else ""))
     return replace(
         found,
-        dtype=str(checkpoint.config.quantization_config["quant_method"]),
+        dtype=str(method),
         expert_bytes=RowLayout.of(next(iter(experts.values())), checkpoint.encoder).row_bytes,
         all_experts_bytes=checkpoint.stored_bytes,
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Unpack
 
@@ -18,6 +19,7 @@ from foreroute.estimators.host_memory import require_host_memory
 from foreroute.runtime.store.encodings import Encoder, encoder_named, native_encoder
 from foreroute.runtime.store.host_store import RowLayout
 from foreroute.runtime.store.prepared import PreparedModel
+from foreroute.runtime.store.quantised import DecodedTensors, are_in_blocks, require_readable
 
 CPU = torch.device("cpu")
 
@@ -31,7 +33,9 @@ class Checkpoint:
     hub: HubSettings
     """Where its files come from."""
     config: Any
-    """As transformers loads it; told to dequantise all but the experts."""
+    """As transformers loads it."""
+    quantization: dict[str, Any] | None
+    """How the checkpoint is quantised, in its config's words."""
     expert_dtype: str
     """What the experts are stored as; `auto` where it is as the checkpoint has them."""
     encoder: Encoder | None
@@ -66,22 +70,23 @@ class Checkpoint:
             ValueError: If it cannot be read, or its experts cannot be stored that way.
         """
         config = load_config(name, **hub)
-        prepared = PreparedModel.find(resolve_model(name))
-        if prepared is not None:
-            encoder = prepared.encoder(expert_dtype, _encoder(config, "auto"))
-            expert_dtype = prepared.expert_dtype
-        else:
-            expert_dtype = (
-                default_expert_dtype(config, device) if expert_dtype == "auto" else expert_dtype
-            )
-            encoder = _encoder(config, expert_dtype)
         known = resolve_dtype(dtype)
         if not isinstance(known, torch.dtype):
             known = config.dtype or config.get_text_config().dtype
+        quantization = _quantization(config)
+        prepared = PreparedModel.find(resolve_model(name, hub.get("subfolder", "")))
+        if prepared is not None:
+            encoder = prepared.encoder(expert_dtype, _encoder(quantization, "auto"))
+            expert_dtype = prepared.expert_dtype
+        else:
+            if expert_dtype == "auto":
+                expert_dtype = default_expert_dtype(quantization, device)
+            encoder = _encoder(quantization, expert_dtype)
         return cls(
             name=name,
             hub=hub,
             config=config,
+            quantization=quantization,
             expert_dtype=expert_dtype,
             encoder=encoder,
             prepared=prepared,
@@ -102,6 +107,27 @@ class Checkpoint:
     def files(self) -> WeightFiles:
         """The files of weights, downloaded if they are not here."""
         return find_weight_files(self.source, self.config, **self.settings)
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Any]:
+        """The tensors of the files as numbers, by name; what is quantised is decoded when read."""
+        if self.quantization is None:
+            return self.files
+        return DecodedTensors(self.files, self.quantization, self.dtype)
+
+    @property
+    def expert_tensors(self) -> Mapping[str, Any]:
+        """Where the experts are read from: the files as they are, if they are kept so."""
+        is_kept = self.quantization is not None and native_encoder(self.quantization) is not None
+        return self.files if is_kept and self.encoder is not None else self.tensors
+
+    def settled(self) -> Checkpoint:
+        """The same, now that the files are here: experts in blocks may not all be so."""
+        block = (self.quantization or {}).get("weight_block_size")
+        is_known = self.prepared is not None or self.encoder is None or not block
+        if is_known or are_in_blocks(self.files, int(block[0])):
+            return self
+        return replace(self, encoder=None, expert_dtype="auto")
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -167,31 +193,37 @@ class Checkpoint:
         )
 
 
-def default_expert_dtype(config: Any, device: torch.device) -> str:
+def default_expert_dtype(quantization: dict[str, Any] | None, device: torch.device) -> str:
     """What `expert_dtype=auto` stands for.
 
     On a GPU 12 bits without loss: faster at the same memory and exact (docs/gpu.md); what is not
-    in bfloat16 stays as it is all the same. On a CPU, and of a checkpoint in fewer bits, `auto`:
-    as the checkpoint has them.
+    in bfloat16 stays as it is all the same. On a CPU, and of a checkpoint whose own way is kept,
+    `auto`: as the checkpoint has them.
     """
-    is_quantised = getattr(config, "quantization_config", None) is not None
-    return "lossless" if device.type == "cuda" and not is_quantised else "auto"
+    is_kept = quantization is not None and native_encoder(quantization) is not None
+    return "lossless" if device.type == "cuda" and not is_kept else "auto"
 
 
-def _encoder(config: Any, expert_dtype: str) -> Encoder | None:
-    """How the experts will be stored; a checkpoint in fewer bits keeps its own way."""
+def _encoder(quantization: dict[str, Any] | None, expert_dtype: str) -> Encoder | None:
+    """How the experts will be stored; a checkpoint in fewer bits keeps its own way if it can."""
     chosen = encoder_named(expert_dtype)
-    quantization = getattr(config, "quantization_config", None)
     if quantization is None:
         return chosen
-    if not isinstance(quantization, dict):
-        quantization = quantization.to_dict()
+    require_readable(quantization)
     native = native_encoder(quantization)
-    if chosen is not None:
+    if native is not None and chosen is not None:
         raise ValueError(
             f"The checkpoint comes in {quantization['quant_method']} already, which is kept; "
             f"expert_dtype={expert_dtype} needs a checkpoint in full precision."
         )
-    # Everything but the experts is dequantised by transformers while it loads.
-    config.quantization_config = quantization | {"dequantize": True}
-    return native
+    return native or chosen
+
+
+def _quantization(config: Any) -> dict[str, Any] | None:
+    """What a config says about how its checkpoint is quantised."""
+    for part in (config, config.get_text_config()):
+        given = getattr(part, "quantization_config", None)
+        given = given or getattr(part, "compression_config", None)
+        if given is not None:
+            return dict(given if isinstance(given, dict) else given.to_dict())
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -42,6 +43,8 @@ def load_with_host_experts(
     """
     with loading_alone():
         checkpoint.require_host_memory()  # before the files: they may be downloaded
+        checkpoint = checkpoint.settled()
+        checkpoint.require_host_memory()
         moe = discover(load_the_rest(checkpoint), checkpoint.name)
         store = filled_store(moe, checkpoint, device)
     return moe, store
@@ -73,14 +76,14 @@ def load_the_rest(checkpoint: Checkpoint) -> Any:
     """The model with all its weights but the experts'."""
     from transformers.utils import logging
 
-    model_class, config = type(checkpoint.outline), checkpoint.outline.config
-    quantization = getattr(checkpoint.config, "quantization_config", None)
-    if quantization is not None:
-        config.quantization_config = quantization
+    model_class, config = type(checkpoint.outline), copy.deepcopy(checkpoint.outline.config)
+    for part in (config, config.get_text_config()):  # what is quantised comes decoded
+        for name in ("quantization_config", "compression_config"):
+            part.__dict__.pop(name, None)
     logging.set_verbosity_error()  # it would list every expert's tensor as unexpected
     logging.disable_progress_bar()
     try:
-        model = weightless(model_class, checkpoint.files).from_pretrained(
+        model = weightless(model_class, checkpoint.tensors).from_pretrained(
             checkpoint.source, config=config, dtype=checkpoint.dtype, **checkpoint.settings
         )
     except (OSError, RuntimeError, ValueError) as error:
@@ -135,7 +138,7 @@ class LayerReader:
         self._gpu = device if device.type == "cuda" else None
         self._targets = [_targets(layer, checkpoint.encoder) for layer in moe.layers]
         every = {path: shape for targets in self._targets for path, (_, shape) in targets.items()}
-        self._reader = ExpertReader(moe.model, checkpoint.files, every)
+        self._reader = ExpertReader(moe.model, checkpoint.expert_tensors, every)
         self._num_bytes = sum(math.prod(t.shape) * t.dtype.itemsize for t in every.values())
 
     @property
@@ -172,7 +175,7 @@ class LayerReader:
         expected = sum(math.prod(shape.shape) for _, shape in targets.values())
         if done != expected:
             raise ValueError(
-                f"The checkpoint holds {done} numbers of the experts in {self._layers[number].name}, the "
+                f"The checkpoint holds {done} numbers of experts, of {self._layers[number].name}; the "
                 f"model has {expected}; some are missing or have another shape."
             )
 

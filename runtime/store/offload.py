@@ -87,7 +87,7 @@ def offload(
         ValueError: If it is no MoE that is supported; says what is missing.
     """
     if expert_dtype == "auto":
-        expert_dtype = default_expert_dtype(model.config, device)
+        expert_dtype = default_expert_dtype(None, device)
     encoder_named(expert_dtype)  # refuses unknown names before anything is taken
     moe = discover(model, model_name)
     experts = [layer.experts for layer in moe.layers]

@@ -56,6 +56,12 @@ def pack_model(
     """
     if checkpoint.prepared is not None:
         raise ValueError(f"{checkpoint.name} is a prepared model already.")
+    checkpoint = checkpoint.settled()
+    if checkpoint.expert_tensors is not checkpoint.files:
+        raise ValueError(
+            f"{checkpoint.name} is quantised in a way that is decoded while it is read, which is "
+            "not packed; give a checkpoint in full precision, in mxfp4 or in fp8 of square blocks."
+        )
     require_free(out, overwrite=overwrite)
     partial = out.with_name(out.name + PARTIAL_SUFFIX)
     partial.mkdir(parents=True, exist_ok=True)

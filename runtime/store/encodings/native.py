@@ -67,22 +67,18 @@ class Fp8Blocks(Encoding):
         return matrices
 
 
-def native_encoder(quantization: Mapping[str, Any]) -> Encoder:
-    """The encoder of a checkpoint that is quantised already, from its config's own words.
+def native_encoder(quantization: Mapping[str, Any]) -> Encoder | None:
+    """The encoder that keeps a quantised checkpoint's experts as they are, by its config's words.
 
-    Raises:
-        ValueError: If it is quantised in a way that is not known here.
+    Returns:
+        None where none does: such experts are decoded while they are read.
     """
     method = quantization.get("quant_method")
     if method == "mxfp4":
         return lambda _, rows, columns: Mxfp4(rows, columns)
-    if method == "fp8":
-        block = tuple(quantization.get("weight_block_size") or (FP8_BLOCK, FP8_BLOCK))
-        if len(set(block)) == 1:
-            return lambda name, rows, columns: Fp8Blocks(
-                rows, columns, stacked=2 if name == "gate_up_proj" else 1, block=int(block[0])
-            )
-    raise ValueError(
-        f"The checkpoint is quantised as {method!r}, whose experts cannot be kept as they are; "
-        "known: mxfp4, fp8 (in square blocks). Use the checkpoint in full precision."
-    )
+    block = tuple(quantization.get("weight_block_size") or ())
+    if method == "fp8" and len(block) == 2 and len(set(block)) == 1:
+        return lambda name, rows, columns: Fp8Blocks(
+            rows, columns, stacked=2 if name == "gate_up_proj" else 1, block=int(block[0])
+        )
+    return None
