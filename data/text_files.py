@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 PIECE_CHARACTERS = 8192  # a lone text file is cut into pieces, so that it too can be split
 LINE_CHARACTERS = 1 << 20  # a longer line is read in parts: it may be no text at all
-COMPRESSED = frozenset({".gz", ".bz2", ".xz", ".zst", ".lz4"})
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".lz4": "lz4"}
+"""Endings of compressed files, and what fsspec calls the compression."""
 PDF_MARK = "%PDF-"
 NUM_NAMED = 5  # files that a message names
 
@@ -55,7 +56,7 @@ class DataFile:
         """Its bytes, decompressed, while the context lasts."""
         import fsspec
 
-        compression = "infer" if PurePosixPath(self.name.lower()).suffix in COMPRESSED else None
+        compression = COMPRESSED.get(PurePosixPath(self.name.lower()).suffix)
         opened: AbstractContextManager[BinaryIO]
         opened = fsspec.open(self.url, "rb", compression=compression)
         return opened

@@ -3,9 +3,11 @@
 import bz2
 import csv
 import gzip
+import io
 import json
 import logging
 import lzma
+import tarfile
 import zipfile
 
 import datasets
@@ -120,6 +122,15 @@ def test_a_zip_archive_is_read_like_a_folder(tmp_path):
     assert sorted(texts_of(tmp_path)) == sorted([*TEXTS, "bee", "sea"])
 
 
+def test_a_tar_of_webdataset_gives_its_texts(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for number, text in enumerate(TEXTS):
+            member = tarfile.TarInfo(f"{number:03}.txt")
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text.encode()))
+    assert sorted(texts_of(tmp_path / "a.tar")) == sorted(TEXTS)
+
+
 @pytest.mark.parametrize(
     "content", ["z\u00fcg\r\nzwei", "\ufeffz\u00fcg", "plain", "\u65e5\u672c \U0001f98a"]
 )
@@ -139,6 +150,7 @@ def test_text_is_decoded_by_its_mark(tmp_path, content, encoding):
         ("a.zip", b"PK\x03\x04 cut off"),
         ("a", b"\x1f\x8b\x08 a compressed file without its ending"),
         ("a.txt.gz", b"not compressed at all"),
+        ("a.txt.zst", b"\x28\xb5\x2f\xfd1234"),
         ("cut.jsonl.gz", gzip.compress(LINES)[:200]),
         ("a.parquet", b"PAR1 or not"),
         ("a.arrow", b"ARROW1 or not"),

@@ -31,7 +31,7 @@ def run_script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def test_a_route_file_is_read_and_folded_to_another_shape(tmp_path: Path) -> None:
     header = "turn,phase,step,layer,slot,expert,weight,residency,expert_bytes"
-    rows = [(1, 0, (5, 9)), (1, 1, (2, 6)), (2, 0, (1, 3)), (2, 1, (0, 4)), (3, 0, (7, 7))]
+    rows = [(1, 0, (5, 9)), (1, 1, (2, 6)), (2, 0, (1, 3)), (2, 1, (0, 4)), (3, 0, (7, 8))]
     lines = [f"0,1,{s},{la},{i},{e},0.5,0,1" for s, la, es in rows for i, e in enumerate(es)]
     path = tmp_path / "route.csv"
     path.write_text("\n".join(["# a comment", header, "0,0,0,0,0,1,1,0,1", *lines]) + "\n")
