@@ -175,8 +175,8 @@ class LayerReader:
         expected = sum(math.prod(shape.shape) for _, shape in targets.values())
         if done != expected:
             raise ValueError(
-                f"The checkpoint holds {done} numbers of experts, of {self._layers[number].name}; the "
-                f"model has {expected}; some are missing or have another shape."
+                f"The checkpoint holds {done} numbers of experts of {self._layers[number].name}, "
+                f"the model has {expected}; some are missing or have another shape."
             )
 
 
