@@ -124,8 +124,9 @@ class Checkpoint:
     def settled(self) -> Checkpoint:
         """The same, now that the files are here: experts in blocks may not all be so."""
         block = (self.quantization or {}).get("weight_block_size")
-        is_known = self.prepared is not None or self.encoder is None or not block
-        if is_known or are_in_blocks(self.files, int(block[0])):
+        if self.encoder is None or not block or self.prepared is not None:
+            return self
+        if are_in_blocks(self.files, int(block[0])):
             return self
         return replace(self, encoder=None, expert_dtype="auto")
 
