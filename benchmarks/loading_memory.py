@@ -53,7 +53,7 @@ if how == "foreroute":
 elif how == "stock":
     kept = AutoModelForCausalLM.from_pretrained(folder)
 else:
-    loading.fill_store = lambda *_: None
+    loading.fill_stores = lambda *_: None
     kept = load_offloaded(folder, device="cpu")
 seconds = time.perf_counter() - began
 done = True

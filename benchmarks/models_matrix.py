@@ -37,7 +37,6 @@ UNSUPPORTED = [
     "dbrx",
     "diffusion_gemma",
     "doge",
-    "ernie4_5_vl_moe",
     "jetmoe",
     "longcat_flash",
     "switch_transformers",

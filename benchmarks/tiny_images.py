@@ -149,7 +149,7 @@ def _image(model: Any, generator: torch.Generator) -> dict[str, Any]:
     asked = inspect.signature(model.base_model.get_image_features).parameters
     patch, side = 4, 4  # pixels of a patch, patches of an image
     if "image_grid_thw" in asked:
-        width = 3 * getattr(config, "temporal_patch_size", 1) * patch * patch
+        width = 3 * getattr(type(config), "temporal_patch_size", 1) * patch * patch
         pixels = torch.rand(side * side, width, generator=generator)
         return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, side, side]])}
     if "image_position_ids" in asked:

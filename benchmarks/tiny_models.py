@@ -30,6 +30,7 @@ SUPPORTED = [
     "deepseek_v4",
     "dots1",
     "ernie4_5_moe",
+    "ernie4_5_vl_moe",
     "exaone_moe",
     "flex_olmo",
     "gemma4",

@@ -93,7 +93,8 @@ def choose_column(first: list[Row], reading: RowReading, features: Mapping[str, 
     Raises:
         NoTextError: If there is none; lists the columns.
     """
-    kinds = {name: _kind_in(first, name, features) for row in first for name in row}
+    names = dict.fromkeys(name for row in first for name in row)
+    kinds = {name: _kind_in(first, name, features) for name in names}
     found = _asked(kinds, reading.column) if reading.column else _found(kinds)
     if found.kind != "text" and reading.tokenizer is None:
         raise NoTextError(f"its column {found.name} holds {_plural(found.kind)}, not text.")

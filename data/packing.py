@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from foreroute.data.adapters.vocabulary import require_known
 from foreroute.data.document import Document, TokenRow
+
+logger = logging.getLogger(__name__)
+
+SHORT_ROWS = "Rows of less than %d tokens (--sequence-length) are left out, such as %s."
 
 
 class TokenSequence(NamedTuple):
@@ -45,6 +50,7 @@ def token_sequences(
     given_ids = _Packing(sequence_length, [])
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     num_given = longest = 0
+    is_said = False
     for document in documents:
         if isinstance(document, Document):
             encoded = tokenizer(document.text, add_special_tokens=False, verbose=False)
@@ -52,6 +58,9 @@ def token_sequences(
         elif document.num_prompt_tokens is None:
             ready = given_ids.add(document.token_ids)
         else:
+            if len(document.token_ids) < sequence_length and not is_said:
+                logger.info(SHORT_ROWS, sequence_length, document.name)
+                is_said = True
             longest = max(longest, len(document.token_ids))
             ready = _whole(document, sequence_length)
         for sequence in ready:

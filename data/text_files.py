@@ -78,7 +78,7 @@ def local_documents(path: Path, reading: RowReading) -> Contents:
     elif not path.is_file():
         raise NoTextError(f"{path} is neither a file nor a folder.")
     elif path.suffix.lower() == ".zip":
-        yield from _many_documents(str(path), dict(_zip_parts(path, "", reading)))
+        yield from _zip_documents(path, "", reading)
     else:
         file = DataFile(path.name, str(path))
         if file.ending in BUILDERS:
@@ -98,7 +98,7 @@ def _folder_documents(folder: Path, reading: RowReading) -> Contents:
         if path.is_dir():
             parts[name] = functools.partial(saved_documents, path, name, reading)
         elif path.suffix.lower() == ".zip":
-            parts |= dict(_zip_parts(path, f"{name}/", reading))
+            parts[name] = functools.partial(_zip_documents, path, f"{name}/", reading)
         else:
             parts[name] = functools.partial(_file_documents, DataFile(name, str(path)), reading)
     yield from _many_documents(str(folder), parts)
@@ -123,18 +123,18 @@ def _walk(folder: Path) -> Iterator[Path]:
                 yield here / name
 
 
-def _zip_parts(
-    path: Path, prefix: str, reading: RowReading
-) -> Iterator[tuple[str, Callable[[], Contents]]]:
+def _zip_documents(path: Path, prefix: str, reading: RowReading) -> Contents:
     try:
         with zipfile.ZipFile(path) as archive:
             names = sorted(info.filename for info in archive.infolist() if not info.is_dir())
     except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
         raise NoTextError(f"{path} cannot be read as a zip archive: {error}.") from error
+    parts: dict[str, Callable[[], Contents]] = {}
     for name in names:
         if not any(part.startswith(".") for part in PurePosixPath(name).parts):
             file = DataFile(f"{prefix}{name}", f"zip://{name}::{path}")
-            yield file.name, functools.partial(_file_documents, file, reading)
+            parts[file.name] = functools.partial(_file_documents, file, reading)
+    yield from _many_documents(str(path), parts)
 
 
 def _many_documents(label: str, parts: dict[str, Callable[[], Contents]]) -> Contents:

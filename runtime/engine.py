@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from foreroute.data.adapters import routed_through
-from foreroute.data.adapters.seam import is_taken_over
+from foreroute.data.adapters.seam import ExpertsFunction, is_taken_over
 from foreroute.estimators.stack import EstimatorStack
 from foreroute.export.bundle import load_bundle
 from foreroute.runtime.config import EngineConfig
@@ -142,7 +142,8 @@ class Engine:
         if any(map(is_taken_over, self._experts)):
             raise ValueError("This model is attached to another engine; close that one first.")
         moe_layers = self.offloaded.moe.layers
-        handlers = {m.experts: own for m, own in zip(moe_layers, self.driver.layers, strict=True)}
+        handlers: dict[nn.Module, ExpertsFunction] = dict(self.offloaded.others)
+        handlers |= {m.experts: own for m, own in zip(moe_layers, self.driver.layers, strict=True)}
         undo.callback(self.driver.close)
         undo.enter_context(routed_through(self.model, handlers))
         self.driver.attach(undo)

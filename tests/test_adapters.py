@@ -15,6 +15,7 @@ from foreroute.data.adapters import (
     resolve_model,
     routed_through,
 )
+from foreroute.data.adapters.discovery import layer_index
 from foreroute.data.recorder import RoutingRecorder
 from foreroute.estimators.inputs import apply_norm
 from foreroute.estimators.selection import selection_scores
@@ -169,6 +170,15 @@ def test_the_router_fingerprint_tells_checkpoints_apart():
     assert after != before
     with pytest.raises(ValueError, match=r"Bundle made for .* this model is"):
         before.require_match(after, what="Bundle", remedy="Export again.")
+
+
+def test_experts_that_only_images_reach_are_beside_the_layers_that_text_takes():
+    model = tiny_model("ernie4_5_vl_moe")
+    moe = discover(model)
+    assert [layer.layer_idx for layer in moe.layers] == [
+        layer_index(path) for path, _ in moe.others
+    ]
+    assert all("text_moe" in layer.name for layer in moe.layers)
 
 
 def test_a_dense_model_is_refused_in_one_line():

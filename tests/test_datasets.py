@@ -182,14 +182,15 @@ def test_files_without_text_are_left_out_of_a_folder_and_named(tmp_path, caplog)
     (tmp_path / "package.json").write_text('{"name": "x", "version": "1"}')
     (tmp_path / "settings.json").write_text("// no JSON\n{")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\0\0")
+    (tmp_path / "cut.zip").write_bytes(b"PK\x03\x04")
     with caplog.at_level(logging.INFO, logger="foreroute"):
         assert texts_of(tmp_path) == ["ay"]
     assert len(caplog.records) == 1, "it is said once"
-    assert "Left out 3 of 4 files" in caplog.text
-    for name in ("package.json", "settings.json", "picture.png"):
+    assert "Left out 4 of 5 files" in caplog.text
+    for name in ("cut.zip", "package.json", "settings.json", "picture.png"):
         assert name in caplog.text
     (tmp_path / "a.txt").unlink()
-    with pytest.raises(ValueError, match=r"holds no text: package\.json"):
+    with pytest.raises(ValueError, match=r"holds no text: cut\.zip"):
         texts_of(tmp_path)
 
 

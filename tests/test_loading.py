@@ -9,8 +9,13 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_images import image_prompt
 from tiny_models import SUPPORTED, tiny_config, tiny_model
-from transformers import AutoModelForCausalLM, conversion_mapping
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    conversion_mapping,
+)
 from transformers.core_model_loading import Interleave, Transpose, WeightConverter
 
 from foreroute.data.adapters import load_model
@@ -108,6 +113,20 @@ def test_the_engine_runs_what_was_loaded_exactly(tmp_path, model_type):
         torch.no_grad(),
     ):
         assert torch.equal(engine(tokens).logits, stock(tokens).logits)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl_moe", "ernie4_5_vl_moe"])  # own experts of images
+def test_the_engine_reads_images_with_what_was_loaded(tmp_path, model_type):
+    tokens, image = image_prompt(save(tmp_path, model_type))
+    stock = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    stock.set_experts_implementation("batched_mm")
+    with (
+        Engine.from_pretrained(str(tmp_path), expert_slots="4", device="cpu") as engine,
+        torch.no_grad(),
+    ):
+        logits = engine(tokens, **image).logits
+        assert torch.equal(logits, stock(tokens, **image).logits)
+        assert not torch.allclose(logits[:, -1], engine(tokens.clamp(max=99)).logits[:, -1])
 
 
 def test_the_experts_parameters_are_their_host_rows_and_the_classes_are_untouched(tmp_path):

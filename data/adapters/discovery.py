@@ -68,6 +68,9 @@ class MoEModel:
     """Copies of its routers and the norms that feed them, float32 on the CPU, if they can be."""
     anchors_problem: str
     """Why there are no anchors; empty if there are."""
+    others: tuple[tuple[str, nn.Module], ...] = ()
+    """Experts that no text reaches, by dotted path: those of images, beside a layer's own (those of
+    ernie4_5_vl_moe)."""
 
     @property
     def anchors(self) -> LayerAnchors:
@@ -96,7 +99,7 @@ def discover(model: Any, model_name: str = "") -> MoEModel:
         ValueError: If it is no MoE, or one whose parts cannot be found; says what is missing.
     """
     name = _name_of(model, model_name)
-    layers, seen = _find(model, name)
+    layers, seen, others = _find(model, name)
     family, scale = find_gate_rule(seen)
     anchors, problem = _anchors(seen, [layer.block for layer in layers], family)
     geometry = MoEGeometry(
@@ -116,6 +119,7 @@ def discover(model: Any, model_name: str = "") -> MoEModel:
         layers=layers,
         found_anchors=anchors,
         anchors_problem=problem,
+        others=others,
     )
 
 
@@ -164,17 +168,28 @@ def _name_of(model: Any, given: str) -> str:
     return given or str(getattr(model.config, "name_or_path", "")) or type(model).__name__
 
 
-def _find(model: Any, name: str) -> tuple[tuple[MoELayer, ...], list[Observed]]:
-    """The MoE layers, and what a forward pass showed of each."""
-    found = list(experts_by_path(model).items())
+def _find(
+    model: Any, name: str
+) -> tuple[tuple[MoELayer, ...], list[Observed], tuple[tuple[str, nn.Module], ...]]:
+    """The MoE layers, what a pass over text showed of each, and experts that it did not reach."""
+    found = experts_by_path(model)
     if not found:
         raise ValueError(_nothing_found(model, name))
-    observed = probe(model, [experts for _, experts in found])
-    idle = [path for path, experts in found if experts not in observed]
-    if idle:
-        raise ValueError(f"{name}: the experts at {idle[0]} take no part in a forward pass.")
-    layers = tuple(_layer(model, path, observed[experts], name) for path, experts in found)
-    return layers, [observed[experts] for _, experts in found]
+    observed = probe(model, list(found.values()))
+    reached = {path: experts for path, experts in found.items() if experts in observed}
+    others = tuple((path, experts) for path, experts in found.items() if path not in reached)
+    for path, _ in others:
+        if layer_index(path) not in map(layer_index, reached):
+            raise ValueError(f"{name}: the experts at {path} take no part in a forward pass.")
+    layers = tuple(
+        _layer(model, path, observed[experts], name) for path, experts in reached.items()
+    )
+    return layers, [observed[experts] for experts in reached.values()], others
+
+
+def layer_index(path: str) -> int:
+    """Decoder layer index in the dotted path of a module of a decoder layer."""
+    return next(int(part) for part in path.split(".") if part.isdigit())
 
 
 def _layer(model: Any, path: str, seen: Observed, name: str) -> MoELayer:
@@ -186,7 +201,7 @@ def _layer(model: Any, path: str, seen: Observed, name: str) -> MoELayer:
     block = model.get_submodule(path.rpartition(".")[0])
     hidden_size = seen.router_input.shape[-1]
     return MoELayer(
-        layer_idx=next(int(part) for part in path.split(".") if part.isdigit()),
+        layer_idx=layer_index(path),
         name=path,
         experts=seen.experts,
         block=block,

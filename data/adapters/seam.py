@@ -58,27 +58,37 @@ def _dispatch(experts: nn.Module, hidden: Tensor, expert_ids: Tensor, weights: T
 ALL_EXPERTS_FUNCTIONS.register(SEAM_NAME, _dispatch)
 
 
+def _own_function(experts: nn.Module) -> ExpertsFunction:
+    """The function that transformers computes an experts module with now."""
+    config: Any = experts.config
+    return stock_experts_function(config._experts_implementation or "eager", experts)
+
+
 @contextlib.contextmanager
 def routed_through(model: Any, handlers: Mapping[nn.Module, ExpertsFunction]) -> Iterator[None]:
     """Compute the given experts modules by our functions; everything is put back afterwards.
 
     Args:
         model: A transformers model.
-        handlers: For every experts module of the model, the function that computes it.
+        handlers: By experts module, the function that computes it; any other goes on as before.
     """
     before = model.get_experts_implementation()
-    held = {experts: held_function(experts) for experts in handlers}
-    for experts, handler in handlers.items():
-        experts.__dict__[HANDLER_ATTRIBUTE] = handler
+    functions = dict(handlers)
+    for experts in filter(is_experts_module, model.modules()):
+        if experts not in functions:
+            functions[experts] = held_function(experts) or _own_function(experts)
+    held = {experts: held_function(experts) for experts in functions}
+    for experts, function in functions.items():
+        experts.__dict__[HANDLER_ATTRIBUTE] = function
     try:
         model.set_experts_implementation(SEAM_NAME)
         yield
     finally:
         model.set_experts_implementation(before)
-        for experts, function in held.items():
+        for experts, earlier in held.items():
             experts.__dict__.pop(HANDLER_ATTRIBUTE, None)
-            if function is not None:
-                experts.__dict__[HANDLER_ATTRIBUTE] = function
+            if earlier is not None:
+                experts.__dict__[HANDLER_ATTRIBUTE] = earlier
 
 
 class ExpertsView:

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from foreroute.data.adapters import MoELayer, MoEModel
-from foreroute.data.adapters.discovery import discover_outline
+from foreroute.data.adapters.discovery import discover_outline, layer_index
 from foreroute.data.adapters.exceptions import is_hash_routed, why_not_captured
 from foreroute.estimators.forms import FREE_FORMS
 from foreroute.runtime.device.expert_form import why_no_form
@@ -138,11 +138,11 @@ def _sizes(model: Any, experts: dict[str, nn.Module]) -> dict[str, Any]:
     of_experts = sum(p.nbytes for m in experts.values() for p in m.parameters())
     first = next(iter(experts.values()))
     num_experts = int(first.num_experts)  # type: ignore[arg-type]
-    layers = tuple(next(int(p) for p in path.split(".") if p.isdigit()) for path in experts)
+    layers = [layer_index(path) for path in experts]
     return {
         "model_type": str(model.config.get_text_config().model_type),
         "num_layers": int(model.config.get_text_config().num_hidden_layers),
-        "moe_layers": layers,
+        "moe_layers": tuple(dict.fromkeys(layers)),
         "num_experts": num_experts,
         "expert_bytes": sum(p.nbytes for p in first.parameters()) // num_experts,
         "all_experts_bytes": of_experts,

@@ -37,6 +37,15 @@ class _Group:
     keys: list[tuple[str, str | None]]
     """Tensor names, each with the converter's pattern it matched."""
 
+    @property
+    def made(self) -> list[str]:
+        """Every parameter that the tensors make: a converter may split them over several."""
+        patterns = self.converter.target_patterns if self.converter is not None else []
+        own = next((p for p in patterns if self.target.endswith(p)), None)
+        if own is None:
+            return [self.target]
+        return [self.target.removesuffix(own) + pattern for pattern in patterns]
+
 
 class ExpertReader:
     """Reads a model's experts out of a checkpoint's files.
@@ -64,7 +73,8 @@ class ExpertReader:
         self._model = model
         self._tensors = tensors
         self._groups = self._plan(targets)
-        missing = sorted(set(targets) - {group.target for group in self._groups})
+        made = {name for group in self._groups for name in group.made}
+        missing = sorted(set(targets) - made)
         if missing:
             raise ValueError(
                 f"The checkpoint has no tensors for {missing[0]} (and {len(missing) - 1} more); "
@@ -138,10 +148,11 @@ class ExpertReader:
         experts = self._model.get_submodule(group.target.rpartition(".")[0])
         with parameters_on_meta(experts):  # some converters look at the shape they shall give
             result = converter.convert(group.target, model=self._model, config=self._model.config)
-        whole = result[group.target]
-        whole = whole[0] if isinstance(whole, list) else whole
-        for expert_id, weight in enumerate(whole):
-            yield ExpertRows(group.target, expert_id, 0, weight)
+        for name in group.made:
+            whole = result[name]
+            whole = whole[0] if isinstance(whole, list) else whole
+            for expert_id, weight in enumerate(whole):
+                yield ExpertRows(name, expert_id, 0, weight)
 
 
 def _is_stacked(group: _Group) -> bool:

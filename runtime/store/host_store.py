@@ -199,6 +199,13 @@ class HostExpertStore:
             self.layouts.append(layout)
             self.rows.append(allocate_host(num_experts, layout.row_bytes, is_pinned=is_pinned))
 
+    def parted(self, count: int) -> tuple[HostExpertStore, HostExpertStore]:
+        """The first modules of the store, and the others; both share its memory."""
+        first, others = (HostExpertStore([], is_pinned=False) for _ in range(2))
+        first.layouts, others.layouts = self.layouts[:count], self.layouts[count:]
+        first.rows, others.rows = self.rows[:count], self.rows[count:]
+        return first, others
+
     @property
     def num_bytes(self) -> int:
         """Host memory held."""

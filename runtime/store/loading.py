@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from torch import Tensor
+from torch import Tensor, nn
 
-from foreroute.data.adapters import MoELayer, MoEModel, discover
+from foreroute.data.adapters import MoEModel, discover
 from foreroute.data.adapters.adapted import checkpoint_name
 from foreroute.data.adapters.loading import loading_alone
 from foreroute.data.adapters.weightless import ParameterShape, parameter_shapes, weightless
@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 def load_with_host_experts(
     checkpoint: Checkpoint, device: torch.device
-) -> tuple[MoEModel, HostExpertStore]:
-    """Load a model on the CPU; its experts exist once, in the store.
+) -> tuple[MoEModel, HostExpertStore, HostExpertStore]:
+    """Load a model on the CPU; its experts exist once, in stores: its layers', and all others.
 
     Args:
         checkpoint: What to load.
@@ -47,18 +47,23 @@ def load_with_host_experts(
         checkpoint.require_host_memory()
         moe = discover(load_the_rest(checkpoint), checkpoint.name)
         store = filled_store(moe, checkpoint, device)
-    return moe, store
+    return moe, *store.parted(len(moe.layers))
+
+
+def places_of(moe: MoEModel) -> dict[str, nn.Module]:
+    """All experts modules of a model by dotted path: its layers', then those no text reaches."""
+    return {layer.name: layer.experts for layer in moe.layers} | dict(moe.others)
 
 
 def filled_store(moe: MoEModel, checkpoint: Checkpoint, device: torch.device) -> HostExpertStore:
-    """A store with all experts, each parameter in the checkpoint's encoding if it can be.
+    """A store of `places_of` a model, each parameter in the checkpoint's encoding if it can be.
 
     Args:
         moe: The model; its experts have no weights.
         checkpoint: Whose files to read.
         device: Where it will run.
     """
-    experts, encoder = [layer.experts for layer in moe.layers], checkpoint.encoder
+    experts, encoder = list(places_of(moe).values()), checkpoint.encoder
     while True:
         store = HostExpertStore(experts, is_pinned=device.type == "cuda", encoder=encoder)
         try:
@@ -101,7 +106,7 @@ def fill_store(
     """Read all experts into the store's rows, with a progress bar in bytes on a terminal.
 
     Args:
-        store: Allocated, not filled.
+        store: Allocated for `places_of` the model, not filled.
         moe: The model; its experts have no weights.
         checkpoint: Whose files to read.
         device: A GPU encodes what is stored in another way than it is read.
@@ -121,7 +126,7 @@ def fill_store(
 
 
 class LayerReader:
-    """Reads the experts of one MoE layer after the other out of a checkpoint's files."""
+    """Reads one experts module after the other, as in `places_of`, out of a checkpoint's files."""
 
     def __init__(self, checkpoint: Checkpoint, moe: MoEModel, device: torch.device) -> None:
         """Work out which tensors make which parameter.
@@ -134,9 +139,9 @@ class LayerReader:
         Raises:
             ValueError: If a parameter has no tensor in the checkpoint.
         """
-        self._layers = moe.layers
+        self._places = places_of(moe)
         self._gpu = device if device.type == "cuda" else None
-        self._targets = [_targets(layer, checkpoint.encoder) for layer in moe.layers]
+        self._targets = [_targets(*place, checkpoint.encoder) for place in self._places.items()]
         every = {path: shape for targets in self._targets for path, (_, shape) in targets.items()}
         self._reader = ExpertReader(moe.model, checkpoint.expert_tensors, every)
         self._num_bytes = sum(math.prod(t.shape) * t.dtype.itemsize for t in every.values())
@@ -156,7 +161,7 @@ class LayerReader:
         """Read one layer's experts into rows.
 
         Args:
-            number: Which MoE layer, from 0.
+            number: Which experts module, from 0.
             layout: Of a row.
             rows: Written, [E, row_bytes] uint8.
             tick: Called with the bytes that were read.
@@ -175,15 +180,16 @@ class LayerReader:
         expected = sum(math.prod(shape.shape) for _, shape in targets.values())
         if done != expected:
             raise ValueError(
-                f"The checkpoint holds {done} numbers of experts of {self._layers[number].name}, "
+                f"The checkpoint holds {done} numbers of experts of {list(self._places)[number]}, "
                 f"the model has {expected}; some are missing or have another shape."
             )
 
 
-def _targets(layer: MoELayer, encoder: Encoder | None) -> dict[str, tuple[str, ParameterShape]]:
+def _targets(
+    path: str, experts: nn.Module, encoder: Encoder | None
+) -> dict[str, tuple[str, ParameterShape]]:
     """What the checkpoint is asked for: by its path there, a parameter or a stored part of one."""
-    shapes = parameter_shapes(layer.experts)
-    layout = RowLayout.of(layer.experts, encoder)
+    shapes, layout = parameter_shapes(experts), RowLayout.of(experts, encoder)
     if layout.is_native:  # the checkpoint has the stored parts themselves
         num_experts = next(iter(shapes.values())).shape[0]
         shapes = {
@@ -191,8 +197,7 @@ def _targets(layer: MoELayer, encoder: Encoder | None) -> dict[str, tuple[str, P
             for name, spec in layout.parameters.items()
         }
     return {
-        f"{layer.name}.{checkpoint_name(layer.experts, name)}": (name, shape)
-        for name, shape in shapes.items()
+        f"{path}.{checkpoint_name(experts, name)}": (name, shape) for name, shape in shapes.items()
     }
 
 

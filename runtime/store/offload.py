@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Unpack
 
 import torch
@@ -11,12 +12,14 @@ from torch import nn
 
 from foreroute.data.adapters import MoEModel, discover, resolve_device
 from foreroute.data.adapters.loading import HubSettings, loading_alone
+from foreroute.data.adapters.seam import ExpertsFunction
 from foreroute.data.adapters.weightless import load_awaited_adapter
 from foreroute.runtime.store.checkpoint import Checkpoint, default_expert_dtype
 from foreroute.runtime.store.encodings import TooManyExceptions, encoder_named, without
+from foreroute.runtime.store.from_host import FromHost
 from foreroute.runtime.store.host_store import HostExpertStore
 from foreroute.runtime.store.lent_weights import LentWeights
-from foreroute.runtime.store.loading import load_with_host_experts
+from foreroute.runtime.store.loading import load_with_host_experts, places_of
 from foreroute.runtime.store.row_writer import move_weights
 from foreroute.runtime.store.whole_model import WholeModel
 
@@ -36,25 +39,44 @@ class OffloadedModel:
 
     lent: tuple[LentWeights, ...] = ()
     """The store's weights as the model shows them."""
+    others: Mapping[nn.Module, ExpertsFunction] = field(default_factory=dict)
+    """What computes experts that no text reaches, from host memory."""
 
     @classmethod
     def whole(
-        cls, moe: MoEModel, store: HostExpertStore, device: torch.device, expert_dtype: str
+        cls,
+        moe: MoEModel,
+        store: HostExpertStore,
+        others: HostExpertStore,
+        device: torch.device,
+        expert_dtype: str,
     ) -> OffloadedModel:
         """Move the rest of a model to its device, and let it show its experts.
 
         Args:
             moe: The model, on the CPU, its experts without weights.
-            store: Holds them.
+            store: Holds its layers'.
+            others: Holds those that no text reaches.
             device: Where to run it.
             expert_dtype: How experts are stored.
         """
         moe.model.to(device)
-        layers = zip(moe.layers, store.layouts, store.rows, strict=True)
-        lent = tuple(LentWeights(layer.experts, layout, rows) for layer, layout, rows in layers)
+        layers = [layer.experts for layer in moe.layers]
+        beside = [experts for _, experts in moe.others]
+        lent = tuple(
+            LentWeights(experts, layout, rows)
+            for experts, layout, rows in zip(
+                [*layers, *beside],
+                [*store.layouts, *others.layouts],
+                [*store.rows, *others.rows],
+                strict=True,
+            )
+        )
+        from_host = zip(beside, others.layouts, others.rows, strict=True)
+        functions = {experts: FromHost(layout.weights(rows)) for experts, layout, rows in from_host}
         WholeModel(moe.model, lent, device)
         load_awaited_adapter(moe.model)
-        return cls(moe, store, device, expert_dtype, lent)
+        return cls(moe, store, device, expert_dtype, lent, functions)
 
     def take_in(self) -> None:
         """Write weights of experts that were replaced (a merge makes new ones) into the store.
@@ -90,10 +112,11 @@ def offload(
         expert_dtype = default_expert_dtype(None, device)
     encoder_named(expert_dtype)  # refuses unknown names before anything is taken
     moe = discover(model, model_name)
-    experts = [layer.experts for layer in moe.layers]
     with torch.inference_mode(False):
-        store = _moved(experts, expert_dtype, is_pinned=device.type == "cuda")
-        return OffloadedModel.whole(moe, store, device, expert_dtype)
+        modules = list(places_of(moe).values())
+        every = _moved(modules, expert_dtype, is_pinned=device.type == "cuda")
+        store, others = every.parted(len(moe.layers))
+        return OffloadedModel.whole(moe, store, others, device, expert_dtype)
 
 
 def _moved(experts: list[nn.Module], expert_dtype: str, *, is_pinned: bool) -> HostExpertStore:
@@ -142,5 +165,5 @@ def load_offloaded(
         )
         if attn_implementation is not None:
             checkpoint.config._attn_implementation = attn_implementation
-        moe, store = load_with_host_experts(checkpoint, target)
-        return OffloadedModel.whole(moe, store, target, checkpoint.expert_dtype)
+        moe, store, others = load_with_host_experts(checkpoint, target)
+        return OffloadedModel.whole(moe, store, others, target, checkpoint.expert_dtype)

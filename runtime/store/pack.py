@@ -27,7 +27,7 @@ from foreroute.runtime.store.checkpoint import Checkpoint
 from foreroute.runtime.store.encodings import Lossless, TooManyExceptions, without
 from foreroute.runtime.store.encodings.lossless import count_exceptions
 from foreroute.runtime.store.host_store import HostExpertStore
-from foreroute.runtime.store.loading import LayerReader, load_the_rest
+from foreroute.runtime.store.loading import LayerReader, load_the_rest, places_of
 from foreroute.runtime.store.prepared import ROWS, PreparedModel, describe_layout
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class _Packing:
         """Write what is not there yet; gives the manifest."""
         while True:
             try:
-                store_bytes = self._pack_layers()
+                self._pack_layers()
                 break
             except TooManyExceptions as error:
                 logger.warning(
@@ -127,31 +127,24 @@ class _Packing:
             shards=tuple(self._done["shards"]),
             exceptions=self._done["exceptions"],
             rest=rest,
-            **store_bytes,
+            plain_bytes=self._checkpoint.expert_bytes,
         )
 
-    def _pack_layers(self) -> dict[str, Any]:
+    def _pack_layers(self) -> None:
         encoder = self._checkpoint.encoder
         for name in self._done["stays"]:
             assert encoder is not None  # it was the one that met them
             encoder = without(encoder, name)
-        experts = [layer.experts for layer in self._moe.layers]
         reader = LayerReader(replace(self._checkpoint, encoder=encoder), self._moe, self._device)
         self._expert_keys = reader.tensor_names
         (self._folder / "experts").mkdir(exist_ok=True)
         with reader.progress() as tick:
-            for number, module in enumerate(experts):
-                store = HostExpertStore([module], is_pinned=False, encoder=encoder)
-                layout, rows = store.layouts[0], store.rows[0]
+            for number, module in enumerate(places_of(self._moe).values()):
                 if number < len(self._done["shards"]):
                     continue
-                reader.read(number, layout, rows, tick)
+                store = HostExpertStore([module], is_pinned=False, encoder=encoder)
+                reader.read(number, store.layouts[0], store.rows[0], tick)
                 self._write_shard(number, store)
-        return {
-            "parameters": describe_layout(layout),
-            "row_bytes": layout.row_bytes,
-            "plain_bytes": self._checkpoint.expert_bytes,
-        }
 
     def _write_shard(self, number: int, store: HostExpertStore) -> None:
         layout, rows = store.layouts[0], store.rows[0]
@@ -162,7 +155,13 @@ class _Packing:
                 count = count_exceptions(layout.views(rows)[f"{name}_lines"])
                 counts = self._done["exceptions"]
                 counts[name] = counts.get(name, 0) + count
-        entry = {"file": file, "experts": len(rows), "sha256": sha256_of(self._folder / file)}
+        entry = {
+            "file": file,
+            "sha256": sha256_of(self._folder / file),
+            "experts": len(rows),
+            "row_bytes": layout.row_bytes,
+            "parameters": describe_layout(layout),
+        }
         self._done["shards"].append(entry)
         write_json(self._folder / PROGRESS, self._done)
 
@@ -231,7 +230,8 @@ def run_pack(
 def summary(prepared: PreparedModel) -> list[str]:
     """What became of a model's experts, one line each."""
     num_experts = sum(shard["experts"] for shard in prepared.shards)
-    stored, plain = num_experts * prepared.row_bytes, prepared.plain_bytes
+    stored = sum(shard["experts"] * shard["row_bytes"] for shard in prepared.shards)
+    plain = prepared.plain_bytes
     lines = [
         f"{num_experts:,} experts of {len(prepared.shards)} layers as {prepared.expert_dtype}: "
         f"{stored / 1e9:.2f} GB, {stored / plain:.3f} of the {plain / 1e9:.2f} GB they took.",

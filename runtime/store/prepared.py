@@ -38,24 +38,21 @@ class PreparedModel:
     revision: str | None
     """The commit or branch of the source, if it was on the Hub."""
     router_fingerprint: str
-    """Of the source's routers; bundles are made for these."""
+    """Fingerprint of the source's routers; bundles are made for these."""
     dtype: str
-    """Of the model's parameters."""
+    """Dtype of the model's parameters."""
     expert_dtype: str
     """How the experts are stored."""
     stays: tuple[str, ...]
     """Parameters that this did not pay for: as the model has them."""
-    parameters: dict[str, Any]
-    """What lies in a row, by name: shape, dtype, offset in bytes."""
-    row_bytes: int
     plain_bytes: int
-    """Of all experts, as the model has them."""
+    """Size of all experts, as the model has them."""
     exceptions: dict[str, int]
     """Weights that 12 bits do not reach, and that are listed, by parameter."""
     shards: tuple[dict[str, Any], ...]
-    """Of each MoE layer: file, experts, sha256."""
+    """By MoE layer: file, sha256, experts, bytes of a row, and what lies in it (`parameters`)."""
     rest: dict[str, Any]
-    """The file of all other weights, and its sha256."""
+    """File of all other weights, and its sha256."""
 
     @classmethod
     def find(cls, folder: str) -> PreparedModel | None:
@@ -108,12 +105,13 @@ class PreparedModel:
         Raises:
             ValueError: If the model, or the way it is to be loaded, does not fit the rows.
         """
-        same = all(describe_layout(layout) == self.parameters for layout in layouts)
-        if not same or [shard["experts"] for shard in self.shards] != num_experts:
+        laid_out = [shard["parameters"] for shard in self.shards]
+        is_same = laid_out == [describe_layout(layout) for layout in layouts]
+        if not is_same or [shard["experts"] for shard in self.shards] != num_experts:
             raise ValueError(
                 f"The rows in {folder} are of a model in {self.dtype} with {len(self.shards)} MoE "
-                f"layers of {self.row_bytes:,} bytes an expert; it is being loaded as another (its "
-                f"config, or --dtype). {REMEDY}"
+                "layers; it is being loaded as another (its config, its transformers, or --dtype). "
+                f"{REMEDY}"
             )
 
 
