@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -106,7 +106,8 @@ class PreparedModel:
             ValueError: If the model, or the way it is to be loaded, does not fit the rows.
         """
         laid_out = [shard["parameters"] for shard in self.shards]
-        is_same = laid_out == [describe_layout(layout) for layout in layouts]
+        is_same = laid_out == [describe_layout(layout) for layout in store.layouts]
+        num_experts = [len(rows) for rows in store.rows]
         if not is_same or [shard["experts"] for shard in self.shards] != num_experts:
             raise ValueError(
                 f"The rows in {folder} are of a model in {self.dtype} with {len(self.shards)} MoE "
@@ -141,7 +142,7 @@ def read_rows(
     Raises:
         ValueError: If a file is missing or damaged; names it.
     """
-    prepared.require_fits(folder, store.layouts, [len(rows) for rows in store.rows])
+    prepared.require_fits(folder, store)
     num_threads = min(MOST_READERS, len(os.sched_getaffinity(0)), len(store.rows))
     with ThreadPoolExecutor(num_threads) as threads:
         jobs = [
