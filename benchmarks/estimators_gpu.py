@@ -30,7 +30,12 @@ from installed_prose import write_installed_prose
 
 from foreroute.data.adapters import discover, load_model
 from foreroute.data.traces import Traces
-from foreroute.estimators.artifacts import read_tensors, write_json, write_tensors
+from foreroute.estimators.artifacts import (
+    from_values,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from foreroute.estimators.types import MoEGeometry
 from foreroute.export.compare.cells import Scale
 from foreroute.export.compare.compare import Comparison
@@ -205,7 +210,7 @@ def unpack(options: argparse.Namespace) -> None:
         names = [name for name in parts[1] if name.startswith("columns.")]
         columns = {n: torch.cat([part[n] for part in parts]) for n in names}
         found_set = TraceSet(
-            geometry=MoEGeometry.from_dict(facts["geometry"]),
+            geometry=from_values(facts["geometry"], MoEGeometry),
             dataset=facts["dataset"],
             norm=facts["norm"],
             columns={n.removeprefix("columns."): t for n, t in columns.items()},

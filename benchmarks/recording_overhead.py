@@ -98,7 +98,8 @@ def written(
         out = Path(folder) / "traces"
         writer = TraceWriter.begin(out, manifest, moe.anchors, overwrite=False)
         collection = Collection(moe, None, manifest, out)
-        collection.record(writer, iter(sequences), -(-len(batches) // batches_per_shard))
+        num_shards = -(-len(batches) // batches_per_shard)
+        collection.record(writer, collection.shards(iter(sequences), num_shards), num_shards)
         return writer.manifest.num_bytes
 
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foreroute.estimators.console import run_command
+from foreroute.estimators.console import one_line_errors, plain_console, run_command
 
 if TYPE_CHECKING:
     from foreroute.data.manifest import TraceManifest
@@ -24,17 +24,27 @@ SLOTS_HELP = (
 
 def main() -> None:
     """Entry point of the console script."""
-    from foreroute.data.collect import collect_traces
+    with one_line_errors("collect-traces"):
+        from foreroute.data.collect import collect_traces
+        from foreroute.data.recording_run import ShardsElsewhere
+        from foreroute.estimators.ranks import joined_ranks
 
-    @functools.wraps(collect_traces)
-    def command(*, expert_slots: str | None = None, **arguments: Any) -> None:
-        if expert_slots is not None:
-            collect(expert_slots=expert_slots, **arguments)
-            return
-        prepare_process()
-        show_traces(collect_traces(**arguments))
+        @functools.wraps(collect_traces)
+        def command(*, expert_slots: str | None = None, **arguments: Any) -> None:
+            with joined_ranks() as ranks:
+                try:
+                    if expert_slots is not None:
+                        collect(expert_slots=expert_slots, **arguments)
+                        return
+                    prepare_process(is_quiet=not ranks.is_first)
+                    traces = collect_traces(**arguments)
+                except ShardsElsewhere as problem:
+                    logging.getLogger(__name__).info("%s", problem)
+                    return
+                if ranks.is_first:
+                    show_traces(traces)
 
-    run_command("collect-traces", _with_slots(command))
+        run_command("collect-traces", _with_slots(command))
 
 
 def _with_slots(command: Any) -> Any:
@@ -123,7 +133,7 @@ def collect(
         trust_remote_code: Run code that came with the checkpoint.
     """
     given = {name: value for name, value in locals().items() if name not in ENGINE_FLAGS}
-    from foreroute.data.adapters import load_tokenizer
+    from foreroute.data.adapters import load_tokenizer, resolve_device
     from foreroute.data.collect import (
         LOADING_FLAGS,
         CollectRequest,
@@ -132,68 +142,86 @@ def collect(
     )
     from foreroute.data.manifest import MANIFEST_FILE, Speculation
     from foreroute.estimators.artifacts import sha256_of
+    from foreroute.estimators.ranks import joined_ranks
     from foreroute.runtime import Engine
 
-    prepare_process()
-    on_miss = on_miss or ("skip" if bundle else "fetch")
-    if bundle is None and (on_miss != "fetch" or weights != "true"):
-        raise ValueError(f"--on-miss {on_miss} --weights {weights} needs --bundle, which predicts.")
-    if bundle is None and expert_slots is None:
-        show_traces(collect_traces(**given))
-        return
-    if on_miss != "fetch" and source != "generated":
-        raise ValueError(
-            f"--on-miss {on_miss} speculates while the model generates, not while it reads text: "
-            "give --source generated, or --on-miss fetch."
-        )
-    if device_map is not None:
-        raise ValueError("--device-map is for models without an engine: leave out --expert-slots.")
-    speculation, expert_slots = None, expert_slots or "25%"
-    if bundle is not None and not (bundle / MANIFEST_FILE).is_file():
-        raise FileNotFoundError(f"{bundle} holds no bundle: it has no {MANIFEST_FILE}.")
-    if bundle is not None and on_miss != "fetch":
-        speculation = Speculation(
-            bundle=str(bundle),
-            bundle_sha256=sha256_of(bundle / MANIFEST_FILE),
+    with joined_ranks() as ranks:
+        prepare_process(is_quiet=not ranks.is_first)
+        on_miss = on_miss or ("skip" if bundle else "fetch")
+        if bundle is None and (on_miss != "fetch" or weights != "true"):
+            raise ValueError(
+                f"--on-miss {on_miss} --weights {weights} needs --bundle, which predicts."
+            )
+        if bundle is None and expert_slots is None:
+            traces = collect_traces(**given)
+            if ranks.is_first:
+                show_traces(traces)
+            return
+        if on_miss != "fetch" and source != "generated":
+            raise ValueError(
+                f"--on-miss {on_miss} speculates while the model generates, not while it "
+                "reads text: give --source generated, or --on-miss fetch."
+            )
+        if device_map is not None:
+            raise ValueError(
+                "--device-map is for models without an engine: leave out --expert-slots."
+            )
+        speculation, expert_slots = None, expert_slots or "25%"
+        if bundle is not None and not (bundle / MANIFEST_FILE).is_file():
+            raise FileNotFoundError(f"{bundle} holds no bundle: it has no {MANIFEST_FILE}.")
+        if bundle is not None and on_miss != "fetch":
+            speculation = Speculation(
+                bundle=str(bundle),
+                bundle_sha256=sha256_of(bundle / MANIFEST_FILE),
+                on_miss=on_miss,
+                weights=weights,
+                expert_slots=expert_slots,
+            )
+        asked = {name: value for name, value in given.items() if name not in LOADING_FLAGS}
+        request = CollectRequest(**asked, speculation=speculation)
+        if speculation and not ranks.is_alone:
+            raise ValueError(
+                "What speculation makes depends on all that ran before: record it with one "
+                "process, or give --on-miss fetch."
+            )
+        ranks.first(request.require_free)
+        engine = Engine.from_pretrained(
+            model,
+            bundle=bundle,
             on_miss=on_miss,
             weights=weights,
             expert_slots=expert_slots,
+            device=str(ranks.device(resolve_device(device))),
+            dtype=dtype,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            # speculation is the host's; on demand, a GPU streams the experts of prompts by itself
+            decide_on="host" if speculation else "auto",
+            agreement_floor=0.0,  # what is asked for is recorded to the end
         )
-    asked = {name: value for name, value in given.items() if name not in LOADING_FLAGS}
-    request = CollectRequest(**asked, speculation=speculation)
-    request.require_free()
-    engine = Engine.from_pretrained(
-        model,
-        bundle=bundle,
-        on_miss=on_miss,
-        weights=weights,
-        expert_slots=expert_slots,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        # speculation is the host's; on demand, a GPU streams the experts of prompts by itself
-        decide_on="host" if speculation else "auto",
-        agreement_floor=0.0,  # what is asked for is recorded to the end
-    )
-    tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
-    with engine:
-        show_traces(collect_from(engine.offloaded.moe, tokenizer, request))
+        tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
+        with engine:
+            traces = collect_from(engine.offloaded.moe, tokenizer, request, ranks)
+            if ranks.is_first:
+                show_traces(traces)
 
 
-def prepare_process() -> None:
-    """Keep freed memory, and print what is logged."""
+def prepare_process(*, is_quiet: bool = False) -> None:
+    """Keep freed memory, and print what is logged.
+
+    Args:
+        is_quiet: Leave the printing to another process.
+    """
     from foreroute.data.allocator import keep_freed_memory
 
     keep_freed_memory()
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
-    logging.getLogger("foreroute").setLevel(logging.INFO)
+    logging.getLogger("foreroute").setLevel(logging.WARNING if is_quiet else logging.INFO)
 
 
 def show_traces(traces: Traces) -> None:
     """Print what finished traces hold, and last their folder."""
     import torch
-    from rich.console import Console
     from rich.table import Table
 
     from foreroute.data.layout import DECODE
@@ -217,7 +245,7 @@ def show_traces(traces: Traces) -> None:
     table = Table(show_header=False)
     for name, value in rows.items():
         table.add_row(name, value)
-    Console().print(table)
+    plain_console().print(table)
     print(traces.folder)
 
 
@@ -226,3 +254,7 @@ def _source_of(manifest: TraceManifest) -> str:
         return manifest.source
     given = manifest.speculation
     return f"generated under speculation ({given.on_miss}, {given.expert_slots} slots)"
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +24,18 @@ from foreroute.data.collection import Collection
 from foreroute.data.corpus import Split
 from foreroute.data.layout import OPTIONAL_FIELDS
 from foreroute.data.manifest import MANIFEST_FILE, Speculation, TextOrigin, TraceManifest
+from foreroute.data.recording_run import run_collection
 from foreroute.data.traces import Traces
-from foreroute.estimators.artifacts import package_versions, require_free
+from foreroute.estimators.artifacts import package_versions
 from foreroute.estimators.byte_sizes import parse_bytes
 from foreroute.estimators.forms import FREE_FORMS
+from foreroute.estimators.output import claim, require_free
+from foreroute.estimators.ranks import ALONE, Ranks, joined_ranks
 
 logger = logging.getLogger(__name__)
 
+EXPORTABLE_SEQUENCES = 26
+"""Fewest sequences of which three are held out, which export-estimator needs."""
 LOADING_FLAGS = ("dtype", "device", "device_map", "trust_remote_code")
 FREE_FORMS_ONLY = (
     f"Only estimators without an anchor ({', '.join(FREE_FORMS)}) can be trained on them."
@@ -145,13 +151,17 @@ class CollectRequest:
         return dataclasses.replace(manifest, command=_command(manifest))
 
     def require_free(self) -> None:
-        """Refuse a folder that holds anything but traces to go on with.
+        """Try the place now: refuse a folder that holds anything but traces to go on with.
 
         Raises:
-            ValueError: If it does, and `overwrite` is off.
+            ValueError: If it does, and `overwrite` is off; or somebody else writes there.
+            OSError: If nothing can be written there.
         """
-        if not (self.out / MANIFEST_FILE).is_file():
-            require_free(self.out, overwrite=self.overwrite)
+        with claim(self.out):
+            if self.overwrite or not (self.out / MANIFEST_FILE).is_file():
+                given = self.speculation.bundle if self.speculation else None
+                inputs = (self.model, self.dataset, given)
+                require_free(self.out, "traces", overwrite=self.overwrite, inputs=inputs)
 
     def _stored_dtype(self, model_dtype: torch.dtype) -> str:
         if self.states_dtype == "int8":
@@ -237,22 +247,34 @@ def collect_traces(
     """
     asked = {name: value for name, value in locals().items() if name not in LOADING_FLAGS}
     request = CollectRequest(**asked)
-    request.require_free()
-    loaded = load_model(
-        model,
-        dtype=dtype,
-        device=resolve_device(device),
-        device_map=device_map,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
-    moe = discover(loaded, model)
-    tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
-    return collect_from(moe, tokenizer, request)
+    with joined_ranks() as ranks:
+        ranks.first(request.require_free)
+        loaded = load_model(
+            model,
+            dtype=dtype,
+            device=ranks.device(resolve_device(device)),
+            device_map=device_map,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        moe = discover(loaded, model)
+        tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
+        return collect_from(moe, tokenizer, request, ranks)
 
 
-def collect_from(moe: MoEModel, tokenizer: Any, request: CollectRequest) -> Traces:
+def collect_from(
+    moe: MoEModel, tokenizer: Any, request: CollectRequest, ranks: Ranks = ALONE
+) -> Traces:
     """Record from a model that is loaded; it may be one that an engine runs.
+
+    Args:
+        moe: The model.
+        tokenizer: Its tokenizer.
+        request: What to record, and where to.
+        ranks: The processes that share the work.
+
+    Returns:
+        As `collect_traces`.
 
     Raises:
         ValueError: As `collect_traces`.
@@ -260,9 +282,16 @@ def collect_from(moe: MoEModel, tokenizer: Any, request: CollectRequest) -> Trac
     logger.info("Model: %s", moe.geometry.describe())
     if moe.found_anchors is None:
         logger.info("No copies of its routers: %s. %s", moe.anchors_problem, FREE_FORMS_ONLY)
+    manifest = request.manifest(moe)
+    if math.ceil(manifest.tokens / manifest.stored_length) < EXPORTABLE_SEQUENCES:
+        logger.info(
+            "So few sequences can be trained on, but what is trained cannot be exported: that "
+            "takes at least %d sequences (a tenth is held out, and three of them are needed).",
+            EXPORTABLE_SEQUENCES,
+        )
     byte_limit = None if request.max_bytes is None else parse_bytes(request.max_bytes)
-    collection = Collection(moe, tokenizer, request.manifest(moe), request.out)
-    return collection.run(byte_limit, overwrite=request.overwrite)
+    collection = Collection(moe, tokenizer, manifest, request.out)
+    return run_collection(collection, byte_limit, overwrite=request.overwrite, ranks=ranks)
 
 
 def _parse_record(text: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""One collection of traces: what is left to record, whether there is room, and the recording."""
+"""One collection of traces: how large it is, whether there is room, and the recording."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import hashlib
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
@@ -29,8 +28,8 @@ from foreroute.data.manifest import MANIFEST_FILE, StopReason, TraceManifest, re
 from foreroute.data.packing import TokenSequence, token_sequences
 from foreroute.data.recorder import EarlyReadout, RoutingRecorder
 from foreroute.data.trace_writer import TraceWriter
-from foreroute.data.traces import Traces
 from foreroute.estimators.byte_sizes import format_bytes
+from foreroute.estimators.console import plain_console
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ READOUT_TOKENS = 4096  # that the default vectors of a readout are means over, a
 
 
 class Collection:
-    """One run of collect-traces, from its arguments to the finished folder."""
+    """What one run of collect-traces records."""
 
     def __init__(self, moe: MoEModel, tokenizer: Any, manifest: TraceManifest, out: Path) -> None:
         """Say what is collected; nothing runs yet.
@@ -52,31 +51,12 @@ class Collection:
         self._moe = moe
         self._tokenizer = tokenizer
         self._manifest = manifest
-        self._out = out
+        self.out = out
+        """Folder of the traces."""
         self._states_dtype: torch.dtype = getattr(torch, manifest.states_dtype)
         self._readout: EarlyReadout | None = None
         self._num_sequences = math.ceil(manifest.tokens / manifest.stored_length)
         self._num_shards = math.ceil(self._num_sequences / manifest.shard_sequences)
-
-    def run(self, byte_limit: int | None, *, overwrite: bool) -> Traces:
-        """Record what is missing."""
-        begun = self._begun(overwrite=overwrite)
-        num_shards = self._num_shards_within(byte_limit)
-        done = len(begun.shards) if begun else 0
-        if begun and begun.is_complete and (begun.stop_reason != "max-bytes" or done >= num_shards):
-            logger.info("%s is complete already; nothing to do.", self._out)
-            return Traces.open(self._out)
-        self._require_room(num_shards, done)
-        sequences = self.prompts(skip=done * self._manifest.shard_sequences)
-        self.prepare_readout(Traces(self._out, begun, None).readout_vectors if begun else None)
-        if begun:
-            logger.info("Going on after %d of %d shards.", done, num_shards)
-            writer = TraceWriter(self._out, begun)
-        else:
-            writer = self.begin(overwrite=overwrite)
-        self.record(writer, sequences, num_shards)
-        writer.finish(self._stop_reason(writer.manifest, num_shards))
-        return Traces.open(self._out)
 
     def begin(self, *, overwrite: bool) -> TraceWriter:
         """Make the folder; `prepare_readout` was called before.
@@ -85,34 +65,39 @@ class Collection:
             ValueError: If something is there already and `overwrite` is off.
         """
         vectors = self._readout.vectors if self._readout else None
-        num_tokens = self._num_readout_prompts * self._prompt_length if self._readout else 0
+        num_tokens = self._num_readout_prompts * self.prompt_length if self._readout else 0
         return TraceWriter.begin(
-            self._out,
+            self.out,
             dataclasses.replace(self._manifest, readout_tokens=num_tokens),
             self._moe.found_anchors,
             overwrite=overwrite,
             readout_vectors=vectors,
         )
 
-    def prepare_readout(self, stored_vectors: Callable[[], Tensor] | None = None) -> None:
+    def prepare_readout(self, vectors: Tensor | None = None) -> Tensor | None:
         """Find what a readout needs, if one is recorded, and measure its default vectors.
 
         Args:
-            stored_vectors: Gives the vectors of an earlier attempt, [L, E, D]; if None they are
-                measured on the first prompts, in passes of which nothing is stored.
+            vectors: Those of an earlier attempt, [L, E, D]; if None they are measured on the first
+                prompts, in passes of which nothing is stored.
+
+        Returns:
+            The vectors; None without a readout.
 
         Raises:
             ValueError: If the model's layers do not allow it; one line says which.
         """
         if "readout" not in self._manifest.record:
-            return
-        sites = find_early_attention(self._moe)
-        vectors = stored_vectors() if stored_vectors else self._measured_vectors()
-        self._readout = EarlyReadout(sites=sites, vectors=vectors.to(self._moe.model.device))
+            return None
+        if self._readout is None:
+            sites = find_early_attention(self._moe)
+            vectors = self._measured_vectors() if vectors is None else vectors
+            self._readout = EarlyReadout(sites=sites, vectors=vectors.to(self._moe.model.device))
+        return self._readout.vectors.cpu()
 
     @property
     def _num_readout_prompts(self) -> int:
-        return min(math.ceil(READOUT_TOKENS / self._prompt_length), self._num_sequences)
+        return min(math.ceil(READOUT_TOKENS / self.prompt_length), self._num_sequences)
 
     def _measured_vectors(self) -> Tensor:
         prompts = list(itertools.islice(self.prompts(skip=0), self._num_readout_prompts))
@@ -123,13 +108,16 @@ class Collection:
         means = [total / count.clamp(min=1).unsqueeze(-1) for total, count in sums]
         return torch.stack(means).cpu()  # [L, E, D]
 
-    def _begun(self, *, overwrite: bool) -> TraceManifest | None:
-        """The manifest of the same run's earlier attempt, if there was one."""
-        if overwrite or not (self._out / MANIFEST_FILE).is_file():
+    def begun(self, *, overwrite: bool) -> TraceManifest | None:
+        """The manifest of the same run's earlier attempt, if there was one.
+
+        Raises:
+            ValueError: If the folder holds another run's, or a listed file is damaged.
+        """
+        if overwrite or not (self.out / MANIFEST_FILE).is_file():
             return None
-        begun = read_manifest(self._out)
-        begun.require_same_run(self._manifest, self._out)
-        begun.require_whole(self._out)
+        begun = read_manifest(self.out)
+        begun.require_same_run(self._manifest, self.out)
         return begun
 
     def _bytes_of(self, num_sequences: int) -> int:
@@ -143,8 +131,11 @@ class Collection:
             for n in sizes
         )
 
-    def _num_shards_within(self, byte_limit: int | None) -> int:
-        """How many of the shards stay within the limit.
+    def num_shards_within(self, byte_limit: int | None) -> int:
+        """How many of the shards stay within a limit.
+
+        Args:
+            byte_limit: Bytes; None for no limit.
 
         Raises:
             ValueError: If not even one does.
@@ -160,15 +151,21 @@ class Collection:
             )
         return byte_limit // one
 
-    def _require_room(self, num_shards: int, done: int) -> None:
+    def require_room(self, num_shards: int, done: int) -> None:
         """Say how much will be written.
+
+        Args:
+            num_shards: Shards to have in the end.
+            done: Shards that are there.
 
         Raises:
             ValueError: If the disk has less.
         """
         per_shard = self._manifest.shard_sequences
         sequences = min(self._num_sequences, num_shards * per_shard) - done * per_shard
-        needed, free = self._bytes_of(sequences), free_bytes(self._out)
+        if sequences <= 0:
+            return  # a run that was killed before its last write
+        needed, free = self._bytes_of(sequences), free_bytes(self.out)
         per_token = needed / (sequences * self._manifest.stored_length)
         logger.info(
             "Size: about %s to write (%s a token); %s free on the disk.",
@@ -177,19 +174,20 @@ class Collection:
         if needed > free:
             raise ValueError(
                 f"The traces take about {format_bytes(needed)}, but only {format_bytes(free)} are "
-                f"free at {self._out}. Lower --tokens, take --states-dtype int8, or set "
+                f"free at {self.out}. Lower --tokens, take --states-dtype int8, or set "
                 "--max-bytes."
             )
 
     @property
-    def _prompt_length(self) -> int:
+    def prompt_length(self) -> int:
+        """Tokens of each prompt."""
         manifest = self._manifest
         generated = manifest.generate or round(manifest.sequence_length * manifest.generated_share)
         return max(1, manifest.sequence_length - generated)
 
     def prompts(self, skip: int) -> Iterator[TokenSequence]:
         """The prompts still to record; the first is made at once, so that no text fails early."""
-        manifest, length = self._manifest, self._prompt_length
+        manifest, length = self._manifest, self.prompt_length
         reading = RowReading(
             column=manifest.column,
             prompt_tokens=manifest.prompt_tokens,
@@ -210,31 +208,51 @@ class Collection:
         first = list(itertools.islice(left, 1))
         return itertools.chain(first, left)
 
+    def shards(
+        self, prompts: Iterator[TokenSequence], num_shards: int
+    ) -> Iterator[tuple[int, list[TokenSequence]]]:
+        """The prompts of each shard, as long as there are some.
+
+        Args:
+            prompts: From the first.
+            num_shards: How many shards to have in the end.
+        """
+        for shard_idx in range(num_shards):
+            some = list(itertools.islice(prompts, self._manifest.shard_sequences))
+            if not some:
+                return
+            yield shard_idx, some
+
     def record(
-        self, writer: TraceWriter, sequences: Iterator[TokenSequence], num_shards: int
+        self,
+        writer: TraceWriter,
+        shards: Iterable[tuple[int, list[TokenSequence]]],
+        num_shards: int,
+        *,
+        is_shown: bool = True,
     ) -> None:
-        """Record until there are so many shards, or no sequences are left.
+        """Record the shards that the writer lacks.
 
         Args:
             writer: Where they go.
-            sequences: Prompts, from the first that the writer lacks.
-            num_shards: How many to have in the end.
+            shards: Index and prompts of each.
+            num_shards: How many there will be at most, for the progress bar.
+            is_shown: Draw a progress bar.
         """
         manifest = self._manifest
         most = min(self._num_sequences, num_shards * manifest.shard_sequences)
         with (
-            Progress(console=Console(stderr=True)) as progress,
+            Progress(console=plain_console(stderr=True), disable=not is_shown) as progress,
             _Background(threaded=self._moe.model.device.type != "cpu") as background,
             self.recorder() as recorder,
         ):
             bar = progress.add_task("recording tokens", total=most * manifest.stored_length)
-            progress.advance(bar, writer.manifest.num_tokens)
-            for shard_idx in range(len(writer.manifest.shards), num_shards):
-                prompts = list(itertools.islice(sequences, manifest.shard_sequences))
-                if not prompts:
-                    return
+            for shard_idx, prompts in shards:
+                if shard_idx in writer.entries:
+                    progress.advance(bar, writer.entries[shard_idx].num_tokens)
+                    continue
                 background.wait()
-                shard = writer.begin_shard(len(prompts))
+                shard = writer.begin_shard(len(prompts), shard_idx)
                 for batch in self.batches(recorder, prompts, shard_idx):
                     background.run(shard.add_batch, batch)
                     progress.advance(bar, batch.token_ids.numel())
@@ -312,8 +330,13 @@ class Collection:
         chosen: Tensor = drawn.topk(manifest.stored_length).indices.sort().values
         return chosen + first
 
-    def _stop_reason(self, recorded: TraceManifest, num_shards: int) -> StopReason:
-        num_sequences = sum(shard.num_sequences for shard in recorded.shards)
+    def stop_reason(self, num_sequences: int, num_shards: int) -> StopReason:
+        """Why recording ended.
+
+        Args:
+            num_sequences: Sequences recorded.
+            num_shards: Shards that were allowed.
+        """
         if num_sequences >= self._num_sequences:
             return "tokens-reached"
         if num_sequences == num_shards * self._manifest.shard_sequences:

@@ -20,7 +20,9 @@ ANCHOR_TENSORS = ("router_weight", "router_bias", "norm_weight", "norm_bias")
 READOUT_VECTORS = "readout_vectors"
 SUM_TENSORS = ("expert_output_sum", "expert_count")
 HEADER_BYTES = 1024
-"""What a safetensors file of ours holds besides its tensors, at most."""
+"""What a safetensors file of ours holds besides its tensors, about."""
+MOST_HEADER_BYTES = 1 << 14
+"""And at most."""
 
 
 class Stored(NamedTuple):
@@ -131,6 +133,11 @@ def shard_layouts(
     return layouts
 
 
+def bytes_of(layout: Layout) -> int:
+    """Bytes of a file's tensors, without its header."""
+    return sum(stored.num_bytes for stored in layout.values())
+
+
 def shard_bytes(
     geometry: MoEGeometry,
     states_dtype: torch.dtype,
@@ -140,7 +147,4 @@ def shard_bytes(
 ) -> int:
     """Bytes that a shard takes at most, all its files together; arguments as `shard_layouts`."""
     layouts = shard_layouts(geometry, states_dtype, num_sequences, num_tokens, recorded)
-    return sum(
-        HEADER_BYTES + sum(stored.num_bytes for stored in layout.values())
-        for layout in layouts.values()
-    )
+    return sum(HEADER_BYTES + bytes_of(layout) for layout in layouts.values())

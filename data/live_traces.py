@@ -20,11 +20,10 @@ from foreroute.data.adapters import (
 )
 from foreroute.data.collection import Collection
 from foreroute.data.layout import Layout, shard_bytes, tokens_path
-from foreroute.data.manifest import MANIFEST_FILE, ShardEntry, TraceManifest
+from foreroute.data.manifest import ShardEntry, TraceManifest, read_manifest
 from foreroute.data.packing import TokenSequence
 from foreroute.data.trace_writer import ShardRows
 from foreroute.data.traces import Traces, read_finished
-from foreroute.estimators.artifacts import write_json
 from foreroute.estimators.byte_sizes import format_bytes
 from foreroute.estimators.types import LayerAnchors
 
@@ -117,19 +116,20 @@ class LiveTraces(Traces):
             )
         per_shard = min(manifest.shard_sequences, buffer_bytes // one // 2)
         manifest = dataclasses.replace(manifest, shard_sequences=per_shard)
-        collection = Collection(moe, tokenizer, manifest, folder)
-        prompts = list(collection.prompts(skip=0))
-        collection.prepare_readout()
+        prompts = list(Collection(moe, tokenizer, manifest, folder).prompts(skip=0))
         shards = tuple(_entries(manifest, len(prompts)))
         is_whole = sum(shard.num_tokens for shard in shards) >= manifest.tokens
         manifest = dataclasses.replace(
-            collection.begin(overwrite=overwrite).manifest,
+            manifest,
             live_sha256=_digest(prompts),
             shards=shards,
             is_complete=True,
             stop_reason="tokens-reached" if is_whole else "dataset-exhausted",
         )
-        write_json(folder / MANIFEST_FILE, manifest.to_dict())
+        collection = Collection(moe, tokenizer, manifest, folder)
+        collection.prepare_readout()
+        collection.begin(overwrite=overwrite)
+        manifest = read_manifest(folder)
         return cls(folder, manifest, moe.found_anchors, collection, prompts, buffer_bytes)
 
     @classmethod
@@ -158,15 +158,14 @@ class LiveTraces(Traces):
                 "Train again."
             )
         traces = cls(folder, manifest, anchors, collection, prompts, BUFFER_BYTES)
-        collection.prepare_readout(traces.readout_vectors)
+        is_read = "readout" in manifest.record
+        collection.prepare_readout(traces.readout_vectors() if is_read else None)
         return traces
 
-    def _read_shard(
-        self, name: str, shard_idx: int, shapes: Mapping[str, tuple[int, ...]]
-    ) -> dict[str, Tensor]:
+    def _read_shard(self, name: str, shard_idx: int, layout: Layout) -> dict[str, Tensor]:
         is_of_tokens = name == tokens_path(shard_idx)
         file = self._token_file(shard_idx) if is_of_tokens else self._shard(shard_idx)[name]
-        return {tensor: file.tensors[tensor] for tensor in shapes}
+        return {tensor: file.tensors[tensor] for tensor in layout}
 
     @property
     def buffered_bytes(self) -> int:

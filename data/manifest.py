@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from foreroute.estimators.artifacts import read_versioned
+import torch
+
+from foreroute.data.layout import (
+    MOST_HEADER_BYTES,
+    OPTIONAL_FIELDS,
+    bytes_of,
+    layer_path,
+    shard_layouts,
+    tokens_path,
+)
+from foreroute.estimators.artifacts import Count, read_versioned
 from foreroute.estimators.types import MoEGeometry, NormKind
 
 FORMAT_VERSION = 2  # 1 had no selection bias among the anchors and no positions
 MANIFEST_FILE = "manifest.json"
 ANCHORS_FILE = "anchors.safetensors"
 READOUT_FILE = "readout_vectors.safetensors"
+STATE_DTYPES = ("float32", "bfloat16", "float16", "int8")
 REMEDY = "Remove the folder and collect the traces again."
 
 TextOrigin = Literal["dataset", "generated"]
@@ -26,21 +39,42 @@ StopReason = Literal["", "tokens-reached", "dataset-exhausted", "max-bytes"]
 class ShardEntry:
     """One finished shard, as the manifest lists it."""
 
-    shard_idx: int
+    shard_idx: Count
     """0.. in recording order."""
-    num_sequences: int
+    num_sequences: Count
     """Sequences in it."""
-    num_tokens: int
+    num_tokens: Count
     """Tokens in it, all sequences together."""
     sha256: dict[str, str]
     """Hex digest of each of its files, by path below the trace folder."""
-    file_bytes: dict[str, int]
+    file_bytes: dict[str, Count]
     """Size of each of its files."""
 
     @property
     def num_bytes(self) -> int:
         """Size of its files, all together."""
         return sum(self.file_bytes.values())
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether all of its files are there."""
+        return all((folder / name).is_file() for name in self.file_bytes)
+
+    def require_whole(self, folder: Path) -> None:
+        """Check that every file is there with its size.
+
+        Raises:
+            FileNotFoundError: If one is missing; names it.
+            ValueError: If one has another size; names it.
+        """
+        for name, num_bytes in self.file_bytes.items():
+            path = folder / name
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing. {REMEDY}")
+            if path.stat().st_size != num_bytes:
+                raise ValueError(
+                    f"{path} is damaged ({path.stat().st_size} bytes, the manifest says "
+                    f"{num_bytes}). {REMEDY}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,24 +112,24 @@ class TraceManifest:
     model made a part of them."""
     split: str
     """`train` or `held-out`."""
-    tokens: int
+    tokens: Count
     """Tokens asked for; whole sequences are recorded, so a few more may be there."""
-    sequence_length: int
+    sequence_length: Count
     """Tokens per sequence as the model runs it, prompt and continuation together."""
     generated_share: float
     """Share of each sequence that the model made itself, 0..1; 0 for another source."""
     source: TextOrigin = "dataset"
     """Whose text is recorded."""
-    generate: int = 0
+    generate: Count = 0
     """Tokens at the end of each sequence that the model made and that are stored, without the
     prompt; 0 where the source is the dataset."""
     speculation: Speculation | None = None
     """Under what they were generated, if not by the unchanged model."""
-    tokens_per_sequence: int = 0
+    tokens_per_sequence: Count = 0
     """Tokens stored of each sequence, at random positions; 0 stores all."""
     record: tuple[str, ...] = ()
     """Optional fields of `RoutingRecord` that are stored."""
-    readout_tokens: int = 0
+    readout_tokens: Count = 0
     """Tokens that the readout's default vectors are means over; 0 without a readout."""
     readout_sha256: str = ""
     """Hex digest of the readout's default vectors' file."""
@@ -105,11 +139,11 @@ class TraceManifest:
     """Dtype in which states (residual, router_input and the optional fields) are stored."""
     device: str
     """Kind of device that computed it, `cpu` or `cuda`."""
-    batch_size: int
+    batch_size: Count
     """Sequences per forward pass."""
-    shard_sequences: int
+    shard_sequences: Count
     """Sequences per shard (the last may hold fewer)."""
-    seed: int
+    seed: Count
     """Seed of the sampled continuations and positions."""
     norm_kind: NormKind
     """Kind of the norms that feed the routers; `none` also where there are no anchors."""
@@ -135,7 +169,7 @@ class TraceManifest:
     """Whether recording came to its end."""
     stop_reason: StopReason = ""
     """Why it ended."""
-    format_version: int = FORMAT_VERSION
+    format_version: Count = FORMAT_VERSION
     """Version of this layout."""
 
     @property
@@ -179,40 +213,86 @@ class TraceManifest:
                     f"{field.name} is {here}. {remedy}"
                 )
 
-    def require_whole(self, folder: Path) -> None:
-        """Check that every listed file is there with its size.
+    def __post_init__(self) -> None:
+        """Check what a damaged file could say.
 
         Raises:
-            FileNotFoundError: If one is missing; names it.
-            ValueError: If one has another size; names it.
+            ValueError: If a value is none that a recording can have.
         """
+        for name in ("sequence_length", "batch_size", "shard_sequences"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.generate >= self.sequence_length:
+            raise ValueError(f"generate is {self.generate} of {self.sequence_length} tokens")
+        if not set(self.record) <= set(OPTIONAL_FIELDS):
+            raise ValueError(f"record {list(self.record)} names other fields than are known")
+        if self.states_dtype not in STATE_DTYPES:
+            raise ValueError(f"states_dtype {self.states_dtype} is none of {STATE_DTYPES}")
+        if not (0 <= self.generated_share <= 1 and 0 <= self.norm_eps < math.inf):
+            raise ValueError("generated_share or norm_eps is out of range")
+
+    def require_entry(self, shard: ShardEntry, path: Path) -> None:
+        """Check that a shard is one that the layout allows, in names and in sizes.
+
+        Args:
+            shard: As it was listed.
+            path: Of the file that lists it, for the message.
+
+        Raises:
+            ValueError: If it is not.
+        """
+        num_sequences = shard.num_sequences
+        layouts = {} if self.live_sha256 else self._layouts(num_sequences, shard.shard_idx)
+        wrong = next(
+            (
+                f"it lists {name} of {shard.file_bytes.get(name)} bytes"
+                for name in sorted({*shard.sha256, *shard.file_bytes, *layouts})
+                if name not in layouts
+                or name not in shard.sha256
+                or not 0 <= shard.file_bytes.get(name, -1) - layouts[name] <= MOST_HEADER_BYTES
+            ),
+            "",
+        )
+        if not 1 <= num_sequences <= self.shard_sequences:
+            wrong = f"{num_sequences} sequences in shard {shard.shard_idx}"
+        if shard.num_tokens != num_sequences * self.stored_length:
+            wrong = f"{shard.num_tokens} tokens in {num_sequences} sequences"
+        if wrong:
+            raise ValueError(f"{path} is damaged ({wrong}). {REMEDY}")
+
+    def _layouts(self, num_sequences: int, shard_idx: int) -> dict[str, int]:
+        """Bytes of the tensors of a shard's files, by path."""
+        names = [tokens_path(shard_idx)]
+        names += [layer_path(layer_idx, shard_idx) for layer_idx in self.geometry.layer_indices]
+        num_tokens = num_sequences * self.stored_length
+        sizes = _file_bytes(
+            self.geometry, self.states_dtype, num_sequences, num_tokens, self.record
+        )
+        return dict(zip(names, sizes, strict=True))
+
+    def require_whole(self, folder: Path) -> None:
+        """Check that every listed file is there with its size; see `ShardEntry.require_whole`."""
         for shard in self.shards:
-            for name, num_bytes in shard.file_bytes.items():
-                path = folder / name
-                if not path.is_file():
-                    raise FileNotFoundError(f"{path} is missing. {REMEDY}")
-                if path.stat().st_size != num_bytes:
-                    raise ValueError(
-                        f"{path} is damaged ({path.stat().st_size} bytes, the manifest says "
-                        f"{num_bytes}). {REMEDY}"
-                    )
+            shard.require_whole(folder)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form; `from_dict` reverses it."""
+        """JSON-ready form, which `read_manifest` rebuilds."""
         values = dataclasses.asdict(self)
         return values | {"geometry": self.geometry.to_dict(), "shards": list(values["shards"])}
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TraceManifest:
-        """Rebuild from `to_dict`'s output."""
-        given = values["speculation"]
-        parts = {
-            "shards": tuple(ShardEntry(**shard) for shard in values["shards"]),
-            "geometry": MoEGeometry.from_dict(values["geometry"]),
-            "record": tuple(values["record"]),
-            "speculation": Speculation(**given) if given else None,
-        }
-        return cls(**(values | parts))
+
+@functools.lru_cache(maxsize=8)  # shards are mostly of one size
+def _file_bytes(
+    geometry: MoEGeometry,
+    states_dtype: str,
+    num_sequences: int,
+    num_tokens: int,
+    recorded: tuple[str, ...],
+) -> tuple[int, ...]:
+    """Bytes of the tensors of each of a shard's files, in the layout's order."""
+    dtype: torch.dtype = getattr(torch, states_dtype)
+    layouts = shard_layouts(geometry, dtype, num_sequences, num_tokens, recorded)
+    return tuple(bytes_of(layout) for layout in layouts.values())
 
 
 def read_manifest(folder: Path) -> TraceManifest:
@@ -225,4 +305,11 @@ def read_manifest(folder: Path) -> TraceManifest:
     path = folder / MANIFEST_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no traces: it has no {MANIFEST_FILE}.")
-    return read_versioned(path, FORMAT_VERSION, TraceManifest.from_dict, REMEDY)
+    manifest = read_versioned(path, FORMAT_VERSION, TraceManifest, REMEDY)
+    for shard_idx, shard in enumerate(manifest.shards):
+        if shard.shard_idx != shard_idx:
+            raise ValueError(
+                f"{path} is damaged (shard {shard.shard_idx} at place {shard_idx}). {REMEDY}"
+            )
+        manifest.require_entry(shard, path)
+    return manifest

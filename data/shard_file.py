@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from foreroute.data.layout import Layout
-from foreroute.estimators.artifacts import PARTIAL_SUFFIX, sha256_of
+from foreroute.estimators.artifacts import partial_name, sha256_of
 
 DTYPE_CODES = {
     torch.float32: "F32",
@@ -36,7 +36,7 @@ class ShardFile:
             layout: The tensors it will hold.
         """
         self._path = path
-        self._partial = path.with_name(path.name + PARTIAL_SUFFIX)
+        self._partial = path.with_name(partial_name(path.name))
         self._layout = layout
         self._left = {name: stored.num_bytes for name, stored in layout.items()}
         ends = dict(zip(layout, itertools.accumulate(self._left.values()), strict=True))
@@ -52,7 +52,7 @@ class ShardFile:
         described += b" " * (-len(described) % 8)
         self._ends = {name: end + 8 + len(described) for name, end in ends.items()}
         path.parent.mkdir(exist_ok=True)
-        self._file = self._partial.open("wb")
+        self._file = self._partial.open("xb")
         self._file.write(len(described).to_bytes(8, "little") + described)
 
     def append(self, tensors: Mapping[str, Tensor]) -> None:

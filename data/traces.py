@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from foreroute.data.layout import (
     SCALE_SUFFIX,
     SUM_TENSORS,
     Layout,
+    Stored,
     anchor_shapes,
     layer_layout,
     layer_path,
@@ -30,7 +31,7 @@ from foreroute.data.manifest import (
     TraceManifest,
     read_manifest,
 )
-from foreroute.estimators.artifacts import read_tensors, sha256_of
+from foreroute.estimators.artifacts import read_tensors, require_digest, require_finite
 from foreroute.estimators.types import LayerAnchors, MoEGeometry, RoutingRecord
 
 
@@ -63,6 +64,7 @@ class Traces:
         self.manifest = manifest
         self.anchors = anchors
         """Copies of the model's routers; None where the manifest says why they cannot be made."""
+        self._verified: set[str] = set()
 
     @classmethod
     def open(cls, folder: Path) -> Traces:
@@ -100,8 +102,13 @@ class Traces:
         """
         shard = self.manifest.shards[shard_idx]
         layout = token_layout(shard.num_sequences, shard.num_tokens)
-        shapes = {name: stored.shape for name, stored in layout.items()}
-        tensors = self._read_shard(tokens_path(shard_idx), shard_idx, shapes)
+        tensors = self._read_shard(tokens_path(shard_idx), shard_idx, layout)
+        offsets = tensors["sequence_offsets"]
+        if offsets[0] != 0 or offsets[-1] != shard.num_tokens or (offsets.diff() < 0).any():
+            raise ValueError(
+                f"{self.folder / tokens_path(shard_idx)} is damaged (its sequences do not begin "
+                f"where others end). {REMEDY}"
+            )
         return TokenShard(**(tensors | {"positions": tensors["positions"].long()}))
 
     def read(self, layer_idx: int, shard_idx: int, names: tuple[str, ...]) -> dict[str, Tensor]:
@@ -122,13 +129,18 @@ class Traces:
         self._require_fields(layer_idx, names, layout)
         scales = tuple(n + SCALE_SUFFIX for n in names if n + SCALE_SUFFIX in layout)
         path = layer_path(layer_idx, shard_idx)
-        shapes = {name: layout[name].shape for name in (*names, *scales)}
-        tensors = self._read_shard(path, shard_idx, shapes)
+        wanted = {name: layout[name] for name in (*names, *scales)}
+        tensors = self._read_shard(path, shard_idx, wanted)
         for scale in scales:
             name = scale.removesuffix(SCALE_SUFFIX)
             tensors[name] = from_int8(tensors[name], tensors.pop(scale))
         if "expert_ids" in tensors:
-            tensors["expert_ids"] = tensors["expert_ids"].long()
+            ids = tensors["expert_ids"] = tensors["expert_ids"].long()
+            if not 0 <= int(ids.min()) <= int(ids.max()) < self.geometry.num_experts:
+                raise ValueError(
+                    f"{self.folder / path} is damaged (expert_ids outside 0.."
+                    f"{self.geometry.num_experts - 1}). {REMEDY}"
+                )
         return tensors
 
     def record(self, layer_idx: int, shard_idx: int) -> RoutingRecord:
@@ -148,7 +160,10 @@ class Traces:
         if "readout" not in self.manifest.record:
             raise ValueError(_lacks(self.folder, "readout"))
         shape = (geometry.num_layers, geometry.num_experts, geometry.hidden_size)
-        return _read_checked(self.folder / READOUT_FILE, {READOUT_VECTORS: shape})[READOUT_VECTORS]
+        layout = {READOUT_VECTORS: Stored(torch.float32, shape)}
+        found = _read_checked(self.folder / READOUT_FILE, layout)[READOUT_VECTORS]
+        require_digest(self.folder / READOUT_FILE, self.manifest.readout_sha256, REMEDY)
+        return found
 
     def _layout(self, layer_idx: int, shard_idx: int) -> Layout:
         self.geometry.position(layer_idx)
@@ -166,11 +181,13 @@ class Traces:
             if name not in layout:
                 raise ValueError(_lacks(self.folder, name))
 
-    def _read_shard(
-        self, name: str, shard_idx: int, shapes: Mapping[str, tuple[int, ...]]
-    ) -> dict[str, Tensor]:
-        """Some tensors of one of a shard's files, as stored."""
-        return _read_checked(self.folder / name, shapes)
+    def _read_shard(self, name: str, shard_idx: int, layout: Layout) -> dict[str, Tensor]:
+        """Some tensors of one of a shard's files, as stored; its digest is compared once."""
+        tensors = _read_checked(self.folder / name, layout)
+        if name not in self._verified:
+            require_digest(self.folder / name, self.manifest.shards[shard_idx].sha256[name], REMEDY)
+            self._verified.add(name)
+        return tensors
 
     def default_vectors(self, shard_indices: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Mean unweighted output of each expert over the tokens that chose it.
@@ -194,8 +211,12 @@ class Traces:
                 counts[position] += part["expert_count"]
         return sums / counts.clamp(min=1).unsqueeze(-1), counts
 
-    def verify(self) -> None:
+    def verify(self, part: int = 0, num_parts: int = 1) -> None:
         """Compare every file with its recorded sha256.
+
+        Args:
+            part: Which part of the files to compare, where several processes divide them.
+            num_parts: How many parts there are.
 
         Raises:
             ValueError: If one differs; names the first.
@@ -205,12 +226,10 @@ class Traces:
             digests[READOUT_FILE] = self.manifest.readout_sha256
         for shard in self.manifest.shards:
             digests |= shard.sha256
-        for name, digest in digests.items():
-            if sha256_of(self.folder / name) != digest:
-                raise ValueError(
-                    f"{self.folder / name} is damaged (its sha256 is not the recorded one). "
-                    f"{REMEDY}"
-                )
+        for name, digest in list(digests.items())[part::num_parts]:
+            if name not in self._verified:
+                require_digest(self.folder / name, digest, REMEDY)
+                self._verified.add(name)
 
 
 def read_finished(folder: Path) -> tuple[TraceManifest, LayerAnchors | None]:
@@ -235,7 +254,11 @@ def _read_anchors(folder: Path, manifest: TraceManifest) -> LayerAnchors | None:
     if manifest.anchors_problem:
         return None
     shapes = anchor_shapes(manifest.geometry, has_selection_bias=manifest.has_selection_bias)
-    tensors = _read_checked(folder / ANCHORS_FILE, shapes)
+    layout = {name: Stored(torch.float32, shape) for name, shape in shapes.items()}
+    path = folder / ANCHORS_FILE
+    tensors = _read_checked(path, layout)
+    require_digest(path, manifest.anchors_sha256, REMEDY)
+    require_finite(tensors, path, REMEDY)
     return LayerAnchors(**tensors, norm_kind=manifest.norm_kind, norm_eps=manifest.norm_eps)
 
 
@@ -244,16 +267,21 @@ def _lacks(folder: Path, field: str) -> str:
     return f"{folder} holds no {flag}. Collect it again with collect-traces --record {flag}."
 
 
-def _read_checked(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Read the named tensors and refuse any whose shape is not what the manifest says."""
+def _read_checked(path: Path, layout: Layout) -> dict[str, Tensor]:
+    """Read the named tensors and refuse any that are not what the manifest says."""
     try:
-        tensors = read_tensors(path, tuple(shapes))
+        tensors = read_tensors(path, tuple(layout))
     except ValueError as error:
         raise ValueError(f"{error} {REMEDY}") from error
-    for name, shape in shapes.items():
-        if tuple(tensors[name].shape) != shape:
+    for name, stored in layout.items():
+        found = tensors[name]
+        if tuple(found.shape) != stored.shape:
             raise ValueError(
-                f"{path} is damaged ({name} has shape {list(tensors[name].shape)}, the manifest "
-                f"says {list(shape)}). {REMEDY}"
+                f"{path} is damaged ({name} has shape {list(found.shape)}, the manifest "
+                f"says {list(stored.shape)}). {REMEDY}"
+            )
+        if found.dtype != stored.dtype:
+            raise ValueError(
+                f"{path} is damaged ({name} is {found.dtype}, not {stored.dtype}). {REMEDY}"
             )
     return tensors

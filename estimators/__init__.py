@@ -1,49 +1,17 @@
-"""What predicts what: shape of routing, estimator forms, metrics. Torch and safetensors only."""
+"""What predicts what: shape of routing, estimator forms, metrics. Torch and safetensors only.
 
-from foreroute.estimators.forms import FORMS, TRAINING_FREE_FORM, EstimatorForm, find_form
-from foreroute.estimators.inputs import SOURCE_FIELDS, SourceInput, SourceState
-from foreroute.estimators.metrics import (
-    RecallMeter,
-    RecallMetrics,
-    default_budgets,
-    exact_set,
-    gate_mass_recall,
-    recall_at_k,
-)
-from foreroute.estimators.pairs import parse_layers, predictable_layers, source_position
-from foreroute.estimators.selection import router_scores, selection_scores
-from foreroute.estimators.stack import EstimatorStack
-from foreroute.estimators.types import (
-    EstimatorSpec,
-    InputKind,
-    LayerAnchors,
-    MoEGeometry,
-    RoutingRecord,
-)
+Its names are loaded when they are first asked for: a command can be stopped before torch is there.
+"""
 
-__all__ = [
-    "FORMS",
-    "SOURCE_FIELDS",
-    "TRAINING_FREE_FORM",
-    "EstimatorForm",
-    "EstimatorSpec",
-    "EstimatorStack",
-    "InputKind",
-    "LayerAnchors",
-    "MoEGeometry",
-    "RecallMeter",
-    "RecallMetrics",
-    "RoutingRecord",
-    "SourceInput",
-    "SourceState",
-    "default_budgets",
-    "exact_set",
-    "find_form",
-    "gate_mass_recall",
-    "parse_layers",
-    "predictable_layers",
-    "recall_at_k",
-    "router_scores",
-    "selection_scores",
-    "source_position",
-]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from foreroute.estimators.names import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    names = importlib.import_module("foreroute.estimators.names")
+    if name not in names.__all__:
+        raise AttributeError(f"foreroute.estimators has no {name}")
+    return getattr(names, name)

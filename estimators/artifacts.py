@@ -1,27 +1,81 @@
-"""How every command writes what it leaves behind: under a temporary name first, then renamed."""
+"""Files that commands leave behind: written beside their place, then renamed; checked when read."""
 
 from __future__ import annotations
 
 import contextlib
-import datetime
+import dataclasses
 import hashlib
 import json
-import shutil
-import subprocess
+import os
+import secrets
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, overload
 
+import msgspec
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 Built = TypeVar("Built")
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+"""A number of things in a file: no less than none, and no more than a float holds exactly."""
 
 PARTIAL_SUFFIX = ".partial"
+MOST_JSON_BYTES = 1 << 28
+"""Larger files are not JSON of ours."""
+MOST_SAID = 300
+"""Characters of another library's message about a damaged file, which may repeat its content."""
 VERSIONED_PACKAGES = ("foreroute", "torch", "transformers", "datasets", "lightning", "safetensors")
+
+
+def partial_name(name: str) -> str:
+    """A name, of this process alone, for something unfinished that will be called `name`."""
+    return f"{name}{PARTIAL_SUFFIX}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Fill a file under a name of its own; it takes the place of `path` only when it is whole.
+
+    Args:
+        path: Where the file shall lie; its folder exists.
+
+    Yields:
+        The unfinished file, empty, a regular one with the usual mode. If the body raises, it is
+        removed, and `path` is untouched.
+    """
+    partial = path.with_name(partial_name(path.name))
+    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    try:
+        yield partial
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def require_file_place(path: Path | None) -> None:
+    """Try now whether a file can be written later.
+
+    Args:
+        path: The file, whose folder is made; None for none.
+
+    Raises:
+        ValueError: If there is a folder of that name, or another special file.
+        OSError: If nothing can be written there.
+    """
+    if path is None:
+        return
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file that can be replaced; give the name of a file.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(partial_name(path.name))
+    partial.touch(exist_ok=False)
+    partial.unlink()
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -31,66 +85,148 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         path: The file; its folder exists.
         content: Anything `json` can write.
     """
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
+    with new_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
     """Write text so that a reader never sees half of it; its folder exists."""
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    partial.write_text(text)
-    partial.replace(path)
+    with new_file(path) as partial:
+        partial.write_text(text)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+@overload
+def read_json(path: Path) -> dict[str, Any]: ...
+
+
+@overload
+def read_json(path: Path, schema: type[Built], remedy: str = ...) -> Built: ...
+
+
+def read_json(path: Path, schema: Any = dict[str, Any], remedy: str = "Make it again.") -> Any:
+    """Read JSON of a known form.
+
+    Args:
+        path: A regular file.
+        schema: What it must hold: a dataclass, whose own checks are made too, a TypedDict, or any
+            other annotation; any object if it is left out. Fields that it does not know are passed
+            over.
+        remedy: What the user can do about a file that cannot be read, one sentence.
 
     Raises:
-        ValueError: If the file is damaged; the message names it.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, or holds something else; the message names file and field.
+    """
+    return parse_json(_bytes_of(path, remedy), schema, str(path), remedy)
+
+
+def parse_json(text: bytes, schema: type[Built], name: str, remedy: str = "") -> Built:
+    """Read JSON of a known form from memory.
+
+    Args:
+        text: The JSON.
+        schema: As `read_json` takes it.
+        name: What to call it in messages.
+        remedy: What the user can do, one sentence.
+
+    Raises:
+        ValueError: If it is damaged, or holds something else; names the field.
     """
     try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged (not JSON: {error}). Make it again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged (expected a JSON object). Make it again.")
-    return content
+        return msgspec.json.decode(text, type=schema, dec_hook=_build_range)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OverflowError) as error:
+        raise ValueError(
+            f"{name} is damaged ({str(error)[:MOST_SAID]}). {remedy}".strip()
+        ) from error
 
 
-def read_versioned(
-    path: Path, version: int, build: Callable[[dict[str, Any]], Built], remedy: str
-) -> Built:
-    """Read a manifest that states its format version, and build what it describes.
+def from_values(values: Any, schema: type[Built]) -> Built:
+    """Rebuild an object from its JSON-ready form in memory.
+
+    Raises:
+        ValueError: If a value is none that the schema allows; names the field.
+    """
+    return msgspec.convert(values, schema, dec_hook=_build_range)
+
+
+def read_versioned(path: Path, version: int, schema: type[Built], remedy: str) -> Built:
+    """Read a manifest that states its format version.
 
     Args:
         path: A JSON object with a `format_version`.
         version: The one version that is read.
-        build: Makes the object from the JSON's values.
+        schema: The dataclass it describes.
         remedy: What the user can do about a file that cannot be read, one sentence.
 
     Raises:
+        FileNotFoundError: If there is no such file.
         ValueError: If the file is damaged or of another version; the message names it.
     """
-    values = read_json(path)
-    if values.get("format_version") != version:
+    text = _bytes_of(path, remedy)
+    found = parse_json(text, _Versioned, str(path), remedy).format_version
+    if found != version:
         raise ValueError(
-            f"{path} has format version {values.get('format_version')}; this foreroute reads "
-            f"version {version}. {remedy}"
+            f"{path} has format version {found}; this foreroute reads version {version}. {remedy}"
         )
-    try:
-        return build(values)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}). {remedy}") from error
+    return parse_json(text, schema, str(path), remedy)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Versioned:
+    format_version: Count | None = None
+
+
+def _build_range(kind: type, value: Any) -> range:
+    """Decode what msgspec does not know: a range, as its first number and one past its last."""
+    if kind is not range or not isinstance(value, list) or len(value) != 2:
+        raise ValueError(f"Expected two numbers, got {type(value).__name__}")
+    start, stop = (msgspec.convert(number, Count) for number in value)
+    return range(start, stop)
+
+
+def _bytes_of(path: Path, remedy: str) -> bytes:
+    _require_regular(path)
+    if path.stat().st_size > MOST_JSON_BYTES:
+        raise ValueError(f"{path} is damaged ({path.stat().st_size} bytes of JSON). {remedy}")
+    return path.read_bytes()
+
+
+def _require_regular(path: Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing.")
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file.")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors as safetensors so that a reader never sees half of them."""
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    save_file(
-        {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, partial
-    )
-    partial.replace(path)
+    whole = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    with new_file(path) as partial:
+        mode = partial.stat().st_mode
+        save_file(whole, partial)  # replaces the file by one of its own mode
+        partial.chmod(mode)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file; whatever is wrong with it is one line."""
+    _require_regular(path)
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError, RuntimeError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({str(error)[:MOST_SAID]}). Make it again.") from error
+
+
+def tensor_names(path: Path) -> list[str]:
+    """The names of a safetensors file's tensors.
+
+    Raises:
+        ValueError: If the file is damaged; the message names it.
+        FileNotFoundError: If there is no such file.
+    """
+    with _opened(path) as file:
+        return list(file.keys())
 
 
 def read_tensors(path: Path, names: tuple[str, ...] | None = None) -> dict[str, Tensor]:
@@ -100,13 +236,29 @@ def read_tensors(path: Path, names: tuple[str, ...] | None = None) -> dict[str, 
         ValueError: If the file is damaged or lacks a tensor; the message names it.
         FileNotFoundError: If there is no such file.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing.")
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in names or tuple(file.keys())}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}). Make it again.") from error
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in names or tuple(file.keys())}
+
+
+def require_finite(tensors: Mapping[str, Tensor], path: Path, remedy: str) -> None:
+    """Refuse tensors that are no floats, or hold values that are not finite.
+
+    Raises:
+        ValueError: If there is one; names file and tensor.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not is_finite(tensor.float()):
+            raise ValueError(
+                f"{path} is damaged (expected finite floats in {name}, which is {tensor.dtype} "
+                f"{list(tensor.shape)}). {remedy}"
+            )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite."""
+    return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(
+        torch.isfinite(tensor).all()  # finite values may have a sum that is not
+    )
 
 
 def sha256_of(path: Path) -> str:
@@ -115,44 +267,21 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextlib.contextmanager
-def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Fill a folder under a temporary name; it appears under its own name only when complete.
+def require_digest(path: Path, digest: str, remedy: str) -> None:
+    """Refuse a file whose bytes are not the recorded ones.
 
     Args:
-        path: Where the finished folder shall lie.
-        overwrite: Replace a folder that is there already.
-
-    Yields:
-        The temporary folder, empty. If the body raises, it is removed and `path` is untouched.
+        path: The file.
+        digest: Its hex sha256, as it was recorded.
+        remedy: What the user can do, one sentence.
 
     Raises:
-        ValueError: If `path` exists and is not empty, and `overwrite` is off.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it has another sha256; names it.
     """
-    require_free(path, overwrite=overwrite)
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if path.exists():
-        shutil.rmtree(path)
-    partial.replace(path)
-
-
-def require_free(path: Path, *, overwrite: bool) -> None:
-    """Refuse to write over something that is there already.
-
-    Raises:
-        ValueError: If `path` is a file, or a folder that is not empty and `overwrite` is off.
-    """
-    if path.is_file():
-        raise ValueError(f"{path} is a file; give a folder.")
-    if path.exists() and any(path.iterdir()) and not overwrite:
-        raise ValueError(f"{path} exists already. Choose another --out, or pass --overwrite.")
+    _require_regular(path)
+    if sha256_of(path) != digest:
+        raise ValueError(f"{path} is damaged (its sha256 is not the recorded one). {remedy}")
 
 
 def package_versions() -> dict[str, str]:
@@ -162,20 +291,3 @@ def package_versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions
-
-
-def write_command(folder: Path) -> None:
-    """Write `command.txt`: what was typed, when, on which versions, from which commit."""
-    asked = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:
-        commit = ""
-    versions = " ".join(f"{name}={version}" for name, version in package_versions().items())
-    lines = [
-        " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        f"time: {datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')}",
-        f"commit: {commit or 'unknown'}",
-        f"versions: {versions}",
-    ]
-    (folder / "command.txt").write_text("\n".join(lines) + "\n")

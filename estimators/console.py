@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import io
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
@@ -39,9 +43,9 @@ def run_command(
     if typed == ["--version"]:
         print(f"{name} {metadata.version('foreroute')}")
         return
-    from jsonargparse import auto_cli
+    with one_line_errors(name):
+        from jsonargparse import auto_cli
 
-    try:
         auto_cli(
             command,
             args=_with_dashes(typed),
@@ -50,21 +54,43 @@ def run_command(
             parser_class=_parser_class(),
         )
         sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def one_line_errors(name: str) -> Iterator[None]:
+    """End the process with one line and an exit code where the body fails as a user can cause it.
+
+    Args:
+        name: The console script's name.
+    """
+    try:
+        yield
     except BrokenPipeError:  # whoever read what is printed has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(CLOSED_PIPE_EXIT_CODE)
-    except (
-        ValueError,
-        ImportError,
-        FileNotFoundError,
-        NotADirectoryError,
-        PermissionError,
-    ) as error:
+    except OSError as error:
+        _fail(name, _of_system(error))
+    except (ValueError, ImportError) as error:
         _fail(name, str(error))
     except KeyboardInterrupt as stopped:
         hint = str(stopped) or "the same command goes on where it stopped."
         print(f"{name}: interrupted; {hint}", file=sys.stderr)
         sys.exit(INTERRUPTED_EXIT_CODE)
+
+
+def plain_console(*, stderr: bool = False) -> Console:
+    """A console that prints what it is given: brackets and colons in names are no markup."""
+    from rich.console import Console
+
+    return Console(markup=False, emoji=False, stderr=stderr)
+
+
+def _of_system(error: OSError) -> str:
+    """What the system refused, and where; as it is if it was raised by hand."""
+    if error.strerror is None or error.filename is None:
+        return str(error)
+    names = [str(path) for path in (error.filename, error.filename2) if path is not None]
+    return f"{' -> '.join(names)}: {error.strerror}."
 
 
 def _write_any_text() -> None:

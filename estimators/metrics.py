@@ -94,6 +94,25 @@ def _is_predicted(predicted_ids: Tensor, true_ids: Tensor) -> Tensor:
     return (true_ids.unsqueeze(-1) == predicted_ids.unsqueeze(-2)).any(dim=-1)
 
 
+def first_ranked(scores: Tensor, budget: int) -> Tensor:
+    """The experts with the highest scores; of equal ones, those with the lower ids.
+
+    `topk` may choose others among equals for another budget, or on another device.
+
+    Args:
+        scores: [..., E], float.
+        budget: M, at most E.
+
+    Returns:
+        Expert ids in order of rank, [..., M], int64.
+
+    Example:
+        >>> first_ranked(torch.tensor([0.0, 2.0, 2.0, -0.0]), budget=3)
+        tensor([1, 2, 0])
+    """
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :budget]
+
+
 def default_budgets(top_k: int, num_experts: int) -> tuple[int, ...]:
     """The budgets every report covers: 1, 1.5, 2 and 3 times top_k, rounded up, at most E.
 
@@ -210,7 +229,7 @@ class RecallMeter:
         """
         true_ids, gate_weights = true_ids.long(), gate_weights.float()
         share = gate_weights / gate_weights.sum(dim=-1, keepdim=True)
-        ranked_ids = scores.topk(self.budgets[-1], dim=-1).indices  # [P, T, M]
+        ranked_ids = first_ranked(scores, self.budgets[-1])  # [P, T, M]
         mass = torch.zeros_like(scores, dtype=torch.float32)  # [P, T, E]
         hits = mass.scatter(-1, true_ids, 1.0).gather(-1, ranked_ids).cumsum(dim=-1)  # [P, T, M]
         first = ranked_ids[..., : self.top_k]

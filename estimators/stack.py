@@ -145,7 +145,7 @@ class EstimatorStack(nn.Module):
             with torch.device("meta"):  # no memory and no random numbers for what is replaced
                 stack = cls(geometry, spec, anchors, vectors, is_trained)
             stack.load_state_dict(dict(tensors), assign=True)
-        except (TypeError, RuntimeError) as error:
+        except (TypeError, RuntimeError, IndexError, OverflowError) as error:
             raise ValueError(f"Estimator tensors do not fit {spec}: {error}") from error
         return stack
 

@@ -10,11 +10,21 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from foreroute.estimators.artifacts import Count
+from foreroute.estimators.fingerprint import is_same_checkpoint
+
 NormKind = Literal["rms", "layer", "none"]
+MOST_EXPERTS = 32767
+"""Per layer: ids are stored as int16."""
+MOST_FEATURES = 1 << 20
+"""Larger hidden sizes than any model has are damage, not models."""
+MOST_LAYERS = 1 << 14
+"""The same of decoder layers."""
 InputKind = Literal[
     "router-input", "residual", "quasi-hidden", "attention-readout", "pre-attention"
 ]
@@ -61,7 +71,7 @@ class MoEGeometry:
     hidden_size: int
     """D, width of the router's input."""
     router_fingerprint: str
-    """sha256 over all router weights, rounded to bfloat16, in layer order: names the checkpoint."""
+    """Names the checkpoint, whatever dtype it is loaded in: `fingerprint_of` its routers."""
     gate_family: GateFamily = field(default=GateFamily.OTHER, compare=False)
     """How gate weights follow from router logits, as verified on the model."""
     gate_scale: float = field(default=1.0, compare=False)
@@ -70,8 +80,25 @@ class MoEGeometry:
     """What the user called the model (folder, Hub id or `bundled`); for messages only."""
 
     def __post_init__(self) -> None:
-        """Read the gate family, which a manifest has as text."""
+        """Read the gate family, which may be text, and check that the numbers fit each other.
+
+        Raises:
+            ValueError: If they do not describe a model.
+        """
         object.__setattr__(self, "gate_family", GateFamily(self.gate_family))
+        layers = self.layer_indices
+        if not layers or layers[0] < 0 or any(b <= a for a, b in pairwise(layers)):
+            raise ValueError(f"expected ascending layer_indices, got {list(layers)[:9]}")
+        if not 1 <= self.top_k <= self.num_experts <= MOST_EXPERTS:
+            raise ValueError(
+                f"expected top_k of 1 to num_experts, and that to be at most {MOST_EXPERTS}, got "
+                f"{self.top_k} of {self.num_experts}"
+            )
+        if not 1 <= self.hidden_size <= MOST_FEATURES or layers[-1] > MOST_LAYERS:
+            raise ValueError(
+                f"expected hidden_size of 1 to {MOST_FEATURES} and layers up to {MOST_LAYERS}, got "
+                f"{self.hidden_size} and {layers[-1]}"
+            )
 
     @property
     def num_layers(self) -> int:
@@ -110,19 +137,16 @@ class MoEGeometry:
         Raises:
             ValueError: If the two differ; the message describes both.
         """
-        if self != other:
+        rounded = dataclasses.replace(self, router_fingerprint=other.router_fingerprint)
+        near = is_same_checkpoint(self.router_fingerprint, other.router_fingerprint)
+        if rounded != other or not near:
             raise ValueError(
                 f"{what} made for {self.describe()}; this model is {other.describe()}. {remedy}"
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form; `from_dict` reverses it."""
+        """JSON-ready form, which `read_json` rebuilds."""
         return dataclasses.asdict(self) | {"layer_indices": list(self.layer_indices)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> MoEGeometry:
-        """Rebuild from `to_dict`'s output."""
-        return cls(**(values | {"layer_indices": tuple(values["layer_indices"])}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,16 +227,16 @@ class EstimatorSpec:
     """Name of a form in `foreroute.estimators.forms`."""
     input_kind: InputKind = "quasi-hidden"
     """State at the source layer that the estimator reads."""
-    horizon: int = 1
+    horizon: Count = 1
     """Distance from source to target layer, in MoE layers; 0 with `pre-attention` input, or where
     the next token is predicted."""
-    tokens_ahead: int = 0
+    tokens_ahead: Count = 0
     """Tokens from the one that is read to the one that is predicted, 0 or 1."""
-    rank: int = 32
+    rank: Count = 32
     """Rank of the correction (`low-rank` and `ridge` only)."""
-    width: int = 256
+    width: Count = 256
     """Hidden units of a layer (`mlp`, `mlp-free` and `shared-mlp` only)."""
-    depth: int = 1
+    depth: Count = 1
     """Hidden layers (`shared-mlp` only)."""
     target_layers: tuple[int, ...] = ()
     """Decoder layer index of each predicted layer, ascending, length P."""
@@ -232,10 +256,5 @@ class EstimatorSpec:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form; `from_dict` reverses it."""
+        """JSON-ready form, which `read_json` rebuilds."""
         return dataclasses.asdict(self) | {"target_layers": list(self.target_layers)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> EstimatorSpec:
-        """Rebuild from `to_dict`'s output."""
-        return cls(**(values | {"target_layers": tuple(values["target_layers"])}))

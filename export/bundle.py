@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,12 @@ from torch import Tensor
 
 from foreroute.estimators import EstimatorSpec, EstimatorStack, MoEGeometry
 from foreroute.estimators.artifacts import (
+    Count,
     package_versions,
     read_tensors,
     read_versioned,
+    require_digest,
+    require_finite,
     sha256_of,
     write_json,
     write_tensors,
@@ -28,6 +32,7 @@ from foreroute.estimators.types import NormKind
 from foreroute.export.hub import find_bundle
 
 FORMAT_VERSION = 2
+REMEDY = "Export the bundle again."
 MANIFEST_NAME = "manifest.json"
 TENSORS_NAME = "estimators.safetensors"
 CALIBRATION_PREFIX = "calibration."
@@ -56,9 +61,9 @@ class CandidateEntry:
 class PairEntry:
     """What a bundle says about one pair of source and target layer."""
 
-    source_layer: int
+    source_layer: Count
     """Decoder layer index the estimator reads."""
-    target_layer: int
+    target_layer: Count
     """Decoder layer index it predicts."""
     form: str
     """The form in use: a trained one, or `next-router` where training did not pay."""
@@ -66,9 +71,9 @@ class PairEntry:
     """Recall of the form in use, on held-out tokens that chose nothing, from the written files."""
     training_free_recall_at_k: float
     """The same for the training-free logits of the same input."""
-    budget: int
+    budget: Count
     """Experts predicted per token for both figures."""
-    stack: int = 0
+    stack: Count = 0
     """Which of the bundle's stacks predicts it."""
     expected_cost: float | None = None
     """Cost of the form in use, on the same tokens, in copies of one expert per token."""
@@ -79,12 +84,6 @@ class PairEntry:
     compared: tuple[CandidateEntry, ...] = ()
     """What the form was chosen from, measured on the tokens that chose."""
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> PairEntry:
-        """Rebuild from `dataclasses.asdict`."""
-        compared = tuple(CandidateEntry(**entry) for entry in values["compared"])
-        return cls(**(values | {"compared": compared}))
-
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationEntry:
@@ -94,17 +93,12 @@ class CalibrationEntry:
     """`temperature` or `isotonic`: the better one."""
     compared: dict[str, float]
     """Calibration error of each on the tokens that chose, mean over layers and candidates."""
-    num_fit_tokens: int
+    num_fit_tokens: Count
     """Held-out tokens they were fitted on."""
-    num_choose_tokens: int
+    num_choose_tokens: Count
     """Held-out tokens that chose between them, and each layer's form."""
     costs: FetchCosts
     """What a prefetch was taken to gain and lose."""
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> CalibrationEntry:
-        """Rebuild from `dataclasses.asdict`."""
-        return cls(**(values | {"costs": FetchCosts(**values["costs"])}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +117,7 @@ class BundleManifest:
     """The norm in front of the model's routers."""
     norm_eps: float
     """Added to that norm's variance."""
-    num_held_out_tokens: int
+    num_held_out_tokens: Count
     """Tokens the pairs' figures are measured on."""
     tensors_sha256: str
     """sha256 of `estimators.safetensors`."""
@@ -134,24 +128,26 @@ class BundleManifest:
     format_version: int = FORMAT_VERSION
     """Version of the manifest's form."""
 
+    def __post_init__(self) -> None:
+        """Check what a damaged file could say.
+
+        Raises:
+            ValueError: If its parts do not fit each other.
+        """
+        if not self.specs or not 0 <= self.norm_eps < math.inf:
+            raise ValueError("expected at least one spec and a finite norm_eps, not negative")
+        targets = tuple(pair.target_layer for pair in self.pairs)
+        if any(spec.target_layers != targets for spec in self.specs):
+            raise ValueError(f"pairs predict layers {list(targets)[:9]}, and a spec others")
+        if any(pair.stack >= len(self.specs) for pair in self.pairs):
+            raise ValueError(f"a pair is predicted by none of the {len(self.specs)} stacks")
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form; `from_dict` reverses it."""
+        """JSON-ready form, which `read_versioned` rebuilds."""
         return dataclasses.asdict(self) | {
             "geometry": self.geometry.to_dict(),
             "specs": [spec.to_dict() for spec in self.specs],
         }
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> BundleManifest:
-        """Rebuild from `to_dict`'s output."""
-        fitted = values["calibration"]
-        parts = {
-            "geometry": MoEGeometry.from_dict(values["geometry"]),
-            "specs": tuple(EstimatorSpec.from_dict(spec) for spec in values["specs"]),
-            "pairs": tuple(PairEntry.from_dict(pair) for pair in values["pairs"]),
-            "calibration": None if fitted is None else CalibrationEntry.from_dict(fitted),
-        }
-        return cls(**(values | parts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,14 +236,19 @@ def load_bundle(path: Path | str, device: str | torch.device = "cpu") -> Bundle:
         ValueError: If a file is damaged or of an unknown format version; the message names it.
     """
     folder = find_bundle(path)
-    manifest = _read_manifest(folder / MANIFEST_NAME)
-    tensors_path = folder / TENSORS_NAME
-    tensors = read_tensors(tensors_path)
-    if sha256_of(tensors_path) != manifest.tensors_sha256:
-        raise ValueError(
-            f"{tensors_path} is damaged (its sha256 is not the manifest's). Export it again."
-        )
-    stack = _build_stack(manifest, tensors)
+    manifest, path = _read_manifest(folder / MANIFEST_NAME), folder / TENSORS_NAME
+    try:
+        require_digest(path, manifest.tensors_sha256, REMEDY)
+        tensors = read_tensors(path)
+    except (FileNotFoundError, ValueError):
+        if _read_manifest(folder / MANIFEST_NAME) == manifest:
+            raise
+        return load_bundle(folder, device)  # another bundle has just taken its place
+    require_finite(tensors, path, REMEDY)
+    try:
+        stack = _build_stack(manifest, tensors)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder} is damaged ({error}). {REMEDY}") from error
     return Bundle(manifest=manifest, stack=stack.to(device).eval().requires_grad_(False))
 
 
@@ -270,6 +271,8 @@ def _build_stack(manifest: BundleManifest, tensors: dict[str, Tensor]) -> Estima
     if manifest.calibration is not None:
         fitted = _without_prefix(CALIBRATION_PREFIX, tensors)
         stack.calibration = Calibration(**fitted, top_k=manifest.geometry.top_k)
+        if len(stack.calibration.probability) != len(manifest.pairs):
+            raise ValueError(f"its probabilities are not of {len(manifest.pairs)} pairs")
     return stack
 
 
@@ -291,6 +294,4 @@ def _without_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor
 def _read_manifest(path: Path) -> BundleManifest:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; is this a bundle?")
-    return read_versioned(
-        path, FORMAT_VERSION, BundleManifest.from_dict, "Export the bundle again."
-    )
+    return read_versioned(path, FORMAT_VERSION, BundleManifest, REMEDY)

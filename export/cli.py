@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from foreroute.estimators.console import run_command
-from foreroute.estimators.expected_cost import FetchCosts
-from foreroute.export.bundle import BundleManifest
+from foreroute.estimators.console import plain_console, run_command
+
+if TYPE_CHECKING:
+    from foreroute.export.bundle import BundleManifest
 
 
 def export(
@@ -15,8 +16,8 @@ def export(
     run: Path,
     out: Path,
     also: str = "",
-    saved: float = FetchCosts.saved,
-    delay: float = FetchCosts.delay,
+    saved: float = 1.0,
+    delay: float = 1.0,
     traces: Path | None = None,
     push_to_hub: str | None = None,
     private: bool = False,
@@ -39,6 +40,7 @@ def export(
         private: Whether only its owner sees it there.
         overwrite: Replace the folder if it is there already.
     """
+    from foreroute.estimators.expected_cost import FetchCosts
     from foreroute.export.export import export_estimator
 
     manifest = export_estimator(
@@ -59,7 +61,6 @@ def export(
 
 def _print_table(manifest: BundleManifest) -> None:
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
 
     top_k, fitted = manifest.geometry.top_k, manifest.calibration
@@ -90,7 +91,7 @@ def _print_table(manifest: BundleManifest) -> None:
             manifest.specs[pair.stack].input_kind,
             *(f"{figure:.3f}" for figure in figures),
         )
-    Console().print(table)
+    plain_console().print(table)
 
 
 def main() -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 from foreroute.data.manifest import MANIFEST_FILE
 from foreroute.data.opening import open_traces
 from foreroute.data.traces import Traces
-from foreroute.estimators.artifacts import new_folder, require_free, sha256_of, write_command
+from foreroute.estimators.artifacts import sha256_of
 from foreroute.estimators.calibration import uncalibrated
 from foreroute.estimators.expected_cost import FetchCosts
+from foreroute.estimators.output import new_folder
 from foreroute.export.bundle import (
     Bundle,
     BundleManifest,
@@ -61,40 +62,37 @@ def export_estimator(
         ValueError: If something is damaged, runs do not belong together, there are too few held-out
             sequences, or recall is not what a run says.
     """
-    require_free(out, overwrite=overwrite)
-    runs = {folder.name: load_run(folder) for folder in (run, *also)}
-    if len(runs) <= len(also):
-        raise ValueError(
-            f"Expected runs of different names, got {', '.join(map(str, runs))} twice."
-        )
-    finished = runs[run.name]
-    for name, other in runs.items():
-        require_comparable(finished, other, name)
+    folders, traces_read = (run, *also), [traces_path] if traces_path else []
+    with new_folder(out, "bundle", overwrite=overwrite, inputs=(*folders, *traces_read)) as partial:
+        return _fill_bundle(partial, folders, costs or FetchCosts(), traces_path)
+
+
+def _fill_bundle(
+    partial: Path, folders: Sequence[Path], costs: FetchCosts, traces_path: Path | None
+) -> BundleManifest:
+    """Choose among the runs, and write and measure the bundle."""
+    runs = load_comparable(folders)
+    finished = next(iter(runs.values()))
     traces = traces_of(finished, traces_path)
     for name, other in runs.items():
         check_claims(other, traces, name)
     parts = split_held_out(finished.plan.split.held_out)
-    choice = choose(runs, traces, parts, costs or FetchCosts())
-    with new_folder(out, overwrite=overwrite) as partial:
-        save_bundle(
-            partial,
-            choice.stack,
-            _entries(choice),
-            num_held_out_tokens=0,
-            provenance={
-                "runs": {
-                    name: str(folder) for name, folder in zip(runs, (run, *also), strict=True)
-                },
-                "traces": finished.plan.traces,
-                "traces_sha256": finished.plan.traces_sha256,
-                "num_train_tokens": finished.metrics["num_train_tokens"],
-            },
-            calibration=choice.calibration,
-        )
-        bundle = load_bundle(partial)
-        manifest = measure_bundle(bundle, traces, parts.report)
-        save_manifest(partial, manifest)
-        write_command(partial)
+    choice = choose(runs, traces, parts, costs)
+    save_bundle(
+        partial,
+        choice.stack,
+        _entries(choice),
+        num_held_out_tokens=0,
+        provenance={
+            "runs": {name: str(folder) for name, folder in zip(runs, folders, strict=True)},
+            "traces": finished.plan.traces,
+            "traces_sha256": finished.plan.traces_sha256,
+            "num_train_tokens": finished.metrics["num_train_tokens"],
+        },
+        calibration=choice.calibration,
+    )
+    manifest = measure_bundle(load_bundle(partial), traces, parts.report)
+    save_manifest(partial, manifest)
     return manifest
 
 

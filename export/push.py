@@ -10,7 +10,7 @@ from typing import Any
 
 from foreroute.data.manifest import MANIFEST_FILE, TraceManifest
 from foreroute.data.traces import Traces
-from foreroute.estimators.artifacts import write_json
+from foreroute.estimators.artifacts import from_values, write_json
 from foreroute.export.bundle import TENSORS_NAME, BundleManifest, load_bundle, save_manifest
 from foreroute.export.card import bundle_card, traces_card
 from foreroute.export.hub import upload
@@ -34,7 +34,7 @@ def push_bundle(folder: Path, repo_id: str, *, is_private: bool = False) -> str:
     Raises:
         ValueError: If the bundle is damaged, or the Hub refuses.
     """
-    manifest = BundleManifest.from_dict(without_paths(load_bundle(folder).manifest.to_dict()))
+    manifest = from_values(without_paths(load_bundle(folder).manifest.to_dict()), BundleManifest)
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         save_manifest(place, manifest)
@@ -59,7 +59,7 @@ def push_traces(folder: Path, repo_id: str, *, is_private: bool = False) -> str:
     """
     traces = Traces.open(folder)
     traces.verify()
-    manifest = TraceManifest.from_dict(without_paths(traces.manifest.to_dict()))
+    manifest = from_values(without_paths(traces.manifest.to_dict()), TraceManifest)
     names = {name for shard in manifest.shards for name in shard.sha256}
     names |= {path.name for path in folder.glob("*.safetensors")}
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".push-") as name:

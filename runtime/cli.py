@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from foreroute.estimators.console import run_command
+from foreroute.estimators.console import one_line_errors, plain_console, run_command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,14 +110,18 @@ def bench(
             int8 or int4.
         trust_remote_code: Run code that came with the checkpoint.
     """
-    from rich.console import Console
     from rich.progress import Progress
 
     from foreroute.data.adapters import discover, load_model, load_tokenizer, resolve_device
     from foreroute.data.adapters.loading import HubSettings
     from foreroute.data.adapters.vocabulary import vocabulary_size
     from foreroute.data.columns import RowReading
-    from foreroute.estimators.artifacts import package_versions, write_json, write_text
+    from foreroute.estimators.artifacts import (
+        package_versions,
+        require_file_place,
+        write_json,
+        write_text,
+    )
     from foreroute.export.bundle import load_bundle
     from foreroute.runtime.bench import measure
     from foreroute.runtime.bench.tables import print_results
@@ -129,6 +133,7 @@ def bench(
 
     if min(num_prompts, prompt_tokens, repeats) < 1 or new_tokens < 8:
         raise ValueError("bench needs at least 1 prompt of 1 token, 1 repeat and 8 new tokens.")
+    require_file_place(json)
     target = resolve_device(device)
     loaded = load_bundle(bundle) if bundle else None
     hub: HubSettings = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -158,7 +163,7 @@ def bench(
         budget=budget,
         can_speculate=geometry.gate_family != "other",
     )
-    console = Console()
+    console = plain_console()
     with Progress(console=console) as progress:
         task = progress.add_task("stock", total=measure.num_ticks(modes, work))
 
@@ -208,12 +213,10 @@ def doctor(
         dtype: In which sizes are given: auto, float32, bfloat16 or float16.
         trust_remote_code: Run code that came with the checkpoint.
     """
-    from rich.console import Console
-
     from foreroute.runtime.planning.doctor import diagnose, report
 
     found = diagnose(model, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
-    Console().print(report(found))
+    plain_console().print(report(found))
 
 
 def _sequences(
@@ -357,32 +360,33 @@ def profile(out: Path, device: str = "auto", name: str = "", overwrite: bool = F
 
 def main() -> None:
     """Entry point of `foreroute`."""
-    from foreroute.data.cli import collect
-    from foreroute.export.compare.cli import compare_predictors, score
-    from foreroute.export.report.cli import report
-    from foreroute.runtime.evaluation.cli import evaluate
-    from foreroute.runtime.serving.cli import serve
-    from foreroute.runtime.tune.cli import tune
+    with one_line_errors("foreroute"):
+        from foreroute.data.cli import collect
+        from foreroute.export.compare.cli import compare_predictors, score
+        from foreroute.export.report.cli import report
+        from foreroute.runtime.evaluation.cli import evaluate
+        from foreroute.runtime.serving.cli import serve
+        from foreroute.runtime.tune.cli import tune
 
-    run_command(
-        "foreroute",
-        {
-            "generate": generate,
-            "collect": collect,
-            "doctor": doctor,
-            "bench": bench,
-            "simulate": simulate,
-            "pack": pack,
-            "plan": plan,
-            "profile": profile,
-            "report": report,
-            "compare-predictors": compare_predictors,
-            "score": score,
-            "serve": serve,
-            "evaluate": evaluate,
-            "tune": tune,
-        },
-    )
+        run_command(
+            "foreroute",
+            {
+                "generate": generate,
+                "collect": collect,
+                "doctor": doctor,
+                "bench": bench,
+                "simulate": simulate,
+                "pack": pack,
+                "plan": plan,
+                "profile": profile,
+                "report": report,
+                "compare-predictors": compare_predictors,
+                "score": score,
+                "serve": serve,
+                "evaluate": evaluate,
+                "tune": tune,
+            },
+        )
 
 
 if __name__ == "__main__":

@@ -161,6 +161,14 @@ def test_the_router_fingerprint_is_the_same_in_bfloat16_and_float32():
     assert discover(model.to(torch.bfloat16)).geometry.router_fingerprint == before
 
 
+def test_a_checkpoint_is_known_again_in_float16():
+    model = make("qwen3_moe")
+    before = discover(model).geometry
+    after = discover(model.to(torch.float16)).geometry
+    before.require_match(after, what="Bundle", remedy="Export again.")
+    after.require_match(before, what="Bundle", remedy="Export again.")
+
+
 def test_the_router_fingerprint_tells_checkpoints_apart():
     model = make("qwen3_moe")
     before = discover(model).geometry

@@ -9,7 +9,7 @@ import torch
 
 from foreroute.data.traces import Traces
 from foreroute.estimators import EstimatorSpec
-from foreroute.estimators.artifacts import read_json, write_json, write_tensors
+from foreroute.estimators.artifacts import read_json, sha256_of, write_json, write_tensors
 from foreroute.export.bundle import load_bundle
 from foreroute.export.cli import export
 from foreroute.export.export import export_estimator
@@ -61,8 +61,7 @@ def test_layers_where_training_did_not_pay_are_training_free(run, tmp_path) -> N
     finished = load_run(run)
     tensors = finished.stack.to_tensors()
     tensors["form.up"][1] = 50 * torch.randn_like(tensors["form.up"][1])
-    write_tensors(run / "estimators.safetensors", tensors)
-    metrics = finished.metrics
+    metrics = rewrite(run, finished, tensors)
     with pytest.raises(ValueError, match=r"Run run, layer 2: the written files reach recall 0\."):
         export_estimator(run, tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
@@ -77,6 +76,15 @@ def test_layers_where_training_did_not_pay_are_training_free(run, tmp_path) -> N
     assert (free.form, trained.form) == ("next-router", "low-rank")
     assert free.expected_cost < trained.expected_cost
     assert load_bundle(tmp_path / "bundle").stack.is_trained[1] is False
+
+
+def rewrite(run, finished, tensors) -> dict:
+    """Write other estimators into a run, with their digest; gives its metrics."""
+    write_tensors(run / "estimators.safetensors", tensors)
+    digest = sha256_of(run / "estimators.safetensors")
+    metrics = finished.metrics | {"tensors_sha256": digest}
+    write_json(run / "metrics.json", metrics)
+    return metrics
 
 
 def measured_recall(finished, sequences, spec) -> list[float]:
@@ -101,8 +109,8 @@ def test_each_layer_is_taken_from_the_run_that_costs_least(run, other_run, tmp_p
     finished = load_run(run)
     tensors = finished.stack.to_tensors()
     tensors["form.up"] = torch.randn_like(tensors["form.up"])
-    write_tensors(run / "estimators.safetensors", tensors)
-    damaged, metrics = load_run(run), finished.metrics
+    metrics = rewrite(run, finished, tensors)
+    damaged = load_run(run)
     claimed = measured_recall(damaged, damaged.plan.split.held_out, damaged.plan.spec)
     metrics["estimator"]["per_layer"]["recall_at_k"] = claimed
     write_json(run / "metrics.json", metrics)

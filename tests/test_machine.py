@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from foreroute.estimators.artifacts import parse_json
 from foreroute.runtime.planning.machine import (
     MachineProfile,
     find_profile,
@@ -100,7 +101,7 @@ def test_this_machine_can_be_measured() -> None:
     assert profile.is_measured
     assert "memory to memory" in profile.source
     assert profile.expert_bytes == 9437184
-    assert MachineProfile.from_dict(json.loads(json.dumps(profile.to_dict()))) == profile
+    assert parse_json(json.dumps(profile.to_dict()).encode(), MachineProfile, "it") == profile
 
 
 @pytest.mark.gpu
@@ -117,4 +118,4 @@ def test_a_gpu_can_be_measured() -> None:
     assert 0 < profile.begin_ms < profile.predict_ms < profile.copy_ms(one)
     assert profile.ahead_ms < profile.layer_ms
     assert profile.best_gbps / 2 < profile.prefetch_gbps < 1.1 * profile.best_gbps
-    assert MachineProfile.from_dict(json.loads(json.dumps(profile.to_dict()))) == profile
+    assert parse_json(json.dumps(profile.to_dict()).encode(), MachineProfile, "it") == profile

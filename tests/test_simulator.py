@@ -15,6 +15,7 @@ from foreroute.data.collect import collect_traces
 from foreroute.data.routes import ReadOptions, Route, read_route
 from foreroute.estimators import EstimatorStack
 from foreroute.export.bundle import PairEntry, save_bundle
+from foreroute.runtime import cli
 from foreroute.runtime.planning.machine import find_profile
 from foreroute.runtime.policies import LayerState, PrefetchRule, find_policy
 from foreroute.runtime.policies.prefetching import READOUT_SHARE
@@ -27,7 +28,7 @@ from foreroute.runtime.simulator import (
     simulate,
     timeline,
 )
-from foreroute.runtime.simulator.cli import SimulateRequest, foretold_by_bundle, run_simulate
+from foreroute.runtime.simulator.cli import foretold_by_bundle
 from foreroute.runtime.simulator.replay import Replay
 
 TIMES = LinkTimes(
@@ -364,8 +365,8 @@ def test_the_command_prints_and_writes_its_rows(
 ) -> None:
     route = random_route(6)
     np.save(tmp_path / "ids.npy", route.expert_ids)
-    request = SimulateRequest(
-        routes=tmp_path / "ids.npy",
+    cli.simulate(
+        tmp_path / "ids.npy",
         slots="25%",
         prefetch="none,pieces",
         horizon=2,
@@ -373,7 +374,6 @@ def test_the_command_prints_and_writes_its_rows(
         prompt_tokens=10,
         json=tmp_path / "rows.json",
     )
-    run_simulate(request)
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     wanted = {
         "eviction",

@@ -12,7 +12,7 @@ from foreroute.data.manifest import TraceManifest
 from foreroute.data.recorder import RoutingRecorder
 from foreroute.data.shard_file import ShardFile
 from foreroute.data.traces import Traces
-from foreroute.estimators.artifacts import sha256_of
+from foreroute.estimators.artifacts import parse_json, sha256_of
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_one_changed_byte_is_found_by_verify(damaged):
 
 def test_a_manifest_survives_json(tiny_traces):
     manifest = Traces.open(tiny_traces).manifest
-    assert TraceManifest.from_dict(json.loads(json.dumps(manifest.to_dict()))) == manifest
+    assert parse_json(json.dumps(manifest.to_dict()).encode(), TraceManifest, "it") == manifest
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int16, torch.uint8])

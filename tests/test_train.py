@@ -12,6 +12,7 @@ from lightning import Trainer
 from torch.nn import functional
 from toys import Listed
 
+from foreroute.data.collect import EXPORTABLE_SEQUENCES
 from foreroute.data.traces import Traces
 from foreroute.estimators import (
     FORMS,
@@ -46,7 +47,7 @@ from foreroute.train.prepared import (
 from foreroute.train.ridge import NormalEquations, set_to_ridge
 from foreroute.train.run import FitConfig, load_run
 from foreroute.train.shards import PairedShards, RoutingBatch
-from foreroute.train.split import rows_of, split_sequences
+from foreroute.train.split import rows_of, split_held_out, split_sequences
 from foreroute.train.stacks import build_stack
 
 QUICK = FitConfig(epochs=2, batch_size=256)
@@ -152,6 +153,12 @@ def test_no_sequence_both_trains_and_measures(num_sequences: int, share: float) 
 def test_too_few_sequences_are_refused(num_sequences: int) -> None:
     with pytest.raises(ValueError, match="Collect more tokens"):
         split_sequences(num_sequences)
+
+
+def test_collecting_knows_how_many_sequences_export_needs() -> None:
+    split_held_out(split_sequences(EXPORTABLE_SEQUENCES).held_out)
+    with pytest.raises(ValueError, match="held-out sequences are too few"):
+        split_held_out(split_sequences(EXPORTABLE_SEQUENCES - 1).held_out)
 
 
 def test_rows_follow_the_sequences_of_a_shard() -> None:

@@ -14,7 +14,7 @@ from foreroute.runtime import cli
 from foreroute.runtime.tune import steps
 from foreroute.runtime.tune.plan import Tuning
 from foreroute.runtime.tune.steps import Journal, Step, StepFailed, run_all
-from foreroute.train.cli import train
+from foreroute.train.command import train
 
 COMMANDS = {"collect-traces": collect_traces, "train-estimator": train, "export-estimator": export}
 SUBCOMMANDS = {"report": report}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from foreroute.estimators import EstimatorStack, RecallMeter
+from foreroute.estimators.ranks import ALONE, Ranks
 from foreroute.train.datamodule import BatchStream, Shards
 from foreroute.train.measure import MEASURE_BATCH
 from foreroute.train.prepared import PreparedBatch
@@ -22,6 +23,7 @@ def settle_pairs(
     start: Mapping[str, Tensor],
     choosing: Shards[PreparedBatch],
     kept_gain: float,
+    ranks: Ranks = ALONE,
 ) -> list[float]:
     """Give each pair its start back where training did not pay, and shrink the others' corrections.
 
@@ -34,9 +36,11 @@ def settle_pairs(
         start: The form's parameters before training, by name.
         choosing: Tokens to choose by.
         kept_gain: As in `least_share`.
+        ranks: The processes that have the other pairs, which get the same share.
 
     Returns:
-        Share of each pair's correction that is left; 1 where the start was given back.
+        Share that is left of the correction of each pair of all processes; 1 where the start was
+        given back.
     """
     trained = {name: value.clone() for name, value in stack.form.state_dict().items()}
     num_pairs = len(stack.target_layers)
@@ -47,15 +51,19 @@ def settle_pairs(
     after = recall_by_share(stack, choosing, shares)  # [S, P]
     stack.form.load_state_dict(start)
     before = recall_by_share(stack, choosing, shares[-1:])[0]  # [P]
-    has_paid = after[-1] > before
-    kept = torch.ones(num_pairs)
+    both = ranks.gather((after, before))
+    after, before = torch.cat([a for a, _ in both], dim=1), torch.cat([b for _, b in both])
+    has_paid = after[-1] > before  # [pairs of all processes]
+    kept = torch.ones(len(before))
     if has_paid.any():
         floor = float(before[has_paid].mean())
         kept[has_paid] = shares[least_share(after[:, has_paid].mean(dim=1), floor, kept_gain)]
-    mask = has_paid.to(stack.input.device)
+    first = sum(len(b) for _, b in both[: ranks.rank])
+    mine = slice(first, first + num_pairs)
+    mask = has_paid[mine].to(stack.input.device)
     for name, parameter in stack.form.named_parameters():
         parameter[mask] = trained[name][mask]
-    stack.form.scale_correction(kept.to(stack.input.device))
+    stack.form.scale_correction(kept[mine].to(stack.input.device))
     return [round(share, 4) for share in kept.tolist()]
 
 

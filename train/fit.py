@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import logging
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,11 +28,15 @@ from foreroute.estimators import (
     default_budgets,
 )
 from foreroute.estimators.artifacts import read_json, sha256_of
+from foreroute.estimators.output import claim
+from foreroute.estimators.ranks import ALONE, Ranks, joined_ranks
 from foreroute.train.baselines import baseline_fields, build_baselines
+from foreroute.train.checkpoints import WholeCheckpoints, require_whole
 from foreroute.train.choose import settle_pairs
 from foreroute.train.datamodule import RoutingDataModule, Shards
 from foreroute.train.measure import measure, predictor_of
 from foreroute.train.module import LOG_STEPS, EstimatorModule
+from foreroute.train.parts import build_part, join_metrics, join_stacks
 from foreroute.train.prepared import PreparedBatch, PreparedShards
 from foreroute.train.ridge import has_ridge_start, set_to_ridge
 from foreroute.train.run import (
@@ -42,8 +49,20 @@ from foreroute.train.run import (
     open_run,
 )
 from foreroute.train.shards import PairedShards
-from foreroute.train.split import split_off_validation, split_sequences
-from foreroute.train.stacks import build_stack
+from foreroute.train.split import MIN_SEQUENCES, split_off_validation, split_sequences
+
+logger = logging.getLogger(__name__)
+
+TOO_FEW_TO_EXPORT = (
+    f"Of %d sequences %d are held out; export-estimator needs {MIN_SEQUENCES}. Collect more tokens "
+    "to export what is trained."
+)
+PARTS = "parts"
+"""Folder of a run by several processes, of each one's log and checkpoint."""
+LIVE_IS_ALONE = (
+    "Training while a model runs is done by one process: start it without torchrun, or record "
+    "traces first, which several processes can train on."
+)
 
 
 def train_estimator(
@@ -81,27 +100,46 @@ def train_estimator(
         ValueError: If the traces are damaged, or settings do not fit them or the folder.
     """
     start = time.monotonic()
-    chosen = resolve_device(device)
-    traces = source if isinstance(source, Traces) else open_traces(source)
-    plan = plan_run(traces, spec, config)
-    vectors = train_default_vectors(traces, plan)
-    torch.manual_seed(config.seed)
-    stack = build_stack(traces, spec, vectors, chosen)
-    traces.read(stack.source_layers[0], 0, SOURCE_FIELDS[spec.input_kind])  # is it recorded?
-    traces.verify()
-    open_run(out, plan, overwrite=overwrite, resume=resume)
-    if (out / METRICS_NAME).is_file():
-        return read_json(out / METRICS_NAME)
-    fitted = fit_stack(stack, traces, plan, out, memory_bytes)
-    metrics = measure_run(stack, traces, plan, vectors, chosen)
-    metrics |= {
-        "form": spec.form,
-        "num_train_tokens": fitted.num_tokens,
-        "kept_shares": fitted.kept_shares,
-        "seconds": round(time.monotonic() - start, 1),
-    }
-    finish_run(out, stack, metrics)
-    return metrics
+    with contextlib.ExitStack() as held:
+        ranks = held.enter_context(joined_ranks())
+        chosen = ranks.device(resolve_device(device))
+        traces = source if isinstance(source, Traces) else open_traces(source)
+        if traces.manifest.live_sha256 and not ranks.is_alone:
+            raise ValueError(LIVE_IS_ALONE)
+        ranks.first(lambda: held.enter_context(claim(out)))
+        plan = plan_run(traces, spec, config)
+        if len(plan.split.held_out) < MIN_SEQUENCES and ranks.is_first:
+            logger.warning(TOO_FEW_TO_EXPORT, traces.num_sequences, len(plan.split.held_out))
+        vectors = train_default_vectors(traces, plan)
+        stack = build_part(traces, spec, ranks, config.seed, vectors, chosen)
+        traces.read(stack.source_layers[0], 0, SOURCE_FIELDS[spec.input_kind])  # is it recorded?
+        traces.verify(ranks.rank, ranks.num_ranks)
+        ranks.wait()
+        ranks.first(
+            lambda: open_run(out, plan, overwrite=overwrite, resume=resume, inputs=[traces.folder])
+        )
+        if ranks.first((out / METRICS_NAME).is_file):
+            return ranks.first(lambda: read_json(out / METRICS_NAME))
+        mine = dataclasses.replace(plan, spec=stack.spec)
+        fitted = fit_stack(stack, traces, mine, _folder_of(out, stack, ranks), memory_bytes, ranks)
+        measured = measure_part(stack, traces, mine, vectors, chosen)
+        metrics = describe_run(join_metrics(ranks.gather(measured)), traces, plan)
+        whole = join_stacks(stack, traces, spec, vectors, ranks)
+        metrics |= {
+            "form": spec.form,
+            "num_train_tokens": fitted.num_tokens,
+            "kept_shares": fitted.kept_shares,
+            "seconds": round(time.monotonic() - start, 1),
+        }
+        return ranks.first(lambda: finish_run(out, whole, metrics))
+
+
+def _folder_of(out: Path, stack: EstimatorStack, ranks: Ranks) -> Path:
+    """Where a process keeps its log and its checkpoint: the run's folder, or one for its layers."""
+    if ranks.is_alone:
+        return out
+    first, last = stack.target_layers[0], stack.target_layers[-1]
+    return out / PARTS / f"layers_{first:03d}_{last:03d}"
 
 
 def plan_run(traces: Traces, spec: EstimatorSpec, config: FitConfig) -> RunPlan:
@@ -148,6 +186,7 @@ def fit_stack(
     plan: RunPlan,
     out: Path,
     memory_bytes: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Fitted:
     """Train a stack in place, going on from the folder's checkpoint if there is one.
 
@@ -155,8 +194,9 @@ def fit_stack(
         stack: On the device that shall compute.
         traces: Where to read.
         plan: Sequences and settings.
-        out: The run's folder.
+        out: Where log and checkpoint go.
         memory_bytes: Most bytes of prepared tokens to keep; by the free memory if None.
+        ranks: The processes that fit the other layers.
 
     Raises:
         KeyboardInterrupt: If the user interrupts; the last epoch's checkpoint remains.
@@ -177,7 +217,7 @@ def fit_stack(
         )
         for sequences in split_off_validation(plan.split.train)
     )
-    kept_shares = train_stack(stack, fitting, choosing, plan.config, out)
+    kept_shares = train_stack(stack, fitting, choosing, plan.config, out, ranks)
     return Fitted(fitting.num_tokens, kept_shares)
 
 
@@ -187,6 +227,7 @@ def train_stack(
     choosing: Shards[PreparedBatch],
     config: FitConfig,
     out: Path,
+    ranks: Ranks = ALONE,
     *,
     show_progress: bool = True,
 ) -> list[float]:
@@ -198,7 +239,8 @@ def train_stack(
         choosing: Tokens to choose by; all layers keep what training gave if there are none.
         config: How to train.
         out: Folder of the log and of the checkpoint that an interrupted fit goes on from.
-        show_progress: Draw a progress bar.
+        ranks: The processes that train the other pairs.
+        show_progress: Draw a progress bar, in the first of them.
 
     Returns:
         Share of each pair's correction that is left.
@@ -217,11 +259,11 @@ def train_stack(
         loss=config.loss,
     )
     device = stack.input.device
-    _run_trainer(module, data, config.epochs, out, show_progress)
+    _run_trainer(module, data, config.epochs, out, show_progress and ranks.is_first)
     stack.to(device).eval().requires_grad_(False)  # Lightning leaves it on the CPU
     if not choosing.rows:
-        return [1.0] * len(stack.target_layers)
-    return settle_pairs(stack, start, choosing, config.kept_gain)
+        return [1.0] * sum(ranks.gather(len(stack.target_layers)))
+    return settle_pairs(stack, start, choosing, config.kept_gain, ranks)
 
 
 def _run_trainer(
@@ -237,36 +279,58 @@ def _run_trainer(
         max_epochs=epochs,
         logger=CSVLogger(out, name="logs"),
         callbacks=[keep_last],
+        # one process each, also where SLURM or torchrun have started several
+        plugins=[WholeCheckpoints(), LightningEnvironment()],
         num_sanity_val_steps=0,
         reload_dataloaders_every_n_epochs=1,
         log_every_n_steps=LOG_STEPS,
         enable_model_summary=False,
         enable_progress_bar=show_progress,
-        plugins=[LightningEnvironment()],  # one process, also where SLURM has asked for several
     )
     resume_from = checkpoint if checkpoint.is_file() else None
+    if resume_from:
+        require_whole(resume_from)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
     except SystemExit as ended:  # Lightning's answer to Ctrl+C
         raise KeyboardInterrupt("the same command with --resume goes on.") from ended
 
 
-def measure_run(
+def measure_part(
     stack: EstimatorStack, traces: Traces, plan: RunPlan, vectors: Tensor, device: torch.device
+) -> dict[str, RecallMetrics]:
+    """Measure a trained stack and all its layers' baselines on the held-out tokens.
+
+    Args:
+        stack: Of the plan's layers.
+        traces: Where to read.
+        plan: Of the same layers.
+        vectors: Default vectors of all L MoE layers, [L, E, D].
+        device: Where to compute.
+
+    Returns:
+        By predictor; the stack is `estimator`.
+    """
+    geometry, spec = traces.geometry, plan.spec
+    held_out = PairedShards(
+        traces, spec, plan.split.held_out, source_fields=baseline_fields(spec), cache_bytes=0
+    )
+    predictors = build_baselines(traces, spec, plan.split, vectors, device)
+    predictors["estimator"] = predictor_of(stack.to(device))
+    budgets = default_budgets(geometry.top_k, geometry.num_experts)
+    return measure(predictors, held_out, geometry, budgets, device)
+
+
+def describe_run(
+    measured: dict[str, RecallMetrics], traces: Traces, plan: RunPlan
 ) -> dict[str, Any]:
-    """Measure a trained stack and all baselines on the held-out tokens.
+    """What was measured of all layers, beside the random floor.
 
     Returns:
         metrics.json, less what only the fit knows.
     """
     geometry, spec = traces.geometry, plan.spec
     budgets = default_budgets(geometry.top_k, geometry.num_experts)
-    held_out = PairedShards(
-        traces, spec, plan.split.held_out, source_fields=baseline_fields(spec), cache_bytes=0
-    )
-    predictors = build_baselines(traces, spec, plan.split, vectors, device)
-    predictors["estimator"] = predictor_of(stack.to(device))
-    measured = measure(predictors, held_out, geometry, budgets, device)
     measured["random"] = RecallMetrics.of_chance(
         num_pairs=len(spec.target_layers),
         top_k=geometry.top_k,
@@ -281,5 +345,5 @@ def measure_run(
         "layers": list(spec.target_layers),
         "budgets": list(budgets),
         "top_k": geometry.top_k,
-        "num_held_out_tokens": held_out.num_tokens,
+        "num_held_out_tokens": PairedShards(traces, spec, plan.split.held_out).num_tokens,
     }

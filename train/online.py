@@ -11,7 +11,7 @@ from foreroute.data.manifest import MANIFEST_FILE
 from foreroute.data.opening import open_traces
 from foreroute.data.traces import Traces
 from foreroute.estimators import InputKind
-from foreroute.estimators.artifacts import require_free
+from foreroute.estimators.output import claim, require_free
 
 RECORDED_FOR: dict[InputKind, str] = {
     "attention-readout": "readout",
@@ -76,8 +76,9 @@ def open_live_traces(
         batch_size=batch_size,
         overwrite=overwrite,
     )
-    require_free(out, overwrite=overwrite)
-    require_free(folder, overwrite=overwrite)
+    with claim(out), claim(folder):
+        require_free(out, "run", overwrite=overwrite, inputs=(model, dataset))
+        require_free(folder, "traces", overwrite=overwrite, inputs=(model, dataset))
     loaded = load_model(model, device=resolve_device(device), revision=revision)
     moe = discover(loaded, model)
     return LiveTraces.begin(

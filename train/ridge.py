@@ -77,14 +77,20 @@ class NormalEquations:
             Weight [P, D, E] and bias [P, 1, E], float64.
 
         Raises:
-            ValueError: If no token was counted.
+            ValueError: If no token was counted, or they determine no solution.
         """
         if self.num_tokens == 0:
             raise ValueError("Ridge regression has no tokens to learn from; collect more.")
         squares, products = self.centred()
         diagonal = self.squares.diagonal(dim1=1, dim2=2).mean(dim=1) / self.num_tokens  # [P]
         squares.diagonal(dim1=1, dim2=2).add_(penalty * diagonal.unsqueeze(1))
-        weight = torch.cholesky_solve(products, torch.linalg.cholesky(squares))
+        factor, failed = torch.linalg.cholesky_ex(squares)
+        if bool(failed.any()):
+            raise ValueError(
+                "Ridge regression has no solution on these states: are they all zero, or damaged? "
+                "Collect the traces again."
+            )
+        weight = torch.cholesky_solve(products, factor)
         return weight, (self.target_sum - self.feature_sum @ weight) / self.num_tokens
 
     def solve_low_rank(self, rank: int, penalty: float = PENALTY) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from foreroute.estimators import EstimatorSpec, EstimatorStack, MoEGeometry
 from foreroute.estimators.artifacts import (
+    Count,
     read_json,
     read_tensors,
-    require_free,
-    write_command,
+    read_versioned,
+    require_digest,
+    require_finite,
+    sha256_of,
     write_json,
     write_tensors,
 )
+from foreroute.estimators.output import kind_of, new_folder
 from foreroute.estimators.types import NormKind
 from foreroute.train.losses import LossName
 from foreroute.train.split import SequenceSplit
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no digest of its tensors
+REMEDY = "Train again."
 PLAN_NAME = "run.json"
 METRICS_NAME = "metrics.json"
 TENSORS_NAME = "estimators.safetensors"
@@ -35,9 +41,9 @@ InitName = Literal["ridge", "zero"]
 class FitConfig:
     """How the estimators are fitted."""
 
-    epochs: int = 10
+    epochs: Count = 10
     """Passes over the training tokens."""
-    batch_size: int = 2048
+    batch_size: Count = 2048
     """Tokens per optimizer step."""
     learning_rate: float = 5e-3
     """AdamW's, at the first step; follows a cosine to zero."""
@@ -49,7 +55,7 @@ class FitConfig:
     """Share of the corrections' gain in recall, above 0 and at most 1, that is kept when they are
     shrunk, as far as training sequences set aside allow: small ones hold better on other text.
     """
-    seed: int = 0
+    seed: Count = 0
     """Decides the initial parameters and the order of tokens."""
 
     def __post_init__(self) -> None:
@@ -82,26 +88,23 @@ class RunPlan:
     config: FitConfig
     """How it is fitted."""
 
+    def __post_init__(self) -> None:
+        """Check what a damaged file could say.
+
+        Raises:
+            ValueError: If the numbers fit no model.
+        """
+        if not 0 <= self.norm_eps < math.inf:
+            raise ValueError(f"norm_eps must be finite and not negative, not {self.norm_eps}")
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form; `from_dict` reverses it."""
+        """JSON-ready form, which `read_versioned` rebuilds."""
         return dataclasses.asdict(self) | {
             "format_version": FORMAT_VERSION,
             "geometry": self.geometry.to_dict(),
             "spec": self.spec.to_dict(),
             "split": self.split.to_dict(),
         }
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> RunPlan:
-        """Rebuild from `to_dict`'s output."""
-        parts = {
-            "geometry": MoEGeometry.from_dict(values["geometry"]),
-            "spec": EstimatorSpec.from_dict(values["spec"]),
-            "split": SequenceSplit.from_dict(values["split"]),
-            "config": FitConfig(**values["config"]),
-        }
-        rest = {name: value for name, value in values.items() if name != "format_version"}
-        return cls(**(rest | parts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,16 +114,58 @@ class FinishedRun:
     plan: RunPlan
     stack: EstimatorStack
     metrics: dict[str, Any]
-    """As in metrics.json."""
+    """As in metrics.json; `RunMetrics` says what is always there."""
 
 
-def open_run(folder: Path, plan: RunPlan, *, overwrite: bool, resume: bool) -> None:
+class PerLayer(TypedDict):
+    """Figures of one predictor by layer."""
+
+    recall_at_k: list[float]
+    """At a budget of K, by pair."""
+
+
+class FormMetrics(TypedDict):
+    """Figures of one predictor, as far as they are read again."""
+
+    recall_at_k: float
+    """At a budget of K, mean over pairs."""
+    per_layer: PerLayer
+    """By pair."""
+
+
+class RunMetrics(TypedDict):
+    """What metrics.json holds, as far as it is read again."""
+
+    estimator: FormMetrics
+    """The trained form."""
+    num_train_tokens: Count
+    """It was trained on."""
+    tensors_sha256: str
+    """The digest of the estimators' file."""
+
+
+def open_run(
+    folder: Path,
+    plan: RunPlan,
+    *,
+    overwrite: bool,
+    resume: bool,
+    inputs: Sequence[Path | str | None] = (),
+) -> None:
     """Start a run's folder, or check that the one there belongs to the same plan.
+
+    Args:
+        folder: The run's; somebody has claimed it.
+        plan: What will be done.
+        overwrite: Replace another run.
+        resume: Go on with a run of the same plan, if there is one.
+        inputs: What the run reads.
 
     Raises:
         ValueError: If there is another run, or one that was not asked to be resumed.
     """
-    if resume and (folder / PLAN_NAME).is_file():
+    is_begun = (folder / PLAN_NAME).is_file() and kind_of(folder) in ("run", None)
+    if resume and is_begun:
         there = _read_plan(folder)
         if there != plan:
             ours, theirs = plan.to_dict(), there.to_dict()
@@ -130,19 +175,22 @@ def open_run(folder: Path, plan: RunPlan, *, overwrite: bool, resume: bool) -> N
                 "settings, or choose another --out."
             )
         return
-    if (folder / PLAN_NAME).is_file() and not (folder / METRICS_NAME).is_file() and not overwrite:
+    if is_begun and not (folder / METRICS_NAME).is_file() and not overwrite:
         raise ValueError(f"{folder} holds an unfinished run. Pass --resume or --overwrite.")
-    require_free(folder, overwrite=overwrite)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    write_command(folder)
-    write_json(folder / PLAN_NAME, plan.to_dict())
+    with new_folder(folder, "run", overwrite=overwrite, inputs=inputs) as partial:
+        write_json(partial / PLAN_NAME, plan.to_dict())
 
 
-def finish_run(folder: Path, stack: EstimatorStack, metrics: dict[str, Any]) -> None:
-    """Write what a run gave; the metrics come last and mark it as finished."""
+def finish_run(folder: Path, stack: EstimatorStack, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Write what a run gave; the metrics come last and mark it as finished.
+
+    Returns:
+        The metrics, with the digest of the estimators' file.
+    """
     write_tensors(folder / TENSORS_NAME, stack.to_tensors())
+    metrics = metrics | {"tensors_sha256": sha256_of(folder / TENSORS_NAME)}
     write_json(folder / METRICS_NAME, metrics)
+    return metrics
 
 
 def load_run(folder: Path) -> FinishedRun:
@@ -157,22 +205,23 @@ def load_run(folder: Path) -> FinishedRun:
     if not (folder / METRICS_NAME).is_file():
         raise ValueError(f"{folder} is unfinished. Run train-estimator with --resume first.")
     plan = _read_plan(folder)
+    read_json(folder / METRICS_NAME, RunMetrics, REMEDY)  # is everything there?
+    metrics = read_json(folder / METRICS_NAME, dict[str, Any], REMEDY)
+    path, num_layers = folder / TENSORS_NAME, len(plan.spec.target_layers)
+    if len(metrics["estimator"]["per_layer"]["recall_at_k"]) != num_layers:
+        raise ValueError(f"{folder / METRICS_NAME} is damaged (not of {num_layers} layers).")
+    require_digest(path, metrics["tensors_sha256"], REMEDY)
+    tensors = read_tensors(path)
+    require_finite(tensors, path, REMEDY)
     stack = EstimatorStack.from_tensors(
         plan.geometry,
         plan.spec,
-        read_tensors(folder / TENSORS_NAME),
+        tensors,
         norm_kind=plan.norm_kind,
         norm_eps=plan.norm_eps,
     )
-    return FinishedRun(plan=plan, stack=stack.eval(), metrics=read_json(folder / METRICS_NAME))
+    return FinishedRun(plan=plan, stack=stack.eval(), metrics=metrics)
 
 
 def _read_plan(folder: Path) -> RunPlan:
-    path = folder / PLAN_NAME
-    values = read_json(path)
-    try:
-        if values["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format version {values['format_version']}")
-        return RunPlan.from_dict(values)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or too old ({error!r}). Train again.") from error
+    return read_versioned(folder / PLAN_NAME, FORMAT_VERSION, RunPlan, REMEDY)

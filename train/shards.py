@@ -10,6 +10,7 @@ from torch import Tensor
 
 from foreroute.data.traces import Traces
 from foreroute.estimators import SOURCE_FIELDS, EstimatorSpec, SourceState, source_position
+from foreroute.estimators.artifacts import is_finite
 from foreroute.train.split import rows_of
 
 CACHE_BYTES = 2 << 30
@@ -157,7 +158,15 @@ class PairedShards:
     ) -> dict[str, Tensor]:
         rows = self.rows[shard_idx]
         read = [self._traces.read(layer_idx, shard_idx, names) for layer_idx in layers]
-        return {name: torch.stack([tensors[name][rows] for tensors in read]) for name in names}
+        stacked = {name: torch.stack([tensors[name][rows] for tensors in read]) for name in names}
+        for name, tensor in stacked.items():
+            if tensor.is_floating_point() and not is_finite(tensor):
+                raise ValueError(
+                    f"{self._traces.folder} holds {name} that is not finite, in shard {shard_idx} "
+                    f"of one of layers {list(layers)}. Collect the traces again, with --dtype "
+                    "float32 or bfloat16."
+                )
+        return stacked
 
     def _previous(self, expert_ids: Tensor, shard_idx: int) -> Tensor:
         rows, tokens = self.rows[shard_idx], self._traces.tokens(shard_idx)

@@ -22,16 +22,11 @@ class SequenceSplit:
     """Sequences everything is measured on."""
 
     def to_dict(self) -> dict[str, list[int]]:
-        """JSON-ready form: first and one past the last sequence of each part."""
+        """JSON-ready form, which `read_json` rebuilds: first and one past the last of each part."""
         return {
             "train": [self.train.start, self.train.stop],
             "held_out": [self.held_out.start, self.held_out.stop],
         }
-
-    @classmethod
-    def from_dict(cls, values: dict[str, list[int]]) -> SequenceSplit:
-        """Rebuild from `to_dict`'s output."""
-        return cls(train=range(*values["train"]), held_out=range(*values["held_out"]))
 
 
 def split_sequences(num_sequences: int, held_out_share: float = HELD_OUT_SHARE) -> SequenceSplit:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from foreroute.data.adapters.exceptions import is_hash_routed
 from foreroute.data.adapters.probe import Observed
+from foreroute.estimators.fingerprint import fingerprint_of
 from foreroute.estimators.selection import selection_scores
 from foreroute.estimators.types import GateFamily, LayerAnchors, NormKind
 
@@ -52,16 +52,14 @@ def build_anchors(
 
 
 def router_fingerprint(layers: Sequence[Observed]) -> str:
-    """Sha256 over the routers' weights, rounded to bfloat16, in layer order."""
-    digest = hashlib.sha256()
-    for seen in layers:
-        weight = _weight_matrix(seen)
-        router = seen.router or seen.experts
-        tensors = [weight] if weight is not None else [p.detach() for p in router.parameters()]
-        for tensor in tensors:
-            rounded = tensor.to(torch.bfloat16).cpu().contiguous()
-            digest.update(rounded.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
+    """Names the checkpoint by its routers' weights, in layer order; see `fingerprint_of`."""
+    return fingerprint_of(tensor for seen in layers for tensor in _router_tensors(seen))
+
+
+def _router_tensors(seen: Observed) -> list[Tensor]:
+    weight = _weight_matrix(seen)
+    router = seen.router or seen.experts
+    return [weight] if weight is not None else [p.detach() for p in router.parameters()]
 
 
 def _weight_matrix(seen: Observed) -> Tensor | None:

@@ -10,8 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foreroute.data.routes.route import ABSENT, Route
+from foreroute.estimators.types import MOST_EXPERTS
 
-MOST_EXPERTS = 32767  # ids are kept as int16
+MOST_LISTED = 64
+"""Cells of an array for each expert that a file lists, at most: a route has few gaps."""
+FEW_CELLS = 1 << 20
+"""Arrays as small as this may have any gaps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +48,7 @@ def route_of(
     Raises:
         ValueError: If it is no sensible route.
     """
-    if expert_ids.ndim != 3 or not np.issubdtype(expert_ids.dtype, np.integer):
+    if expert_ids.ndim != 3 or expert_ids.dtype.kind not in "iu":
         raise ValueError(
             f"{path} holds {expert_ids.dtype} of shape {list(expert_ids.shape)}; expected integers "
             "[tokens, layers, top_k]."
@@ -54,6 +58,8 @@ def route_of(
     if is_decode is None:
         is_decode = np.arange(len(expert_ids)) >= options.prompt_tokens
     experts = options.num_experts or num_experts or int(expert_ids.max()) + 1
+    if not 0 < experts <= MOST_EXPERTS:
+        raise ValueError(f"{path}: a layer cannot have {experts} experts.")
     return Route(
         name=str(path),
         expert_ids=expert_ids.astype(np.int16),
@@ -80,10 +86,19 @@ def fill_cells(
     """
     if not cells:
         raise ValueError(f"{path} has no routing in it.")
+    tokens = list(tokens)
     rows = {token: row for row, token in enumerate(tokens)}
     layers = {layer: at for at, layer in enumerate(sorted({layer for _, layer in cells}))}
     top_k = max(map(len, cells.values()))
+    num_cells = len(rows) * len(layers) * top_k
+    if num_cells > max(FEW_CELLS, MOST_LISTED * sum(map(len, cells.values()))):
+        raise ValueError(
+            f"{path} names {len(rows)} tokens, {len(layers)} layers and up to {top_k} experts, but "
+            f"lists only {len(cells)} of their choices; is it damaged?"
+        )
     array = np.full((len(rows), len(layers), top_k), ABSENT, dtype=np.int64)
     for (token, layer), experts in cells.items():
+        if not 0 <= min(experts, default=0) <= max(experts, default=0) <= MOST_EXPERTS:
+            raise ValueError(f"{path} holds expert ids outside 0..{MOST_EXPERTS}.")
         array[rows[token], layers[layer], : len(experts)] = experts
     return array

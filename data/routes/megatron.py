@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from foreroute.data.routes.assemble import ReadOptions, fill_cells, route_of
 from foreroute.data.routes.route import Route
+from foreroute.estimators.artifacts import Count, parse_json
 
-FIELDS = {"step", "layer", "top_indices"}
+
+@dataclass(frozen=True)
+class Record:
+    """What one line says."""
+
+    step: Count
+    """Its place in the run."""
+    layer: Count
+    """Decoder layer index."""
+    top_indices: list[list[Count]]
+    """Experts of each of the step's tokens."""
+    block: str = "decoder"
+    """Or that of multi-token prediction."""
 
 
 def is_megatron(path: Path) -> bool:
@@ -33,31 +46,23 @@ def read_megatron(path: Path, options: ReadOptions) -> Route:
     cells: dict[tuple[int, int], list[int]] = {}
     tokens: dict[int, int] = {}  # per step, how many
     for number, record in _records(path):
-        if record.get("block", "decoder") != "decoder":
+        if record.block != "decoder":
             continue
-        step, layer, rows = int(record["step"]), int(record["layer"]), record["top_indices"]
+        step, rows = record.step, record.top_indices
         if tokens.setdefault(step, len(rows)) != len(rows):
             raise ValueError(
                 f"{path}, line {number}: step {step} had {tokens[step]} tokens before."
             )
         for token, experts in enumerate(rows):
-            cells[(step << 32) + token, layer] = list(map(int, experts))
+            cells[(step << 32) + token, record.layer] = experts
     order = [(step << 32) + token for step in sorted(tokens) for token in range(tokens[step])]
     decodes = np.array([tokens[token >> 32] == 1 for token in order])
     array = fill_cells(path, cells, order)
     return route_of(path, array, options, is_decode=decodes if decodes.any() else None)
 
 
-def _records(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    records = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
-        if not isinstance(record, dict) or not FIELDS.issubset(record):
-            raise ValueError(f"{path}, line {number} lacks {', '.join(sorted(FIELDS))}.")
-        records.append((number, record))
-    return records
+def _records(path: Path) -> Iterator[tuple[int, Record]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield number, parse_json(line, Record, f"{path}, line {number}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -45,15 +46,15 @@ def read_table(path: Path, options: ReadOptions) -> Route:
     phases: dict[int, bool] = {}
     for number, row in enumerate(itertools.islice(_rows(path), 1, None), 2):
         try:
-            token = int(row[columns["step"]])
+            token = _number(row[columns["step"]])
             if "turn" in columns:
-                token += int(row[columns["turn"]]) << 32
-            layer, expert = int(row[columns["layer"]]), int(row[columns["expert"]])
+                token += _number(row[columns["turn"]]) << 32
+            layer, expert = _number(row[columns["layer"]]), _number(row[columns["expert"]])
+            if "phase" in columns:
+                phases[token] = row[columns["phase"]].strip().lower() in DECODE_WORDS
         except (ValueError, IndexError):
-            raise ValueError(f"{path}, row {number} cannot be read: {','.join(row)}") from None
+            raise ValueError(f"{path}, row {number} cannot be read: {','.join(row)[:99]}") from None
         cells.setdefault((token, layer), []).append(expert)
-        if "phase" in columns:
-            phases[token] = row[columns["phase"]].strip().lower() in DECODE_WORDS
     order = sorted({token for token, _ in cells})
     decodes = np.array([phases[token] for token in order]) if phases else None
     array = fill_cells(path, cells, order)
@@ -63,20 +64,21 @@ def read_table(path: Path, options: ReadOptions) -> Route:
 def read_activation_list(path: Path, options: ReadOptions) -> Route:
     """Read llama.cpp's list: per forward pass and layer the rows of all tokens, K each.
 
-    K is the length of the shortest run of one layer: that of a decode step. Passes of one token
+    K is the most frequent length of a run of one layer: that of a decode step. Passes of one token
     after the first are decode steps.
 
     Raises:
-        ValueError: If the rows do not divide so.
+        ValueError: If a row cannot be read, or the rows do not divide so.
     """
-    pairs = [(int(r[0]), int(r[1])) for r in _rows(path) if len(r) >= 2 and r[0].strip().isdigit()]
+    pairs = list(_activations(path))
     runs = [
         (layer, [expert for _, expert in run])
         for layer, run in itertools.groupby(pairs, key=lambda pair: pair[0])
     ]
     if not runs:
         raise ValueError(f"{path} has no routing in it.")
-    top_k = min(len(experts) for _, experts in runs)
+    lengths = Counter(len(experts) for _, experts in runs)
+    top_k = min(lengths, key=lambda length: (-lengths[length], length))
     cells: dict[tuple[int, int], list[int]] = {}
     decodes: list[bool] = []
     base, size, before = 0, 0, -1
@@ -101,10 +103,33 @@ def read_activation_list(path: Path, options: ReadOptions) -> Route:
     return route_of(path, array, options, is_decode=flags if flags.any() else None)
 
 
+def _activations(path: Path) -> Iterator[tuple[int, int]]:
+    """Layer and expert of every row but a header."""
+    for number, row in enumerate(_rows(path), 1):
+        if number == 1 and not row[0].strip().isdigit():
+            continue
+        try:
+            yield _number(row[0]), _number(row[1])
+        except (ValueError, IndexError):
+            raise ValueError(f"{path}, row {number} cannot be read: {','.join(row)[:99]}") from None
+
+
+def _number(word: str) -> int:
+    """A number from 0 to 2^31 - 1, as text of at most ten digits."""
+    number = int(word) if len(word.strip()) <= 10 else -1
+    if not 0 <= number < 1 << 31:
+        raise ValueError(f"{word} is out of range")
+    return number
+
+
 def _rows(path: Path) -> Iterator[list[str]]:
     delimiter = "\t" if path.suffix == ".tsv" else ","
     with path.open(newline="", errors="replace") as lines:
-        yield from csv.reader((x for x in lines if x.strip() and x[0] != "#"), delimiter=delimiter)
+        told = (line for line in lines if line.strip() and line[0] != "#")
+        try:
+            yield from (row for row in csv.reader(told, delimiter=delimiter) if row)
+        except csv.Error as error:
+            raise ValueError(f"{path} cannot be read as a table: {error}.") from error
 
 
 def _columns(path: Path) -> Columns:
@@ -129,7 +154,7 @@ def _header_experts(path: Path) -> int | None:
     """E, where a comment says `n_expert=128`."""
     with path.open(errors="replace") as lines:
         for line in itertools.takewhile(lambda text: text.startswith("#"), lines):
-            found = re.search(r"\bn_expert=(\d+)", line)
+            found = re.search(r"\bn_expert=(\d{1,9})\b", line)
             if found:
                 return int(found[1])
     return None

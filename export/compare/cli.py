@@ -61,6 +61,7 @@ def compare_predictors(
     """
     from foreroute.data.adapters import resolve_device
     from foreroute.estimators import FORMS, SOURCE_FIELDS
+    from foreroute.estimators.output import claim
     from foreroute.export.compare.compare import Comparison
     from foreroute.export.compare.finish import add_hybrids, add_worth, write_results
     from foreroute.export.compare.page import write_page
@@ -90,15 +91,16 @@ def compare_predictors(
             stream=stream,
             model_name=model_name,
         )
-    plan = open_comparison(out, plan, overwrite=overwrite)
-    comparison = Comparison(plan, out, resolve_device(device), say=_say)
-    left = comparison.measure(minutes)
-    add_hybrids(comparison)
-    add_worth(comparison, worth_on_profiles, readout_us)
-    results = write_results(comparison, left)
-    write_page(comparison, results)
-    if left:
-        _say(f"{left} predictors are left: the same command goes on with them.")
+    with claim(out):
+        plan = open_comparison(out, plan, overwrite=overwrite)
+        comparison = Comparison(plan, out, resolve_device(device), say=_say)
+        left = comparison.measure(minutes)
+        add_hybrids(comparison)
+        add_worth(comparison, worth_on_profiles, readout_us)
+        results = write_results(comparison, left)
+        write_page(comparison, results)
+        if left:
+            _say(f"{left} predictors are left: the same command goes on with them.")
     print(out / "index.html")
 
 
@@ -112,12 +114,13 @@ def score(traces: Path, predictions: Path, json: Path | None = None, worth: bool
         json: Write the figures there too.
         worth: Replay them on three machines for the time that they save; needs confidence.
     """
-    from foreroute.estimators.artifacts import write_json
+    from foreroute.estimators.artifacts import require_file_place, write_json
     from foreroute.export.compare.finish import saved_of
     from foreroute.export.compare.predicted import PredictedExperts
     from foreroute.export.compare.score import score as score_predictions
     from foreroute.export.compare.sources import find_truth
 
+    require_file_place(json)
     truth = find_truth(traces)
     said = PredictedExperts.load(predictions)
     found = score_predictions(truth, said)

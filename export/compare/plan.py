@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from foreroute.estimators.artifacts import read_versioned, require_free, write_command, write_json
+from foreroute.estimators.artifacts import read_versioned, write_json
 from foreroute.estimators.byte_sizes import parse_bytes
+from foreroute.estimators.output import new_folder
 from foreroute.export.compare.cells import Scale
 
 FORMAT_VERSION = 1
@@ -68,17 +67,6 @@ class ComparisonPlan:
         """What tables call the model."""
         return self.model_name or Path(self.model).name
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ComparisonPlan:
-        """Rebuild from `dataclasses.asdict`."""
-        scale = dict(values["scale"])
-        scale |= {"shared": tuple(tuple(pair) for pair in scale["shared"])}
-        scale |= {"curve_shares": tuple(scale["curve_shares"])}
-        rest = {name: value for name, value in values.items() if name != "format_version"}
-        names = ("other_datasets", "forms", "inputs")
-        lists = {name: tuple(values[name]) for name in names}
-        return cls(**(rest | lists | {"scale": Scale(**scale)}))
-
 
 def scale_of(tokens: int, *, is_quick: bool) -> Scale:
     """What is fitted on so many training tokens.
@@ -121,7 +109,7 @@ def open_comparison(
     path = folder / PLAN_NAME
     if path.is_file() and not overwrite:
         there = read_versioned(
-            path, FORMAT_VERSION, ComparisonPlan.from_dict, "Compare again with --overwrite."
+            path, FORMAT_VERSION, ComparisonPlan, "Compare again with --overwrite."
         )
         if plan is not None and plan != there:
             changed = [
@@ -136,21 +124,11 @@ def open_comparison(
         return there
     if plan is None:
         raise ValueError(f"{folder} holds no comparison to go on with; give a --model.")
-    require_free(folder, overwrite=overwrite)
-    if overwrite and folder.is_dir():
-        _clear(folder)
-    for name in (TRUTH_FOLDER, ROWS_FOLDER, PREDICTIONS_FOLDER):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    write_command(folder)
-    write_json(path, dataclasses.asdict(plan) | {"format_version": FORMAT_VERSION})
+    inputs = (plan.model, plan.dataset, *plan.other_datasets)
+    with new_folder(folder, "comparison", overwrite=overwrite, inputs=inputs) as partial:
+        for name in (TRUTH_FOLDER, ROWS_FOLDER, PREDICTIONS_FOLDER):
+            (partial / name).mkdir()
+        write_json(
+            partial / PLAN_NAME, dataclasses.asdict(plan) | {"format_version": FORMAT_VERSION}
+        )
     return plan
-
-
-def _clear(folder: Path) -> None:
-    """Remove what a comparison wrote, and nothing else."""
-    import shutil
-
-    for name in (TRUTH_FOLDER, ROWS_FOLDER, PREDICTIONS_FOLDER, "traces", "traces.live"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for path in folder.glob("traces-*"):
-        shutil.rmtree(path, ignore_errors=True)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,9 @@ from torch import Tensor
 
 from foreroute.data.int8_rows import to_int8
 from foreroute.data.traces import Traces
-from foreroute.estimators.artifacts import new_folder, write_json, write_tensors
+from foreroute.estimators.artifacts import read_json, write_json, write_tensors
 from foreroute.estimators.byte_sizes import format_bytes
+from foreroute.estimators.output import new_folder
 from foreroute.estimators.types import MoEGeometry
 from foreroute.export.compare.trace_card import trace_card
 from foreroute.export.compare.truth import TrueRouting
@@ -98,7 +98,7 @@ class TraceSet:
         first_test = int(int(sequence[-1] + 1) * CALIBRATION_SHARE + 0.999)
         if not 0 < first_test <= int(sequence[-1]):
             raise ValueError("A trace set needs at least two sequences, to calibrate and to test.")
-        with new_folder(out, overwrite=False) as folder:
+        with new_folder(out, "trace set", overwrite=False) as folder:
             write_json(folder / GEOMETRY_NAME, self.geometry.to_dict())
             write_tensors(folder / MODEL_NAME, self.model)
             self._write_parquet(folder / "calibrate.parquet", sequence < first_test)
@@ -136,7 +136,7 @@ def read_published(folder: Path, part: str = "test") -> TrueRouting:
     """
     from datasets import load_dataset
 
-    geometry = MoEGeometry.from_dict(json.loads((folder / GEOMETRY_NAME).read_text()))
+    geometry = read_json(folder / GEOMETRY_NAME, MoEGeometry)
     rows = load_dataset(str(folder), split=part)
     columns = ["sequence", "expert_ids", "gate_weights"]
     found = rows.select_columns(columns).with_format("numpy")[:]

@@ -41,6 +41,7 @@ def draw(measured: Measured, curve: Sequence[CurvePoint], folder: Path) -> dict[
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # names may hold dollars
     top_k = measured.top_k
     figures = {
         "recall_by_layer": (

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from foreroute.data.adapters import resolve_device
-from foreroute.estimators.artifacts import new_folder, require_free, write_command, write_json
+from foreroute.estimators.artifacts import write_json
+from foreroute.estimators.output import COMMAND_FILE, new_folder
 from foreroute.export.bundle import load_bundle
 from foreroute.export.export import load_comparable, traces_of
 from foreroute.export.report.gather import gather
@@ -50,17 +51,16 @@ def write_report(
         FileNotFoundError: If a run, its traces or the bundle are missing.
         ValueError: If something is damaged, or does not belong together.
     """
-    require_free(out, overwrite=overwrite)
     chosen = resolve_device(device)
-    runs = load_comparable([run, *also])
-    first = runs[run.name]
-    traces = traces_of(first, traces_path)
-    loaded = None if bundle is None else load_bundle(bundle)
-    measured = gather(runs, traces, chosen, loaded)
-    curve = fit_curve(first.plan, traces, chosen) if learning_curve else []
-    with new_folder(out, overwrite=overwrite) as partial:
-        write_command(partial)
-        command = (partial / "command.txt").read_text()
+    inputs = (run, *also, bundle, traces_path)
+    with new_folder(out, "report", overwrite=overwrite, inputs=inputs) as partial:
+        command = (partial / COMMAND_FILE).read_text()
+        runs = load_comparable([run, *also])
+        first = runs[run.name]
+        traces = traces_of(first, traces_path)
+        loaded = None if bundle is None else load_bundle(bundle)
+        measured = gather(runs, traces, chosen, loaded)
+        curve = fit_curve(first.plan, traces, chosen) if learning_curve else []
         captions = draw(measured, curve, partial)
         (partial / PAGE_NAME).write_text(render(measured, curve, captions, partial, command))
         points = [dataclasses.asdict(point) for point in curve]

@@ -55,16 +55,17 @@ def evaluate(
             f"foreroute evaluate needs more packages ({error.name} is missing): "
             'pip install "foreroute[eval]".'
         ) from error
-    from rich.console import Console
     from rich.table import Table
 
     from foreroute.data.adapters import load_tokenizer
-    from foreroute.estimators.artifacts import package_versions, write_json
+    from foreroute.estimators.artifacts import package_versions, require_file_place, write_json
+    from foreroute.estimators.console import plain_console
     from foreroute.runtime.engine import Engine
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise ValueError("--tasks is empty; give names such as hellaswag,gsm8k.")
+    require_file_place(json)
     with Engine.from_pretrained(
         model,
         bundle=bundle,
@@ -96,8 +97,8 @@ def evaluate(
     for task, values in found.items():
         for metric, value in values.items():
             table.add_row(task, metric, f"{value:.4f}")
-    Console().print(table)
+    plain_console().print(table)
     if json is not None:
         settings = {"model": model, "kind": kind, "agreement": agreement, "limit": limit}
         write_json(json, {"settings": settings, "versions": package_versions(), "tasks": found})
-        Console().print(str(json), soft_wrap=True)
+        plain_console().print(str(json), soft_wrap=True)

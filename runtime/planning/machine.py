@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from bisect import bisect_right
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from foreroute.estimators.artifacts import read_versioned, write_json
+from foreroute.estimators.artifacts import Count, read_versioned, write_json
 
 PROFILES = "profiles"
 FORMAT_VERSION = 1
 GOOD_SHARE = 0.9  # of the link's best rate: pieces as small as that costs little
-Rates = tuple[tuple[int, float], ...]
+Rates = tuple[tuple[Count, float], ...]
 """(bytes of one copy, GB/s), ascending by bytes."""
 
 
@@ -61,9 +60,9 @@ class MachineProfile:
     """Seconds to pin one GiB of host memory."""
     reference: str = "Qwen3-30B-A3B"
     """The model that `layer_ms` and `expert_bytes` belong to."""
-    expert_bytes: int
+    expert_bytes: Count
     """One expert of the reference model."""
-    layer_bytes: int
+    layer_bytes: Count
     """Weights that one layer of the reference model reads for one token."""
     kernel_us: dict[str, float] = field(default_factory=dict)
     """Times of single kernels, to look at."""
@@ -144,19 +143,8 @@ class MachineProfile:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form; `from_dict` reverses it."""
+        """JSON-ready form, which `load_profile` rebuilds."""
         return dataclasses.asdict(self) | {"format_version": FORMAT_VERSION}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> MachineProfile:
-        """Rebuild from `to_dict`'s output."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        rates = {name: _rates(values.get(name, ())) for name in ("link", "gather")}
-        return cls(**({k: v for k, v in values.items() if k in known} | rates))
-
-
-def _rates(pairs: Sequence[Sequence[float]]) -> Rates:
-    return tuple((int(size), float(rate)) for size, rate in pairs)
 
 
 def _time_ms(rates: Rates, num_bytes: float) -> float:
@@ -210,7 +198,7 @@ def load_profile(path: Path) -> MachineProfile:
         ValueError: If the file is damaged or of another version; names it.
     """
     return read_versioned(
-        path, FORMAT_VERSION, MachineProfile.from_dict, "Measure again with foreroute profile."
+        path, FORMAT_VERSION, MachineProfile, "Measure again with foreroute profile."
     )
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from foreroute.data.adapters.loading import HubSettings
+from foreroute.estimators.artifacts import require_file_place, write_json
 from foreroute.estimators.byte_sizes import parse_bytes
+from foreroute.estimators.console import plain_console
 from foreroute.runtime.planning.doctor import diagnose
 from foreroute.runtime.planning.machine import find_profile
 from foreroute.runtime.planning.model_size import ModelSize, measure_model, model_folder
@@ -35,10 +37,9 @@ def run_plan(
         FileNotFoundError: If there is no such model.
         ValueError: If something cannot be read, or doctor refuses the model.
     """
-    from rich.console import Console
-
     if context < 1:
         raise ValueError(f"context must be at least 1 token, not {context}.")
+    require_file_place(json)
     machine = find_profile(profile)
     hub: HubSettings = {"revision": revision, "trust_remote_code": trust_remote_code}
     diagnose(model_folder(model), revision=revision, trust_remote_code=trust_remote_code)
@@ -46,7 +47,7 @@ def run_plan(
     memory = {"gpu_bytes": parse_bytes(gpu_memory), "host_bytes": parse_bytes(host_memory)}
     choices = plan_choices(size, machine, **memory, context=context)
     notes = assumptions(size, machine, context)
-    console = Console()
+    console = plain_console()
     console.print(_table(size, choices))
     for note in notes:
         console.print(f"- {note}", soft_wrap=True)
@@ -99,9 +100,6 @@ def _verdict(model: ModelSize, choices: list[PlanChoice], gpu_memory: str, host_
 
 
 def _write(path: Path, model: ModelSize, choices: list[PlanChoice], notes: list[str]) -> None:
-    from foreroute.estimators.artifacts import write_json
-
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = [
         dataclasses.asdict(c) | {"fits": c.fits, "command": command_line(model, c)} for c in choices
     ]

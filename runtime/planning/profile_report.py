@@ -6,7 +6,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from foreroute.estimators.artifacts import require_file_place
 from foreroute.estimators.byte_sizes import format_binary_bytes
+from foreroute.estimators.console import plain_console
 from foreroute.runtime.planning.machine import MachineProfile, known_profiles, save_profile
 
 if TYPE_CHECKING:
@@ -19,18 +21,17 @@ def run_profile(out: Path, device: str, name: str, overwrite: bool) -> None:
     Raises:
         ValueError: If the file is there already, or there is no such device.
     """
-    from rich.console import Console
-
     from foreroute.runtime.planning.machine_probe import measure_machine
 
     if out.exists() and not overwrite:
         raise ValueError(f"{out} exists already. Choose another --out, or pass --overwrite.")
     if name in known_profiles():
         raise ValueError(f"{name} is a built-in profile; choose another --name.")
+    require_file_place(out)
     started = time.perf_counter()
     profile = measure_machine(device, name)
     save_profile(out, profile)
-    console = Console()
+    console = plain_console()
     console.print(_table(profile))
     console.print(f"Measured in {time.perf_counter() - started:.0f} s.")
     console.print(str(out), soft_wrap=True)

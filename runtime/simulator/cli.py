@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, get_args
 import numpy as np
 
 from foreroute.data.routes import ReadOptions, Route, read_route
+from foreroute.estimators.artifacts import package_versions, require_file_place, write_json
 from foreroute.estimators.byte_sizes import parse_bytes
+from foreroute.estimators.console import plain_console
 from foreroute.runtime.config import LayerSlots
 from foreroute.runtime.planning.machine import MachineProfile, find_profile
 from foreroute.runtime.policies.prefetching import ATTENTION_SHARE, READOUT_SHARE
@@ -31,26 +33,26 @@ NAMED_PER_EXPERT = 2
 
 @dataclass(frozen=True, kw_only=True)
 class SimulateRequest:
-    """What a user asks for; fields as `foreroute simulate` says."""
+    """What a user asks for; fields, and what they are by default, as `foreroute simulate` says."""
 
     routes: Path
-    profile: str = "h100-pcie5"
-    slots: str = "10%,25%,40%"
-    eviction: str = "lru,default"
-    prefetch: str = "none"
-    horizon: int = 1
-    bundle: Path | None = None
-    recall: float = 0.89
-    errors: str = "near-miss"
-    concentration: float = 2.0
-    warm_start: str = "prompt"
-    layer_slots: str = "equal"
-    expert_bytes: str | None = None
-    layer_ms: float | None = None
-    num_experts: int | None = None
-    prompt_tokens: int = 0
-    seed: int = 0
-    json: Path | None = None
+    profile: str
+    slots: str
+    eviction: str
+    prefetch: str
+    horizon: int
+    bundle: Path | None
+    recall: float
+    errors: str
+    concentration: float
+    warm_start: str
+    layer_slots: str
+    expert_bytes: str | None
+    layer_ms: float | None
+    num_experts: int | None
+    prompt_tokens: int
+    seed: int
+    json: Path | None
 
     def __post_init__(self) -> None:
         """Check every choice.
@@ -95,11 +97,10 @@ def run_simulate(request: SimulateRequest) -> None:
         FileNotFoundError: If there is no recording.
         ValueError: If something cannot be read or does not fit.
     """
-    from rich.console import Console
-
     from foreroute.runtime.simulator.simulate import Scenario
     from foreroute.runtime.simulator.sweep import Sweep
 
+    require_file_place(request.json)
     profile, route = find_profile(request.profile), read_route(request.routes, request.read_options)
     sweep = Sweep(
         slots=request.words("slots"),
@@ -123,7 +124,7 @@ def run_simulate(request: SimulateRequest) -> None:
         warm_route=_warm_route(told.route, request),
     )
     rows = sweep.run(scenario)
-    console = Console()
+    console = plain_console()
     console.print(table(rows, told.route.describe()))
     console.print(f"Machine: {profile.describe()}", soft_wrap=True)
     filled_from = f"Slots are filled from: {request.warm_start}."
@@ -284,9 +285,6 @@ def _write(
     profile: MachineProfile,
     request: SimulateRequest,
 ) -> None:
-    from foreroute.estimators.artifacts import package_versions, write_json
-
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "routes": told.route.describe(),
         "profile": profile.to_dict(),

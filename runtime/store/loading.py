@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from foreroute.data.adapters import MoEModel, discover
 from foreroute.data.adapters.adapted import checkpoint_name
 from foreroute.data.adapters.loading import loading_alone
 from foreroute.data.adapters.weightless import ParameterShape, parameter_shapes, weightless
+from foreroute.estimators.console import plain_console
 from foreroute.runtime.store.checkpoint import Checkpoint
 from foreroute.runtime.store.encodings import Encoder, TooManyExceptions, without
 from foreroute.runtime.store.expert_reader import ExpertReader
@@ -204,7 +204,7 @@ def _targets(
 @contextlib.contextmanager
 def byte_progress(what: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
     """A progress bar in bytes on a terminal; gives what is called with bytes that are done."""
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal

@@ -213,7 +213,7 @@ def run_pack(
         FileNotFoundError: If there is no such model.
         ValueError: If it cannot be read or packed.
     """
-    from rich.console import Console
+    from foreroute.estimators.console import plain_console
 
     hub: HubSettings = {"revision": revision, "trust_remote_code": trust_remote_code}
     on_a_gpu = torch.device("cuda")  # what it is packed for, wherever it is packed
@@ -221,7 +221,7 @@ def run_pack(
         model, dtype=dtype, expert_dtype=expert_dtype, device=on_a_gpu, **hub
     )
     prepared = pack_model(checkpoint, out, device=device, overwrite=overwrite)
-    console = Console()
+    console = plain_console()
     for line in summary(prepared):
         console.print(line, soft_wrap=True)
     console.print(str(out), soft_wrap=True)

@@ -97,9 +97,7 @@ class PreparedModel:
             encoder = without(encoder, name)
         return encoder
 
-    def require_fits(
-        self, folder: str, layouts: Sequence[RowLayout], num_experts: list[int]
-    ) -> None:
+    def require_fits(self, folder: str, store: HostExpertStore) -> None:
         """Refuse rows that are laid out in another way than this program does.
 
         Raises:

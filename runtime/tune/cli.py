@@ -38,9 +38,8 @@ def tune(
         prompt: Text to go on with at the end.
         trust_remote_code: Run code that came with the checkpoint.
     """
-    from rich.console import Console
-
     from foreroute.estimators.artifacts import write_json
+    from foreroute.estimators.console import plain_console
     from foreroute.estimators.host_memory import available_host_bytes
     from foreroute.runtime.tune.plan import Tuning
     from foreroute.runtime.tune.steps import Journal, run_all
@@ -71,7 +70,7 @@ def tune(
     run_all(tuning.steps(), journal, say)
     summary = summarise(out, journal.seconds)
     write_json(out / "summary.json", summary)
-    show(out, summary, Console())
+    show(out, summary, plain_console())
     if not summary["runtime"]["exact_tokens_equal"]:
         raise SystemExit(1)
 
