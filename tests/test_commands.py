@@ -145,18 +145,20 @@ def assert_one_line(code: int, err: str, *parts: str) -> None:
         assert part in said[0]
 
 
-def readme_commands() -> list[str]:
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+def shown_commands() -> list[str]:
+    """What the README and the walk through the pipeline tell people to type."""
+    pages = ROOT / "README.md", ROOT / "docs" / "pipeline.md"
+    text = "\n".join(page.read_text() for page in pages).replace("\\\n", " ")
     lines = [line[2:].strip() for line in text.splitlines() if line.startswith("$ ")]
     return [line for line in lines if line.split()[0] in MODULES]
 
 
-def test_the_readme_has_commands() -> None:
-    assert {line.split()[0] for line in readme_commands()} == set(MODULES)
+def test_every_command_is_shown() -> None:
+    assert {line.split()[0] for line in shown_commands()} == set(MODULES)
 
 
-@pytest.mark.parametrize("line", readme_commands())
-def test_every_readme_command_is_understood(run: Callable[..., Any], line: str) -> None:
+@pytest.mark.parametrize("line", shown_commands())
+def test_every_command_shown_is_understood(run: Callable[..., Any], line: str) -> None:
     code, out, err = run(f"{line} --print_config")
     assert code == 0, err
     assert out
