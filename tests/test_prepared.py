@@ -46,7 +46,7 @@ def test_a_prepared_model_has_the_rows_and_logits_of_its_source(tmp_path, expert
     assert all(map(torch.equal, read.store.rows, made.store.rows))
     assert torch.equal(same_logits, logits)
     assert (out / "README.md").read_text() == "A card."
-    assert not (tmp_path / "out.partial").exists()
+    assert not (tmp_path / "out.packing").exists()
 
 
 def test_other_architectures_and_what_stays_come_back_too(tmp_path):

@@ -6,7 +6,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,13 @@ import torch
 from foreroute.data.adapters import MoEModel, discover, resolve_device
 from foreroute.data.adapters.loading import PREPARED_MANIFEST, HubSettings, loading_alone
 from foreroute.estimators.artifacts import (
-    PARTIAL_SUFFIX,
     package_versions,
     read_json,
-    require_free,
     sha256_of,
     write_json,
     write_tensors,
 )
+from foreroute.estimators.output import OutputKind, claim, require_free, write_command
 from foreroute.runtime.store.checkpoint import Checkpoint
 from foreroute.runtime.store.encodings import Lossless, TooManyExceptions, without
 from foreroute.runtime.store.encodings.lossless import count_exceptions
@@ -32,6 +31,9 @@ from foreroute.runtime.store.prepared import ROWS, PreparedModel, describe_layou
 
 logger = logging.getLogger(__name__)
 
+KIND: OutputKind = "prepared model"
+UNFINISHED_SUFFIX = ".packing"
+"""A folder of this name stays when a run is stopped: the next one goes on with it."""
 PROGRESS = "progress.json"
 REST = "model.safetensors"
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx")
@@ -62,18 +64,17 @@ def pack_model(
             f"{checkpoint.name} is quantised in a way that is decoded while it is read, which is "
             "not packed; give a checkpoint in full precision, in mxfp4 or in fp8 of square blocks."
         )
-    require_free(out, overwrite=overwrite)
-    partial = out.with_name(out.name + PARTIAL_SUFFIX)
-    partial.mkdir(parents=True, exist_ok=True)
-    with loading_alone():
+    folder = out.with_name(out.name + UNFINISHED_SUFFIX)
+    with claim(out), loading_alone():
+        require_free(out, KIND, overwrite=overwrite, inputs=[checkpoint.source])
         moe = discover(load_the_rest(checkpoint), checkpoint.name)
-        job = _Packing(checkpoint, moe, partial, resolve_device(device))
-        prepared = job.run()
-    write_json(partial / PREPARED_MANIFEST, prepared.to_dict() | {"versions": package_versions()})
-    (partial / PROGRESS).unlink()
-    if out.exists():
-        shutil.rmtree(out)
-    partial.replace(out)
+        prepared = _Packing(checkpoint, moe, folder, resolve_device(device)).run()
+        write_json(folder / PREPARED_MANIFEST, asdict(prepared))
+        (folder / PROGRESS).unlink()
+        write_command(folder, KIND)
+        if out.exists():
+            shutil.rmtree(out)
+        folder.replace(out)
     return prepared
 
 
@@ -99,13 +100,12 @@ class _Packing:
 
     def _begun(self) -> dict[str, Any]:
         """What an earlier run of the same left; another's is removed."""
-        fresh: dict[str, Any] = {"asked": self._asked, "stays": [], "shards": [], "exceptions": {}}
         path = self._folder / PROGRESS
         if path.is_file() and (found := read_json(path)).get("asked") == self._asked:
             return found
-        shutil.rmtree(self._folder)
-        self._folder.mkdir()
-        return fresh
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(parents=True)
+        return {"asked": self._asked, "stays": [], "shards": [], "exceptions": {}}
 
     def run(self) -> PreparedModel:
         """Write what is not there yet; gives the manifest."""
@@ -128,6 +128,7 @@ class _Packing:
             exceptions=self._done["exceptions"],
             rest=rest,
             plain_bytes=self._checkpoint.expert_bytes,
+            versions=package_versions(),
         )
 
     def _pack_layers(self) -> None:

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,11 @@ class PreparedModel:
     rest: dict[str, Any]
     """File of all other weights, and its sha256."""
 
+    versions: dict[str, str]
+    """Versions of Python and packages when it was written."""
+    format_version: int = FORMAT_VERSION
+    """Version of the manifest's form."""
+
     @classmethod
     def find(cls, folder: str) -> PreparedModel | None:
         """Read the manifest of a folder; None if it is no prepared model.
@@ -62,18 +67,7 @@ class PreparedModel:
             ValueError: If it is damaged or of another version.
         """
         path = Path(folder) / PREPARED_MANIFEST
-        if not path.is_file():
-            return None
-
-        def build(values: dict[str, Any]) -> PreparedModel:
-            fields = {name: values[name] for name in cls.__dataclass_fields__}
-            return cls(**fields | {name: tuple(fields[name]) for name in ("stays", "shards")})
-
-        return read_versioned(path, FORMAT_VERSION, build, REMEDY)
-
-    def to_dict(self) -> dict[str, Any]:
-        """What the manifest holds."""
-        return {"format_version": FORMAT_VERSION} | asdict(self)
+        return read_versioned(path, FORMAT_VERSION, cls, REMEDY) if path.is_file() else None
 
     def encoder(self, asked: str, native: Encoder | None) -> Encoder | None:
         """How the rows are encoded.
