@@ -69,6 +69,14 @@ def table_of(rows: list[dict[str, Any]]) -> str:
         "128 x 128 FP8 blocks of DeepSeek and Qwen releases are kept as they are, and decode to "
         "the very numbers that transformers dequantises them to.",
         "",
+        "Other checkpoints in fewer bits are decoded to the model's dtype while they are read, "
+        "matrix by matrix: FP8 with a factor for a tensor, a channel or a block, static or not, "
+        "and with some layers left in 16 bits; compressed-tensors in fp8, int8 and int4 "
+        "(`pack-quantized`); GPTQ and AWQ (`gemm`) of 4 and 8 bits. Nothing else need be "
+        "installed. They then take 16 bits a number in host memory, unless `--expert-dtype` "
+        "stores them in fewer again (which rounds). What is quantised otherwise is refused by "
+        "`foreroute doctor` and by loading in the same words.",
+        "",
         f"Bundled model, float32 but for the experts, {NUM_SEQUENCES} held-out files of the "
         f"standard library, {SEQUENCE_TOKENS} tokens each. Written by "
         "`python benchmarks/quantised_store.py`.",

@@ -169,13 +169,11 @@ class Engine:
         """The model's own `generate`, as its class has it."""
         return functools.partial(type(self.model).generate, self.model)
 
-    @serialised
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One forward pass of the model, through the engine."""
-        with self._must_really_run(), torch.no_grad():
+        with self.turns.call(), self._must_really_run(), torch.no_grad():
             return self.model(*args, **kwargs)
 
-    @serialised
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate tokens; takes what transformers' `generate` takes and returns what it returns.
 
@@ -188,12 +186,11 @@ class Engine:
         given = dict(zip(names, args, strict=False)) | kwargs
         given = {name: self._on_device(value) for name, value in given.items()}
         given.setdefault("disable_compile", True)  # the host decides between layers
-        self.turns.settle()
-        asked = _asked_of(self.model, given)
-        if asked.get("num_beams", 1) == 1:
-            given["streamer"] = TimingStreamer(self.driver.run.stats, given.get("streamer"))
-            given |= self.driver.decoding(asked, given["streamer"])
-        with self._must_really_run():
+        with self.turns.call(), self._must_really_run():
+            asked = _asked_of(self.model, given)
+            if asked.get("num_beams", 1) == 1:
+                given["streamer"] = TimingStreamer(self.driver.run.stats, given.get("streamer"))
+                given |= self.driver.decoding(asked, given["streamer"])
             return self._own_generate(**given)
 
     def _on_device(self, value: Any) -> Any:
@@ -234,7 +231,8 @@ class Engine:
     @serialised
     def fill_slots(self) -> None:
         """Make as many experts resident as fit, lowest ids first, not counted in the statistics."""
-        self.driver.fill_slots()
+        with self.turns.changing_slots():
+            self.driver.fill_slots()
 
     @serialised
     def check_integrity(self) -> None:

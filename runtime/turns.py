@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from foreroute.data.adapters import MoEModel
 from foreroute.data.adapters.seam import is_experts_module
 from foreroute.runtime.driver import Driver
 from foreroute.runtime.store.offload import OffloadedModel
@@ -19,7 +20,8 @@ CPU = torch.device("cpu")
 ADAPTER_REFUSAL = (
     "The adapter has weights for the experts, which are in host memory or stored in fewer bits"
 )
-ADAPTER_STATE = ("merged_adapters", "_disable_adapters", "_active_adapter", "scaling")
+MERGED = "merged_adapters"
+ADAPTER_STATE = (MERGED, "_disable_adapters", "_active_adapter", "scaling")
 """What peft's modules keep of which adapters are in use."""
 
 
@@ -42,8 +44,8 @@ class Turns:
         """Held while one call runs."""
         self._offloaded, self._driver = offloaded, driver
         self._model = offloaded.moe.model
-        self._is_broken = False
-        self._seen = _looks(self._model)
+        self._is_broken = self._is_settled = False
+        self._seen = _looks(self._offloaded.moe)
 
     def attach(self, undo: ExitStack) -> None:
         """Let every forward pass of the model take its turn, whoever calls it.
@@ -74,29 +76,46 @@ class Turns:
     def _begin(self, tokens: Tensor | None) -> None:
         if tokens is None or tokens.dim() < 2:
             return  # the model has something to say about that
-        if self._is_broken or tokens.shape[1] > 1:
+        if self._is_broken or (tokens.shape[1] > 1 and not self._is_settled):
             self.settle()
         self._is_broken = True
         self._driver.begin_forward(tokens)
 
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """One call of the engine: while open, others wait and the model stays as it is."""
+        with self.lock:
+            self.settle()
+            self._is_settled = True
+            try:
+                yield
+            finally:
+                self._is_settled = False
+
+    @contextmanager
+    def changing_slots(self) -> Iterator[None]:
+        """While open, an exception makes the next call begin with empty slots."""
+        self.settle()
+        self._is_broken = True
+        yield
+        self._is_broken = False
+
     def settle(self) -> None:
         """Forget what is in the slots where it may be wrong by now."""
-        looks = _looks(self._model)
+        looks = _looks(self._offloaded.moe)
         if self._is_broken or looks != self._seen:
             self._is_broken = True
             self._offloaded.take_in()
             self._driver.forget()
             self._require_no_adapter_elsewhere()
-            self._seen = _looks(self._model)
+            self._seen = _looks(self._offloaded.moe)
             self._is_broken = False
 
     def _require_no_adapter_elsewhere(self) -> None:
         """Refuse adapters for experts whose weights are not where, or as, they add to them."""
         for module in self._model.modules():
             base = module._modules.get("base_layer")
-            is_idle = module.__dict__.get("merged_adapters") or module.__dict__.get(
-                "_disable_adapters"
-            )
+            is_idle = module.__dict__.get(MERGED) or module.__dict__.get("_disable_adapters")
             if base is None or is_idle or not is_experts_module(base):
                 continue
             if any(weight.device != CPU for weight in base.parameters(recurse=False)):
@@ -129,17 +148,18 @@ def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return kwargs.get("inputs_embeds") if tokens is None else tokens
 
 
-def _looks(model: Any) -> list[Any]:
+def _looks(moe: MoEModel) -> list[Any]:
     """What a change of the model's modules, adapters or experts changes.
 
     The modules themselves are held, so that no later one can have the identity of an earlier one.
     """
     looks: list[Any] = []
-    for module in model.modules():
+    for module in moe.model.modules():
+        state = module.__dict__
         looks.append(module)
-        looks += [repr(module.__dict__[name]) for name in ADAPTER_STATE if name in module.__dict__]
-        weights = [weight for weight in module._parameters.values() if weight is not None]
-        looks += [weight.data_ptr() for weight in weights]
-        if is_experts_module(module):
-            looks += [weight._version for weight in weights]
+        if MERGED in state:
+            looks += [repr(state.get(name)) for name in ADAPTER_STATE]
+        looks += [w.data_ptr() for w in state["_parameters"].values() if w is not None]
+    for layer in moe.layers:
+        looks += [w._version for w in layer.experts._parameters.values() if w is not None]
     return looks

@@ -87,6 +87,21 @@ def test_an_engine_is_right_after_an_interrupt_at_any_copy(
             assert torch.equal(engine.generate(TOKENS, **GREEDY), expected)
 
 
+def test_an_interrupt_while_slots_are_filled_leaves_the_engine_right(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with engine_of(folder) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(ImmediateTransfers, "copy", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                engine.fill_slots()
+        engine.check_integrity()
+        assert torch.equal(engine(TOKENS).logits, stock_of(folder)(TOKENS).logits)
+
+
 def test_an_exception_in_a_processor_leaves_the_engine_right(folder: Path) -> None:
     expected = stock_of(folder).generate(TOKENS, **GREEDY)
 
@@ -256,3 +271,14 @@ def test_models_load_in_several_threads(folder: Path) -> None:
         thread.join()
     assert len(logits) == 3
     assert all(torch.equal(one, expected) for one in logits)
+
+
+def test_a_model_built_under_inference_mode_is_taken_over() -> None:
+    expected = tiny_model("mixtral", tie_word_embeddings=True)
+    expected.set_experts_implementation("batched_mm")
+    with torch.inference_mode():
+        model = tiny_model("mixtral", tie_word_embeddings=True)
+    with Engine.from_pretrained(model, device="cpu", expert_slots="4") as engine:
+        assert torch.equal(engine(TOKENS).logits, expected(TOKENS).logits)
+        assert engine.model.lm_head.weight is engine.model.model.embed_tokens.weight
+        assert torch.equal(engine.generate(TOKENS, **GREEDY), expected.generate(TOKENS, **GREEDY))

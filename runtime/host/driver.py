@@ -158,9 +158,11 @@ class HostDriver:
     def fill_slots(self) -> None:
         """Make as many experts resident as fit, lowest ids first, not counted in the statistics."""
         stats, self.run.stats = self.run.stats, RuntimeStats()
-        for layer in self.layers:
-            layer.residency.fill()
-        self.run.stats = stats
+        try:
+            for layer in self.layers:
+                layer.residency.fill()
+        finally:
+            self.run.stats = stats
 
     def warm(self, rows: Sequence[Sequence[Sequence[int]]]) -> None:
         """Fill the slots with what a recording used most, not counted in the statistics.

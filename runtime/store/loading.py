@@ -91,7 +91,7 @@ def load_the_rest(checkpoint: Checkpoint) -> Any:
         model = weightless(model_class, checkpoint.tensors).from_pretrained(
             checkpoint.source, config=config, dtype=checkpoint.dtype, **checkpoint.settings
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, ImportError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"Model {checkpoint.name} cannot be read: {first_line}") from error
     model.__class__ = model_class

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Unpack
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from foreroute.data.adapters import MoEModel, discover, resolve_device
 from foreroute.data.adapters.loading import HubSettings, loading_alone
@@ -60,6 +60,7 @@ class OffloadedModel:
             device: Where to run it.
             expert_dtype: How experts are stored.
         """
+        _leave_inference_mode(moe.model)
         moe.model.to(device)
         layers = [layer.experts for layer in moe.layers]
         beside = [experts for _, experts in moe.others]
@@ -167,3 +168,20 @@ def load_offloaded(
             checkpoint.config._attn_implementation = attn_implementation
         moe, store, others = load_with_host_experts(checkpoint, target)
         return OffloadedModel.whole(moe, store, others, target, checkpoint.expert_dtype)
+
+
+@torch.inference_mode(False)
+def _leave_inference_mode(model: nn.Module) -> None:
+    """Make tensors of a model that was built under inference mode ordinary ones."""
+    ordinary: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or not tensor.is_inference():
+                    continue
+                if tensor not in ordinary:
+                    copied = tensor.detach().clone()
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    kept = nn.Parameter(copied, requires_grad=tensor.requires_grad)
+                    ordinary[tensor] = kept if is_parameter else copied
+                tensors[name] = ordinary[tensor]  # type: ignore[assignment]
