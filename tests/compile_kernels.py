@@ -18,6 +18,7 @@ from foreroute.runtime.device.kernels.cache import store_token
 from foreroute.runtime.device.kernels.demand import Demand
 from foreroute.runtime.device.kernels.fetch import fetch
 from foreroute.runtime.device.kernels.head import plan_head
+from foreroute.runtime.device.kernels.lossless import unpack
 from foreroute.runtime.device.kernels.plan import plan
 from foreroute.runtime.device.kernels.predict import predict_logits, rank_experts
 from foreroute.runtime.device.kernels.products import expert_products
@@ -33,6 +34,7 @@ from foreroute.runtime.store.encodings import (
     Fp8Blocks,
     Int4,
     Int8,
+    Lossless,
     Mxfp4,
 )
 
@@ -42,6 +44,7 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.int16: "*i16",
     torch.uint8: "*u8",
     torch.int8: "*i8",
     torch.float16: "*fp16",
@@ -107,7 +110,7 @@ def call_everything() -> None:
         moved = (rows, rows, copies, copies[0, :1], tables.arrived, tables.progress)
         for demand in (None, Demand(*moved, first_bytes=48)):
             expert_products(hidden, places, chances, weights, form, hidden, demand)
-    for kind in (Int8, Fp8, Int4, Mxfp4, Fp8Blocks):
+    for kind in (Int8, Fp8, Int4, Mxfp4, Fp8Blocks, Lossless):
         weights = {}
         for name, rows, columns in (("gate_up_proj", 128, 64), ("down_proj", 64, 64)):
             encoding = kind(rows, columns)
@@ -115,6 +118,9 @@ def call_everything() -> None:
             parameter = EncodedParameter(encoding, (rows, columns), torch.bfloat16, False)
             weights[name] = EncodedWeights(parameter, parts)
         expert_products(hidden, places, chances, weights, forms["rows"], hidden)
+    encoding = Lossless(16, 67)
+    packed = [torch.zeros(2, *size, dtype=t) for size, t in encoding.parts().values()]
+    unpack(*packed, 16, 67)
     for dtype in (torch.bfloat16, torch.float32):
         query, keys = torch.zeros(1, 8, 1, 64, dtype=dtype), torch.zeros(1, 2, 128, 64, dtype=dtype)
         mask = torch.ones(1, 1, 1, 128, dtype=torch.bool)

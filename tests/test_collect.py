@@ -315,3 +315,4 @@ def test_the_command_names_the_model_and_ends_with_the_path(arguments, monkeypat
     assert "288 / 96" in printed
     assert "4 MoE layers, 8 experts, top-2" in caplog.text
     assert "Size: about" in caplog.text
+    assert "Recorded 384 tokens, " in caplog.text
