@@ -50,6 +50,7 @@ from foreroute.runtime.store.encodings import (
     Encoding,
     Int4,
     Int8,
+    Lossless,
     Mxfp4,
 )
 
@@ -95,10 +96,22 @@ GPT_OSS = Shape(
 MIXTRAL = Shape("mixtral-8x7b", 4096, 14336, 8, 2, 32, 8, 128, ExpertForm(activation="silu"))
 QWEN3_INT8 = replace(QWEN3, name="qwen3-30b-a3b-int8", encoding=Int8)
 QWEN3_INT4 = replace(QWEN3, name="qwen3-30b-a3b-int4", encoding=Int4)
+QWEN3_LOSSLESS = replace(QWEN3, name="qwen3-30b-a3b-lossless", encoding=Lossless)
+GPT_OSS_LOSSLESS = replace(GPT_OSS, name="gpt-oss-20b-lossless", encoding=Lossless)
 GPT_OSS_MXFP4 = replace(GPT_OSS, name="gpt-oss-20b-mxfp4", encoding=Mxfp4)
 SMALL = Shape("12x64 experts", 768, 384, 64, 8, 12, 4, 64, ExpertForm(activation="silu"))
 """The model that `end_to_end_gpu.py` trains: experts of 1.8 MB."""
-SHAPES = (SMALL, QWEN3, GPT_OSS, MIXTRAL, QWEN3_INT8, QWEN3_INT4, GPT_OSS_MXFP4)
+SHAPES = (
+    SMALL,
+    QWEN3,
+    GPT_OSS,
+    MIXTRAL,
+    QWEN3_LOSSLESS,
+    QWEN3_INT8,
+    QWEN3_INT4,
+    GPT_OSS_LOSSLESS,
+    GPT_OSS_MXFP4,
+)
 
 
 def microseconds(call: Callable[[int], object]) -> float:
@@ -160,6 +173,9 @@ class Experts:
             suffix: torch.randint(1, 100, (self.num_slots, *part), device=DEVICE).to(dtype)
             for suffix, (part, dtype) in encoding.parts().items()
         }
+        for slot in range(self.num_slots if shape.encoding is Lossless else 0):
+            for suffix, part in encoding.encode(random(rows, columns) * 0.02).items():
+                parts[suffix][slot] = part
         self.bytes_per_call += sum(part[0].nbytes for part in parts.values()) * shape.top_k
         return EncodedWeights(
             EncodedParameter(encoding, size, torch.bfloat16, is_transposed), parts
@@ -448,9 +464,13 @@ def tune(experts: Experts) -> dict[str, float]:
         names = ("ROWS", "COLUMNS", "WARPS")
         module = expert_module  # type: ignore[assignment]
         sizes = [(1, 1024, 2), (1, 2048, 2), (1, 2048, 4), (2, 1024, 4), (2, 2048, 4), (4, 1024, 4)]
-    halves = ("UP", "DOWN")
-    if experts.shape.encoding is not None:
-        halves = ("FEW",)  # type: ignore[assignment]
+    halves: tuple[str, ...] = ("UP", "DOWN")
+    if experts.shape.encoding is Lossless:
+        halves = ("PACKED_UP", "PACKED_DOWN")
+        sizes = [(r, c, w) for r in (1, 2, 4, 8, 16) for c in (32, 128, 256) for w in (1, 2, 4)]
+        sizes = [(r, c, w) for r, c, w in sizes if 2 <= r * c / (32 * w) <= 32]
+    elif experts.shape.encoding is not None:
+        halves = ("FEW",)
         sizes = [(1, 1024, 2), (2, 512, 2), (4, 256, 2), (4, 512, 4), (8, 256, 4), (8, 512, 4)]
         sizes += [(8, 128, 2), (16, 128, 4)]
     for half, size in itertools.product(halves, sizes):

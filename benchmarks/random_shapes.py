@@ -15,9 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from foreroute.data.adapters import discover
 from foreroute.data.adapters.seam import is_experts_module
-from foreroute.runtime.store.encodings import Encoder, encoder_named, native_encoder
+from foreroute.runtime.store.encodings import Encoder, Lossless, encoder_named, native_encoder
 from foreroute.runtime.store.host_store import HostExpertStore, RowLayout, allocate_host
 from foreroute.runtime.store.offload import OffloadedModel
+from foreroute.runtime.store.row_writer import RowWriter
 
 POOL_BYTES = 6 << 30
 TINY_POOL_BYTES = 2 << 20
@@ -91,9 +92,10 @@ SHAPES |= {
 
 SHAPES |= {
     "gpt-oss-20b-mxfp4": SHAPES["gpt-oss-20b"] | {"expert_dtype": "mxfp4"},
+    "qwen3-30b-a3b-lossless": SHAPES["qwen3-30b-a3b"] | {"expert_dtype": "lossless"},
     "qwen3-30b-a3b-int8": SHAPES["qwen3-30b-a3b"] | {"expert_dtype": "int8"},
 }
-"""Experts in fewer bits: as GPT-OSS is released, and as `--expert-dtype int8` stores them."""
+"""Experts in fewer bits: as GPT-OSS is released, and as `--expert-dtype` stores them."""
 MXFP4_EXPONENT = 127 - 9
 INT8_SCALE = SPREAD / 64
 
@@ -155,6 +157,9 @@ class HostPool:
         distinct = self._flat[: num_distinct * layer_bytes].view(
             num_distinct, num_experts, row_bytes
         )
+        if any(isinstance(p.encoding, Lossless) for p in layout.encoded.values()):
+            for rows in distinct:
+                self._encode(rows, layout)
         scales = [name for name in layout.parameters if name.endswith("_scales")]
         for rows in distinct if scales else ():
             views = layout.views(rows)
@@ -162,6 +167,14 @@ class HostPool:
                 is_exponent = views[name].dtype == torch.uint8
                 views[name].fill_(MXFP4_EXPONENT if is_exponent else INT8_SCALE)
         return [distinct[i % num_distinct] for i in range(num_layers)]
+
+    def _encode(self, rows: Tensor, layout: RowLayout) -> None:
+        """Write encoded normal numbers, exceptions and all; random bits would have no base."""
+        writer = RowWriter(layout, rows, self._device if self._is_pinned else None)
+        for name, parameter in layout.encoded.items():
+            for expert_id in range(len(rows)):
+                noise = torch.randn(parameter.shape, device=self._device, dtype=torch.bfloat16)
+                writer.put(name, expert_id, 0, noise * SPREAD)
 
     def filled(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Ordinary (pageable) memory of that shape with numbers of the pool."""

@@ -31,7 +31,9 @@ from foreroute.estimators.artifacts import (
 if sys.platform != "win32":
     import fcntl
 
-OutputKind = Literal["traces", "run", "bundle", "report", "comparison", "trace set"]
+OutputKind = Literal[
+    "traces", "run", "bundle", "report", "comparison", "trace set", "prepared model"
+]
 OWN_NAMES: dict[OutputKind, tuple[str, ...]] = {
     "traces": ("manifest.json", "*.safetensors", "tokens", "layer_*", "pending"),
     "run": ("run.json", "metrics.json", "*.safetensors", "checkpoints", "logs", "parts"),
@@ -39,6 +41,7 @@ OWN_NAMES: dict[OutputKind, tuple[str, ...]] = {
     "report": ("index.html", "report.json", "*.png"),
     "comparison": ("*.json", "truth", "rows", "predictions", "traces*", "*.html", "*.png"),
     "trace set": ("README.md", "*.json", "*.safetensors", "*.parquet"),
+    "prepared model": ("experts", "*.json", "*.safetensors", "*.txt", "*.md", "*.model", "*.jinja"),
 }
 """What a folder of each kind holds; one that holds anything else is never replaced."""
 COMMAND_FILE = "command.txt"

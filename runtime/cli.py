@@ -316,6 +316,34 @@ def plan(
     run_plan(model, gpu_memory, host_memory, profile, context, json, trust_remote_code, revision)
 
 
+def pack(
+    model: str,
+    out: Path,
+    expert_dtype: str = "auto",
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> None:
+    """Write a prepared model: it loads as fast as it is read, wherever the model itself does.
+
+    Args:
+        model: `bundled`, a local folder or a Hub id.
+        out: The folder to write; a run that was stopped goes on where it was.
+        expert_dtype: How experts are stored: auto (bfloat16 in 12 bits without loss; others as
+            they are), lossless, bf16, fp8, int8 or int4.
+        dtype: Of the model: auto, float32, bfloat16 or float16.
+        device: Where experts are encoded: auto, cpu or cuda.
+        revision: Branch, tag or commit of a Hub id.
+        overwrite: Replace a folder that is there already.
+        trust_remote_code: Run code that came with the checkpoint.
+    """
+    from foreroute.runtime.store.pack import run_pack
+
+    run_pack(**locals())
+
+
 def profile(out: Path, device: str = "auto", name: str = "", overwrite: bool = False) -> None:
     """Measure this machine for simulate and plan, in under a minute.
 
@@ -348,6 +376,7 @@ def main() -> None:
                 "doctor": doctor,
                 "bench": bench,
                 "simulate": simulate,
+                "pack": pack,
                 "plan": plan,
                 "profile": profile,
                 "report": report,

@@ -22,6 +22,7 @@ from foreroute.runtime.device.kernels.fetch import BLOCK_WORDS, fetch
 from foreroute.runtime.device.kernels.head import plan_head
 from foreroute.runtime.device.kernels.heads import ProjectedHeads, place_heads
 from foreroute.runtime.device.kernels.linear import products
+from foreroute.runtime.device.kernels.lossless import unpack
 from foreroute.runtime.device.kernels.norm import Norm, normed
 from foreroute.runtime.device.kernels.plan import plan
 from foreroute.runtime.device.kernels.predict import predict_logits, rank_experts
@@ -39,6 +40,7 @@ from foreroute.runtime.store.encodings import (
     Fp8Blocks,
     Int4,
     Int8,
+    Lossless,
     Mxfp4,
 )
 
@@ -48,6 +50,7 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.int16: "*i16",
     torch.uint8: "*u8",
     torch.int8: "*i8",
     torch.float16: "*fp16",
@@ -120,7 +123,7 @@ def call_everything() -> None:
         demand_module.BLOCK_WORDS = 64  # as many as a product has inputs
         expert_products(hidden, places, chances, weights, form, hidden, demand, hidden)
         demand_module.BLOCK_WORDS = BLOCK_WORDS
-    for kind in (Int8, Fp8, Int4, Mxfp4, Fp8Blocks):
+    for kind in (Int8, Fp8, Int4, Mxfp4, Fp8Blocks, Lossless):
         weights = {}
         for name, rows, columns in (("gate_up_proj", 128, 64), ("down_proj", 64, 64)):
             encoding = kind(rows, columns)
@@ -128,6 +131,9 @@ def call_everything() -> None:
             parameter = EncodedParameter(encoding, (rows, columns), torch.bfloat16, False)
             weights[name] = EncodedWeights(parameter, parts)
         expert_products(hidden, places, chances, weights, forms["rows"], hidden)
+    encoding = Lossless(16, 67)
+    packed = [torch.zeros(2, *size, dtype=t) for size, t in encoding.parts().values()]
+    unpack(*packed, 16, 67)
     for dtype in (torch.bfloat16, torch.float32):
         query, keys = torch.zeros(1, 8, 1, 64, dtype=dtype), torch.zeros(1, 2, 128, 64, dtype=dtype)
         mask = torch.ones(1, 1, 1, 128, dtype=torch.bool)

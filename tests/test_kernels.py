@@ -14,6 +14,7 @@ from foreroute.runtime.device.kernels.activation import ExpertForm
 from foreroute.runtime.device.kernels.demand import Demand
 from foreroute.runtime.device.kernels.fetch import BLOCK_WORDS, fetch, fetch_reference
 from foreroute.runtime.device.kernels.head import plan_head, plan_head_reference
+from foreroute.runtime.device.kernels.lossless import unpack
 from foreroute.runtime.device.kernels.plan import plan, plan_reference
 from foreroute.runtime.device.kernels.products import expert_products, expert_products_reference
 from foreroute.runtime.device.kernels.tables import (
@@ -32,6 +33,7 @@ from foreroute.runtime.store.encodings import (
     EncodedWeights,
     Encoding,
     Fp8Blocks,
+    Lossless,
     Mxfp4,
 )
 from foreroute.runtime.store.host_store import ParameterSpec, RowLayout
@@ -259,6 +261,10 @@ def encoded(encoding: Encoding, num_slots: int, generator: torch.Generator) -> d
     """Parts of random matrices, by suffix, [S, ..]."""
     if not encoding.is_native:
         matrices = torch.randn(num_slots, encoding.rows, encoding.columns, generator=generator)
+        if isinstance(encoding, Lossless):  # rows with none, with a few and with many exceptions
+            matrices[:, ::40, ::13] *= 4096
+            matrices[:, 3, ::10] *= 4096
+            matrices = matrices.bfloat16()
         stored = [encoding.encode(matrix) for matrix in matrices]
         return {suffix: torch.stack([parts[suffix] for parts in stored]) for suffix in stored[0]}
     parts: dict[str, Any] = {}
@@ -284,7 +290,7 @@ def test_products_decode_experts_stored_in_fewer_bits(
 ) -> None:
     form, generator = FORMS[name], torch.Generator().manual_seed(3)
     num_slots, top_k = 3, 2
-    depth, width = (120, 40) if kind == "int4" else (64, 32)  # groups of 60 and 20 bytes
+    depth, width = {"int4": (120, 40), "lossless": (142, 52)}.get(kind, (64, 32))
     inner = (2 if form.has_gate else 1) * width
     weights: dict[str, Any] = {}
     for key, rows, columns in ((form.first, inner, depth), ("down_proj", depth, width)):
@@ -382,3 +388,15 @@ def _in_a_row(sizes: dict[str, tuple[int, ...]]) -> dict[str, ParameterSpec]:
         specs[key] = ParameterSpec(size, torch.bfloat16, offset)
         offset += specs[key].num_bytes
     return specs
+
+
+@pytest.mark.parametrize("columns", [40, 67, 512])
+def test_what_a_gpu_unpacks_is_every_bit_that_was_packed(columns: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    matrices = (torch.randn(2, 24, columns, generator=generator) * 0.02).bfloat16()
+    matrices[:, ::8, :20:3] *= 4096  # two lines beside the rows' own
+    matrices[:, 1, :3] = torch.tensor([-0.0, float("inf"), float("nan")])
+    encoding = Lossless(24, columns)
+    parts = {suffix: part.to(DEVICE) for suffix, part in encoding.encode(matrices).items()}
+    unpacked = unpack(parts[""], parts["_lines"], 24, columns).cpu()
+    assert torch.equal(unpacked.view(torch.int16), matrices.view(torch.int16))

@@ -13,6 +13,7 @@ from foreroute.runtime.host.speculation import AgreementGuard
 from foreroute.runtime.host.transfers import Ticket, Transfers
 from foreroute.runtime.policies import find_policy
 from foreroute.runtime.store.host_store import HostExpertStore
+from foreroute.runtime.store.row_writer import move_weights
 
 NUM_EXPERTS = 6
 
@@ -43,6 +44,7 @@ def make_residency(num_slots: int) -> HostResidency:
     experts = nn.Module()
     experts.register_parameter("weight", nn.Parameter(torch.randn(NUM_EXPERTS, 4, 3)))
     store = HostExpertStore([experts], is_pinned=False)
+    move_weights([experts], store)
     policy = find_policy("lru")
     run = HostRun(
         config=EngineConfig(),

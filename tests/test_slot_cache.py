@@ -9,6 +9,7 @@ from torch import nn
 from foreroute.runtime.host.slot_cache import EMPTY, SlotCache
 from foreroute.runtime.policies import find_policy
 from foreroute.runtime.store.host_store import ALIGNMENT_BYTES, HostExpertStore, RowLayout
+from foreroute.runtime.store.row_writer import move_weights
 
 NUM_EXPERTS = 12
 
@@ -32,6 +33,7 @@ def test_store_keeps_every_weight_and_takes_it_from_the_module() -> None:
     module = TwoMatrices()
     gate_up, down = module.gate_up_proj.clone(), module.down_proj.clone()
     store = HostExpertStore([module], is_pinned=False)
+    move_weights([module], store)
     views = store.layouts[0].views(store.rows[0])
     assert torch.equal(views["gate_up_proj"], gate_up)
     assert torch.equal(views["down_proj"], down)
@@ -42,6 +44,7 @@ def test_store_holds_no_more_than_the_weights_and_their_alignment() -> None:
     module = TwoMatrices()
     weight_bytes = sum(p.nbytes for p in module.parameters())
     store = HostExpertStore([module], is_pinned=False)
+    move_weights([module], store)
     assert weight_bytes <= store.num_bytes <= weight_bytes + 2 * NUM_EXPERTS * ALIGNMENT_BYTES
 
 

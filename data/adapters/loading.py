@@ -21,6 +21,8 @@ from foreroute.data.adapters.model_class import auto_class, writing_part
 from foreroute.data.adapters.weight_files import find_weight_files
 
 BUNDLED = "bundled"
+PREPARED_MANIFEST = "foreroute.json"
+"""In a folder that `foreroute pack` wrote, whose experts only the runtime reads."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _LOADING = threading.RLock()
@@ -201,6 +203,11 @@ def load_model(
     weights_dtype = resolve_dtype(dtype)
     source = resolve_model(name, hub.get("subfolder", ""))
     config = load_config(name, **hub)
+    if (Path(source) / PREPARED_MANIFEST).is_file():
+        raise ValueError(
+            f"{name} is a prepared model, whose experts lie in the runtime's rows: it cannot be "
+            f"loaded whole. Give the model it was made of ({PREPARED_MANIFEST} names it)."
+        )
     settings = hub | {"revision": hub.get("revision") or "main"}
     with loading_alone():
         find_weight_files(source, config, **settings)  # says what is wrong with a file, in one line

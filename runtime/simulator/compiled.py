@@ -18,7 +18,7 @@ def compiled(function: Function) -> Function:
     """
     fast: Function
     try:
-        fast = numba.njit(cache=True)(function)
+        fast = numba.njit(cache=True, nogil=True)(function)
     except RuntimeError:  # no folder can be written: compile in every process
-        fast = numba.njit(function)
+        fast = numba.njit(nogil=True)(function)
     return fast

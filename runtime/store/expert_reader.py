@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -104,9 +104,20 @@ class ExpertReader:
                 groups.setdefault(target, new).keys.append((key, pattern))
         return list(groups.values())
 
-    def parts(self) -> Iterator[ExpertRows]:
-        """Every expert's weights, part by part, in the checkpoint's dtype."""
+    @property
+    def tensor_names(self) -> set[str]:
+        """Names of the tensors that hold experts."""
+        return {name for group in self._groups for name, _ in group.keys}
+
+    def parts(self, targets: Collection[str]) -> Iterator[ExpertRows]:
+        """Every expert's weights, part by part, in the checkpoint's dtype.
+
+        Args:
+            targets: Dotted paths of the parameters that are asked for.
+        """
         for group in self._groups:
+            if group.target not in targets:
+                continue
             if group.converter is None:
                 yield from self._whole(group)
             elif _is_stacked(group):

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from foreroute.data.adapters.weightless import parameter_shapes
-from foreroute.runtime.store.encodings import EncodedParameter, EncodedWeights, Encoder, Part
+from foreroute.runtime.store.encodings import (
+    EncodedParameter,
+    EncodedWeights,
+    Encoder,
+    Encoding,
+    Part,
+    Plain,
+)
 
 ALIGNMENT_BYTES = 64  # every parameter starts on a boundary that any dtype and any kernel can use
 
@@ -45,7 +52,7 @@ class RowLayout:
     """What lies in the row, by name."""
     row_bytes: int
     encoded: Mapping[str, EncodedParameter] = field(default_factory=dict)
-    """Parameters of the module whose parts these are, where they are stored in fewer bits."""
+    """Parameters of the module whose parts these are, where it has them in another way."""
 
     @classmethod
     def of(cls, experts: nn.Module, encoder: Encoder | None = None) -> RowLayout:
@@ -55,20 +62,16 @@ class RowLayout:
             experts: The module.
             encoder: How to store its matrices; as they are if None.
         """
+        chosen = _chosen_encodings(experts, encoder)
         parts: dict[str, Part] = {}
         encoded: dict[str, EncodedParameter] = {}
         for name, (shape, dtype) in parameter_shapes(experts).items():
-            if encoder is None or len(shape) < 3:
+            if name not in chosen:
                 parts[name] = (shape[1:], dtype)
                 continue
             is_transposed = bool(experts.is_transposed)
-            rows, columns = shape[:0:-1] if is_transposed else shape[1:]
-            encoding = encoder(name, rows, columns)
-            if encoding.parts() == {"": ((rows, columns), dtype)}:  # bf16 of what is in bf16
-                parts[name] = (shape[1:], dtype)
-                continue
-            encoded[name] = EncodedParameter(encoding, shape[1:], dtype, is_transposed)
-            parts |= {name + suffix: part for suffix, part in encoding.parts().items()}
+            encoded[name] = EncodedParameter(chosen[name], shape[1:], dtype, is_transposed)
+            parts |= {name + suffix: part for suffix, part in chosen[name].parts().items()}
         parameters: dict[str, ParameterSpec] = {}
         offset = 0
         for name, (part_shape, dtype) in parts.items():
@@ -78,9 +81,19 @@ class RowLayout:
         return cls(parameters, offset, encoded)
 
     @property
+    def is_exact(self) -> bool:
+        """Whether every number of the module comes back bit for bit."""
+        return all(parameter.is_exact for parameter in self.encoded.values())
+
+    @property
     def is_native(self) -> bool:
         """Whether the row holds the checkpoint's own low-bit tensors."""
         return any(parameter.encoding.is_native for parameter in self.encoded.values())
+
+    def span(self, name: str) -> tuple[int, int]:
+        """Where the parts of an encoded parameter lie in the row: first byte, end."""
+        specs = [self.parameters[name + suffix] for suffix in self.encoded[name].encoding.parts()]
+        return specs[0].offset_bytes, specs[-1].offset_bytes + specs[-1].num_bytes
 
     def weights(self, rows: Tensor) -> dict[str, Any]:
         """The module's parameters inside a buffer of rows.
@@ -114,6 +127,26 @@ class RowLayout:
         return views
 
 
+def _chosen_encodings(experts: nn.Module, encoder: Encoder | None) -> dict[str, Encoding]:
+    """How each matrix of an experts module is stored, where not as the module has it."""
+    chosen: dict[str, Encoding] = {}
+    stays: set[str] = set()
+    if encoder is None:
+        return chosen
+    for name, (shape, dtype) in parameter_shapes(experts).items():
+        if len(shape) < 3:
+            continue
+        rows, columns = shape[:0:-1] if experts.is_transposed else shape[1:]
+        encoding = encoder(name, rows, columns)
+        chosen[name] = encoding if encoding.pays(dtype) else Plain(rows, columns, dtype)
+        if chosen[name].parts() == {"": ((rows, columns), dtype)}:
+            stays.add(name)
+    # products read all matrices of an expert alike: with outputs as rows, or as the module does
+    if experts.is_transposed and stays != set(chosen):
+        return chosen
+    return {name: encoding for name, encoding in chosen.items() if name not in stays}
+
+
 def allocate_host(num_rows: int, row_bytes: int, *, is_pinned: bool) -> Tensor:
     """Host memory of exactly that size, page-locked in place where asked.
 
@@ -144,54 +177,16 @@ def allocate_host(num_rows: int, row_bytes: int, *, is_pinned: bool) -> Tensor:
     return rows
 
 
-class RowWriter:
-    """Writes weights into rows, encoding those that are stored in fewer bits."""
-
-    def __init__(self, layout: RowLayout, rows: Tensor) -> None:
-        """Write into these rows.
-
-        Args:
-            layout: How an expert lies in a row.
-            rows: [E, row_bytes] uint8.
-        """
-        self._layout = layout
-        self._views = layout.views(rows)
-        self._staged: dict[tuple[str, int], tuple[Tensor, int]] = {}
-
-    def put(self, name: str, expert_id: int, row: int, part: Tensor) -> None:
-        """Write part of one expert's parameter.
-
-        Args:
-            name: Of the parameter, or of a part of it that a low-bit checkpoint holds.
-            expert_id: Which expert.
-            row: First row that the part covers.
-            part: Some rows of the parameter, any float dtype.
-        """
-        parameter = self._layout.encoded.get(name)
-        if parameter is None or parameter.encoding.is_native:
-            self._views[name][expert_id][row : row + len(part)].copy_(part)
-            return
-        empty = (torch.empty(parameter.shape, dtype=parameter.dtype), 0)
-        whole, num_rows = self._staged.pop((name, expert_id), empty)
-        whole[row : row + len(part)].copy_(part)
-        if num_rows + len(part) < len(whole):  # the rest of the matrix comes in another tensor
-            self._staged[name, expert_id] = (whole, num_rows + len(part))
-            return
-        for suffix, stored in parameter.encode(whole).items():
-            self._views[name + suffix][expert_id].copy_(stored)
-
-
 class HostExpertStore:
     """The experts of all MoE layers, in host memory, out of the model's reach."""
 
     def __init__(
         self, all_experts: list[nn.Module], *, is_pinned: bool, encoder: Encoder | None = None
     ) -> None:
-        """Allocate the rows, and move the weights there from modules that have any.
+        """Allocate the rows, to be filled.
 
         Args:
-            all_experts: The experts modules of a model, on the CPU; their parameters are removed,
-                one layer at a time. Of modules built without weights the rows stay to be filled.
+            all_experts: The experts modules of a model.
             is_pinned: Page-lock the memory, so that a CUDA device can copy from it unattended.
             encoder: How to store matrices; as they are if None.
         """
@@ -201,19 +196,25 @@ class HostExpertStore:
         for experts in all_experts:
             layout = RowLayout.of(experts, encoder)
             num_experts = next(iter(parameter_shapes(experts).values())).shape[0]
-            rows = allocate_host(num_experts, layout.row_bytes, is_pinned=is_pinned)
-            writer = RowWriter(layout, rows)
-            for name in list(experts._parameters):
-                for expert_id, weight in enumerate(experts.get_parameter(name).detach()):
-                    writer.put(name, expert_id, 0, weight)
-                del experts._parameters[name]
             self.layouts.append(layout)
-            self.rows.append(rows)
+            self.rows.append(allocate_host(num_experts, layout.row_bytes, is_pinned=is_pinned))
+
+    def parted(self, count: int) -> tuple[HostExpertStore, HostExpertStore]:
+        """The first modules of the store, and the others; both share its memory."""
+        first, others = (HostExpertStore([], is_pinned=False) for _ in range(2))
+        first.layouts, others.layouts = self.layouts[:count], self.layouts[count:]
+        first.rows, others.rows = self.rows[:count], self.rows[count:]
+        return first, others
 
     @property
     def num_bytes(self) -> int:
         """Host memory held."""
         return sum(rows.nbytes for rows in self.rows)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every number of the experts comes back bit for bit."""
+        return all(layout.is_exact for layout in self.layouts)
 
     def close(self) -> None:
         """Let the experts' memory go; the store cannot be used afterwards."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
+import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from torch import nn
+from torch import Tensor, nn
 
 from foreroute.data.adapters import MoEModel, discover
 from foreroute.data.adapters.adapted import checkpoint_name
@@ -17,18 +20,23 @@ from foreroute.data.adapters.loading import loading_alone
 from foreroute.data.adapters.weightless import ParameterShape, parameter_shapes, weightless
 from foreroute.estimators.console import plain_console
 from foreroute.runtime.store.checkpoint import Checkpoint
+from foreroute.runtime.store.encodings import Encoder, TooManyExceptions, without
 from foreroute.runtime.store.expert_reader import ExpertReader
-from foreroute.runtime.store.host_store import HostExpertStore, RowWriter
+from foreroute.runtime.store.host_store import HostExpertStore, RowLayout
+from foreroute.runtime.store.prepared import read_rows
+from foreroute.runtime.store.row_writer import RowWriter
+
+logger = logging.getLogger(__name__)
 
 
 def load_with_host_experts(
-    checkpoint: Checkpoint, *, is_pinned: bool
+    checkpoint: Checkpoint, device: torch.device
 ) -> tuple[MoEModel, HostExpertStore, HostExpertStore]:
     """Load a model on the CPU; its experts exist once, in stores: its layers', and all others.
 
     Args:
         checkpoint: What to load.
-        is_pinned: Page-lock the store's memory.
+        device: Where it will run; memory for a GPU is page-locked, and the GPU encodes.
 
     Raises:
         ValueError: If it cannot be read, is no MoE that is supported, or does not fit in memory.
@@ -37,17 +45,39 @@ def load_with_host_experts(
         checkpoint.require_host_memory()  # before the files: they may be downloaded
         checkpoint = checkpoint.settled()
         checkpoint.require_host_memory()
-        moe = discover(_load_the_rest(checkpoint), checkpoint.name)
-        layers = {layer.name: layer.experts for layer in moe.layers}
-        stores = [
-            HostExpertStore(list(experts), is_pinned=is_pinned, encoder=checkpoint.encoder)
-            for experts in (layers.values(), dict(moe.others).values())
-        ]
-        fill_stores(stores, moe.model, layers | dict(moe.others), checkpoint)
-    return moe, stores[0], stores[1]
+        moe = discover(load_the_rest(checkpoint), checkpoint.name)
+        store = filled_store(moe, checkpoint, device)
+    return moe, *store.parted(len(moe.layers))
 
 
-def _load_the_rest(checkpoint: Checkpoint) -> Any:
+def places_of(moe: MoEModel) -> dict[str, nn.Module]:
+    """All experts modules of a model by dotted path: its layers', then those no text reaches."""
+    return {layer.name: layer.experts for layer in moe.layers} | dict(moe.others)
+
+
+def filled_store(moe: MoEModel, checkpoint: Checkpoint, device: torch.device) -> HostExpertStore:
+    """A store of `places_of` a model, each parameter in the checkpoint's encoding if it can be.
+
+    Args:
+        moe: The model; its experts have no weights.
+        checkpoint: Whose files to read.
+        device: Where it will run.
+    """
+    experts, encoder = list(places_of(moe).values()), checkpoint.encoder
+    while True:
+        store = HostExpertStore(experts, is_pinned=device.type == "cuda", encoder=encoder)
+        try:
+            fill_store(store, moe, replace(checkpoint, encoder=encoder), device)
+        except TooManyExceptions as error:
+            assert encoder is not None  # it was the one that met them
+            logger.warning("%s stays in bfloat16; all is read again: %s", error.parameter, error)
+            encoder = without(encoder, error.parameter)
+            store.close()
+            continue
+        return store
+
+
+def load_the_rest(checkpoint: Checkpoint) -> Any:
     """The model with all its weights but the experts'."""
     from transformers.utils import logging
 
@@ -70,61 +100,114 @@ def _load_the_rest(checkpoint: Checkpoint) -> Any:
     return model.eval()
 
 
-def fill_stores(
-    stores: Sequence[HostExpertStore],
-    model: Any,
-    places: Mapping[str, nn.Module],
-    checkpoint: Checkpoint,
+def fill_store(
+    store: HostExpertStore, moe: MoEModel, checkpoint: Checkpoint, device: torch.device
 ) -> None:
-    """Read experts into the stores' rows, with a progress bar in bytes on a terminal.
+    """Read all experts into the store's rows, with a progress bar in bytes on a terminal.
 
     Args:
-        stores: Allocated, not filled.
-        model: The model; its experts have no weights.
-        places: The stores' experts modules in order, by dotted path.
+        store: Allocated for `places_of` the model, not filled.
+        moe: The model; its experts have no weights.
         checkpoint: Whose files to read.
+        device: A GPU encodes what is stored in another way than it is read.
 
     Raises:
-        ValueError: If the checkpoint lacks part of an expert.
+        TooManyExceptions: If a parameter must be stored as it is.
+        ValueError: If the checkpoint lacks part of an expert, or is prepared and damaged.
     """
-    writers: dict[str, tuple[RowWriter, str]] = {}
-    targets: dict[str, ParameterShape] = {}
-    layouts = [layout for store in stores for layout in store.layouts]
-    all_rows = [rows for store in stores for rows in store.rows]
-    for (path, experts), layout, rows in zip(places.items(), layouts, all_rows, strict=True):
-        writer = RowWriter(layout, rows)
-        shapes = parameter_shapes(experts)
-        if layout.is_native:  # the checkpoint has the stored parts themselves
-            shapes = {
-                name: ParameterShape((len(rows), *spec.shape), spec.dtype)
-                for name, spec in layout.parameters.items()
-            }
-        for name, shape in shapes.items():
-            target = f"{path}.{checkpoint_name(experts, name)}"
-            writers[target], targets[target] = (writer, name), shape
-    expected = sum(math.prod(target.shape) for target in targets.values())
-    num_bytes = sum(math.prod(t.shape) * t.dtype.itemsize for t in targets.values())
-    done = 0
-    with _byte_progress("experts", num_bytes) as progress:
-        for part in ExpertReader(model, checkpoint.expert_tensors, targets).parts():
-            writer, name = writers[part.target]
+    if checkpoint.prepared is not None:
+        with byte_progress("experts", store.num_bytes) as tick:
+            read_rows(checkpoint.prepared, checkpoint.source, store, tick)
+        return
+    reader = LayerReader(checkpoint, moe, device)
+    with reader.progress() as tick:
+        for number, (layout, rows) in enumerate(zip(store.layouts, store.rows, strict=True)):
+            reader.read(number, layout, rows, tick)
+
+
+class LayerReader:
+    """Reads one experts module after the other, as in `places_of`, out of a checkpoint's files."""
+
+    def __init__(self, checkpoint: Checkpoint, moe: MoEModel, device: torch.device) -> None:
+        """Work out which tensors make which parameter.
+
+        Args:
+            checkpoint: Whose files to read.
+            moe: The model; its experts have no weights.
+            device: A GPU encodes what is stored in another way than it is read.
+
+        Raises:
+            ValueError: If a parameter has no tensor in the checkpoint.
+        """
+        self._places = places_of(moe)
+        self._gpu = device if device.type == "cuda" else None
+        self._targets = [_targets(*place, checkpoint.encoder) for place in self._places.items()]
+        every = {path: shape for targets in self._targets for path, (_, shape) in targets.items()}
+        self._reader = ExpertReader(moe.model, checkpoint.expert_tensors, every)
+        self._num_bytes = sum(math.prod(t.shape) * t.dtype.itemsize for t in every.values())
+
+    @property
+    def tensor_names(self) -> set[str]:
+        """Names of the checkpoint's tensors that hold experts."""
+        return self._reader.tensor_names
+
+    def progress(self) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+        """A bar for all layers; the function it gives is told of bytes that were read."""
+        return byte_progress("experts", self._num_bytes)
+
+    def read(
+        self, number: int, layout: RowLayout, rows: Tensor, tick: Callable[[int], None]
+    ) -> None:
+        """Read one layer's experts into rows.
+
+        Args:
+            number: Which experts module, from 0.
+            layout: Of a row.
+            rows: Written, [E, row_bytes] uint8.
+            tick: Called with the bytes that were read.
+
+        Raises:
+            TooManyExceptions: If a parameter must be stored as it is.
+            ValueError: If the checkpoint lacks part of an expert.
+        """
+        targets = self._targets[number]
+        writer, done = RowWriter(layout, rows, self._gpu), 0
+        for part in self._reader.parts(targets):
+            name, shape = targets[part.target]
             writer.put(name, part.expert_id, part.row, part.rows)
             done += part.rows.numel()
-            part_bytes = part.rows.numel() * targets[part.target].dtype.itemsize
-            progress.advance(progress.task_ids[0], part_bytes)
-    if done != expected:
-        raise ValueError(
-            f"The checkpoint holds {done} numbers of experts, the model has {expected}; "
-            "some are missing or have another shape."
-        )
+            tick(part.rows.numel() * shape.dtype.itemsize)
+        expected = sum(math.prod(shape.shape) for _, shape in targets.values())
+        if done != expected:
+            raise ValueError(
+                f"The checkpoint holds {done} numbers of experts of {list(self._places)[number]}, "
+                f"the model has {expected}; some are missing or have another shape."
+            )
+
+
+def _targets(
+    path: str, experts: nn.Module, encoder: Encoder | None
+) -> dict[str, tuple[str, ParameterShape]]:
+    """What the checkpoint is asked for: by its path there, a parameter or a stored part of one."""
+    shapes, layout = parameter_shapes(experts), RowLayout.of(experts, encoder)
+    if layout.is_native:  # the checkpoint has the stored parts themselves
+        num_experts = next(iter(shapes.values())).shape[0]
+        shapes = {
+            name: ParameterShape((num_experts, *spec.shape), spec.dtype)
+            for name, spec in layout.parameters.items()
+        }
+    return {
+        f"{path}.{checkpoint_name(experts, name)}": (name, shape) for name, shape in shapes.items()
+    }
 
 
 @contextlib.contextmanager
-def _byte_progress(what: str, num_bytes: int) -> Iterator[Progress]:
+def byte_progress(what: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar in bytes on a terminal; gives what is called with bytes that are done."""
     console = plain_console(stderr=True)
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bar:
-        bar.add_task(what, total=num_bytes)
-        yield bar
+        task = bar.add_task(what, total=num_bytes)
+        yield lambda count: bar.advance(task, count)

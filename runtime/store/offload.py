@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Unpack
@@ -13,13 +14,16 @@ from foreroute.data.adapters import MoEModel, discover, resolve_device
 from foreroute.data.adapters.loading import HubSettings, loading_alone
 from foreroute.data.adapters.seam import ExpertsFunction
 from foreroute.data.adapters.weightless import load_awaited_adapter
-from foreroute.runtime.store.checkpoint import Checkpoint
-from foreroute.runtime.store.encodings import encoder_named
+from foreroute.runtime.store.checkpoint import Checkpoint, default_expert_dtype
+from foreroute.runtime.store.encodings import TooManyExceptions, encoder_named, without
 from foreroute.runtime.store.from_host import FromHost
 from foreroute.runtime.store.host_store import HostExpertStore
 from foreroute.runtime.store.lent_weights import LentWeights
-from foreroute.runtime.store.loading import load_with_host_experts
+from foreroute.runtime.store.loading import load_with_host_experts, places_of
+from foreroute.runtime.store.row_writer import move_weights
 from foreroute.runtime.store.whole_model import WholeModel
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class OffloadedModel:
     device: torch.device
     """Where everything but the experts is."""
     expert_dtype: str = "auto"
-    """How experts are stored; `auto` is as the checkpoint has them."""
+    """How experts are stored; `auto` is as the model has them."""
 
     lent: tuple[LentWeights, ...] = ()
     """The store's weights as the model shows them."""
@@ -99,19 +103,36 @@ def offload(
         model: Transformers causal LM; it can only be used through an engine afterwards.
         device: Where to run it.
         model_name: What the user calls it, for messages.
-        expert_dtype: How experts are stored: `auto` (as they are), bf16, fp8, int8 or int4.
+        expert_dtype: How experts are stored: `auto`, lossless, bf16, fp8, int8 or int4; see
+            `default_expert_dtype`.
 
     Raises:
         ValueError: If it is no MoE that is supported; says what is missing.
     """
-    encoder = encoder_named(expert_dtype)
+    if expert_dtype == "auto":
+        expert_dtype = default_expert_dtype(None, device)
+    encoder_named(expert_dtype)  # refuses unknown names before anything is taken
     moe = discover(model, model_name)
-    is_pinned, beside = device.type == "cuda", [experts for _, experts in moe.others]
     with torch.inference_mode(False):
-        experts = [layer.experts for layer in moe.layers]
-        store = HostExpertStore(experts, is_pinned=is_pinned, encoder=encoder)
-        others = HostExpertStore(beside, is_pinned=is_pinned, encoder=encoder)
+        modules = list(places_of(moe).values())
+        every = _moved(modules, expert_dtype, is_pinned=device.type == "cuda")
+        store, others = every.parted(len(moe.layers))
         return OffloadedModel.whole(moe, store, others, device, expert_dtype)
+
+
+def _moved(experts: list[nn.Module], expert_dtype: str, *, is_pinned: bool) -> HostExpertStore:
+    """A store with the weights of modules, each parameter encoded if it can be."""
+    encoder = encoder_named(expert_dtype)
+    while True:
+        store = HostExpertStore(experts, is_pinned=is_pinned, encoder=encoder)
+        try:
+            move_weights(experts, store)
+        except TooManyExceptions as error:
+            assert encoder is not None  # it was the one that met them
+            logger.warning("%s stays in bfloat16: %s", error.parameter, error)
+            encoder = without(encoder, error.parameter)
+        else:
+            return store
 
 
 def load_offloaded(
@@ -129,8 +150,8 @@ def load_offloaded(
         name: The model.
         device: `auto`, `cpu` or `cuda`.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
-        expert_dtype: How experts are stored: `auto` (as the checkpoint has them), bf16, fp8, int8
-            or int4.
+        expert_dtype: How experts are stored: `auto`, lossless, bf16, fp8, int8 or int4; see
+            `default_expert_dtype`.
         attn_implementation: Transformers' name of the attention to run; its own choice if None.
         **hub: Where the files come from; see `HubSettings`.
 
@@ -140,12 +161,13 @@ def load_offloaded(
     """
     target = resolve_device(device)
     with loading_alone():
-        checkpoint = Checkpoint.open(name, dtype=dtype, expert_dtype=expert_dtype, **hub)
+        checkpoint = Checkpoint.open(
+            name, dtype=dtype, expert_dtype=expert_dtype, device=target, **hub
+        )
         if attn_implementation is not None:
             checkpoint.config._attn_implementation = attn_implementation
-        is_pinned = target.type == "cuda"
-        moe, store, others = load_with_host_experts(checkpoint, is_pinned=is_pinned)
-        return OffloadedModel.whole(moe, store, others, target, expert_dtype)
+        moe, store, others = load_with_host_experts(checkpoint, target)
+        return OffloadedModel.whole(moe, store, others, target, checkpoint.expert_dtype)
 
 
 @torch.inference_mode(False)

@@ -20,11 +20,14 @@ from foreroute.runtime.store.encodings import (
     EncodedWeights,
     Fp8Blocks,
     Int4,
+    Lossless,
     Mxfp4,
 )
 
-PLAIN, INT8, FP8, FP8_BLOCKS, INT4, MXFP4 = range(6)
+PLAIN, INT8, FP8, FP8_BLOCKS, INT4, MXFP4, LOSSLESS = range(7)
+GROUPED = (FP8_BLOCKS, INT4, MXFP4)
 KIND_PLAIN, KIND_FP8, KIND_FP8_BLOCKS, KIND_INT4 = map(tl.constexpr, (PLAIN, FP8, FP8_BLOCKS, INT4))
+KIND_LOSSLESS = tl.constexpr(LOSSLESS)
 """The same for kernels. Up to `FP8` a row has one scale at most; from `FP8_BLOCKS` on groups of
 elements share scales, and from `INT4` on a byte holds two numbers."""
 KIND_MXFP4 = tl.constexpr(MXFP4)
@@ -46,7 +49,8 @@ class SlotMatrix:
     data: Tensor
     """[S, rows, elements]: numbers, or bytes of one or two of them."""
     scales: Tensor
-    """[S, rows or blocks of rows, groups]; `data` again where there are none."""
+    """[S, rows or blocks of rows, groups]; `data` again where there are none; lines where
+    `LOSSLESS`."""
     offsets: Tensor
     """Only `INT4` has them; as `scales`."""
     group: int = 1
@@ -70,6 +74,9 @@ class SlotMatrix:
             data, scales, group = parts["_blocks"].flatten(2), parts["_scales"], MXFP4_GROUP // 2
             return sized(kind=MXFP4, data=data, scales=scales, offsets=scales, group=group)
         data = parts[""]
+        if isinstance(encoding, Lossless):  # read by `lossless.py`, not by what is below
+            lines = parts["_lines"]
+            return sized(kind=LOSSLESS, data=data, scales=lines, offsets=lines)
         if isinstance(encoding, Int4):
             steps, offsets, group = parts["_steps"], parts["_offsets"], encoding.group // 2
             return sized(kind=INT4, data=data, scales=steps, offsets=offsets, group=group)
@@ -101,8 +108,8 @@ class SlotMatrix:
         Args:
             tile: Elements of a row that a program reads at once, at most; a power of two.
         """
-        is_grouped = self.kind >= FP8_BLOCKS
-        elements = self.data.shape[2]
+        is_grouped = self.kind in GROUPED
+        elements = self.data.shape[2] // (3 if self.kind == LOSSLESS else 1)
         padded = triton.next_power_of_2(self.group) if is_grouped else 1
         steps = elements // self.group if is_grouped else elements
         if self.kind == FP8_BLOCKS:
@@ -121,6 +128,7 @@ class SlotMatrix:
             "scale_row_stride": self.scales.stride(1),
             "height": self.height,
             "KIND": self.kind,
+            "COLUMNS": self.columns,
             "GROUP": self.group,
             "PADDED": padded,
             "AT_ONCE": at_once,

@@ -1,0 +1,180 @@
+"""Prepared models: the rest of a model as it is, and its experts' rows as the store holds them.
+
+`foreroute pack` writes one, and wherever a model is loaded it can be given in the model's place:
+its rows are read straight into the store's memory. docs/formats.md says what is in the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from foreroute.data.adapters.loading import PREPARED_MANIFEST
+from foreroute.estimators.artifacts import read_versioned
+from foreroute.runtime.store.encodings import Encoder, encoder_named, without
+from foreroute.runtime.store.host_store import HostExpertStore, RowLayout
+
+FORMAT_VERSION = 1
+REMEDY = "Pack the model again with foreroute pack."
+ROWS = "rows"
+READ_BYTES = 16 << 20
+MOST_READERS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedModel:
+    """The manifest of a prepared model."""
+
+    source: str
+    """The model it was made of, as its user named it."""
+    revision: str | None
+    """The commit or branch of the source, if it was on the Hub."""
+    router_fingerprint: str
+    """Fingerprint of the source's routers; bundles are made for these."""
+    dtype: str
+    """Dtype of the model's parameters."""
+    expert_dtype: str
+    """How the experts are stored."""
+    stays: tuple[str, ...]
+    """Parameters that this did not pay for: as the model has them."""
+    plain_bytes: int
+    """Size of all experts, as the model has them."""
+    exceptions: dict[str, int]
+    """Weights that 12 bits do not reach, and that are listed, by parameter."""
+    shards: tuple[dict[str, Any], ...]
+    """By MoE layer: file, sha256, experts, bytes of a row, and what lies in it (`parameters`)."""
+    rest: dict[str, Any]
+    """File of all other weights, and its sha256."""
+
+    versions: dict[str, str]
+    """Versions of Python and packages when it was written."""
+    format_version: int = FORMAT_VERSION
+    """Version of the manifest's form."""
+
+    @classmethod
+    def find(cls, folder: str) -> PreparedModel | None:
+        """Read the manifest of a folder; None if it is no prepared model.
+
+        Raises:
+            ValueError: If it is damaged or of another version.
+        """
+        path = Path(folder) / PREPARED_MANIFEST
+        return read_versioned(path, FORMAT_VERSION, cls, REMEDY) if path.is_file() else None
+
+    def encoder(self, asked: str, native: Encoder | None) -> Encoder | None:
+        """How the rows are encoded.
+
+        Args:
+            asked: The `expert_dtype` that the user asked for.
+            native: The encoder of a checkpoint in fewer bits, if the source was one.
+
+        Raises:
+            ValueError: If another than the model's own was asked for.
+        """
+        if asked not in ("auto", self.expert_dtype):
+            raise ValueError(
+                f"The prepared model holds experts in {self.expert_dtype}; expert_dtype={asked} "
+                f"needs the source, {self.source}."
+            )
+        encoder = native or encoder_named(self.expert_dtype)
+        if encoder is None:
+            return None
+        for name in self.stays:
+            encoder = without(encoder, name)
+        return encoder
+
+    def require_fits(self, folder: str, store: HostExpertStore) -> None:
+        """Refuse rows that are laid out in another way than this program does.
+
+        Raises:
+            ValueError: If the model, or the way it is to be loaded, does not fit the rows.
+        """
+        laid_out = [shard["parameters"] for shard in self.shards]
+        is_same = laid_out == [describe_layout(layout) for layout in store.layouts]
+        num_experts = [len(rows) for rows in store.rows]
+        if not is_same or [shard["experts"] for shard in self.shards] != num_experts:
+            raise ValueError(
+                f"The rows in {folder} are of a model in {self.dtype} with {len(self.shards)} MoE "
+                "layers; it is being loaded as another (its config, its transformers, or --dtype). "
+                f"{REMEDY}"
+            )
+
+
+def describe_layout(layout: RowLayout) -> dict[str, Any]:
+    """What a manifest says of a row, by parameter."""
+    return {
+        name: {
+            "shape": list(spec.shape),
+            "dtype": str(spec.dtype).removeprefix("torch."),
+            "offset_bytes": spec.offset_bytes,
+        }
+        for name, spec in layout.parameters.items()
+    }
+
+
+def read_rows(
+    prepared: PreparedModel, folder: str, store: HostExpertStore, tick: Callable[[int], None]
+) -> None:
+    """Read all experts into a store, several layers at once, each checked against its sha256.
+
+    Args:
+        prepared: The manifest.
+        folder: Where it was found.
+        store: Allocated, not filled.
+        tick: Called with the bytes that were read.
+
+    Raises:
+        ValueError: If a file is missing or damaged; names it.
+    """
+    prepared.require_fits(folder, store)
+    num_threads = min(MOST_READERS, len(os.sched_getaffinity(0)), len(store.rows))
+    with ThreadPoolExecutor(num_threads) as threads:
+        jobs = [
+            threads.submit(_read_shard, Path(folder) / shard["file"], rows, shard["sha256"], tick)
+            for shard, rows in zip(prepared.shards, store.rows, strict=True)
+        ]
+        try:
+            for job in jobs:
+                job.result()
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            raise
+
+
+def _read_shard(path: Path, rows: Tensor, sha256: str, tick: Callable[[int], None]) -> None:
+    """One layer's rows, straight into their memory."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing. {REMEDY}")
+    digest, view = hashlib.sha256(), rows.numpy().data.cast("B")
+    with path.open("rb", buffering=0) as file:
+        start = file.read(8)
+        header = file.read(int.from_bytes(start, "little") if len(start) == 8 else 0)
+        digest.update(start + header)
+        is_whole = _describes(header, rows)
+        at = 0
+        while is_whole and at < len(view):
+            count = file.readinto(view[at : at + READ_BYTES]) or 0
+            digest.update(view[at : at + count])
+            tick(count)
+            is_whole, at = count > 0, at + count
+        is_whole = is_whole and not file.read(1)
+    if not is_whole or digest.hexdigest() != sha256:
+        raise ValueError(f"{path} is damaged: it is not what the manifest says. {REMEDY}")
+
+
+def _describes(header: bytes, rows: Tensor) -> bool:
+    """Whether a safetensors header is that of such rows and nothing else."""
+    try:
+        entry = json.loads(header)[ROWS]
+    except (ValueError, KeyError, TypeError):
+        return False
+    place = {"dtype": "U8", "shape": list(rows.shape), "data_offsets": [0, rows.nbytes]}
+    return bool(entry == place)
