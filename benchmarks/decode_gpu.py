@@ -252,6 +252,7 @@ class ShapeBenchmark:
                 with self.results.cell(f"{self.label} batch {batch}, against stock experts"):
                     self._check_against_stock(engine, batch)
             yield engine, Replay(engine, routes, predictions)
+        DecodeStep.defers = True
 
     def _require_graph(self, engine: Engine, arm: Arm) -> None:
         is_meant = self.device.type == "cuda" and not arm.name.startswith("eager")

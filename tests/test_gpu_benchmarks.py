@@ -133,13 +133,13 @@ def test_the_decode_benchmark_runs_to_its_end(
     written = json.loads(path.read_text())
     of_one = {r["arm"] for r in written["rows"]}
     assert of_one == {
-        *("resident", "resident-predicting", "on-demand"),
+        *("resident", "resident-apart", "resident-predicting", "on-demand"),
         *("prefetch-0.89", "prefetch-perfect"),
         *("prefetch-0.89-all", "prefetch-perfect-all"),
         *("eager-lru", "eager-no-cache", "accelerate"),
     }
     assert max(written["difference_from_stock_experts"].values()) == 0  # the same code on a CPU
-    assert len(list((tmp_path / "t").glob("*.json.gz"))) == 4
+    assert len(list((tmp_path / "t").glob("*.json.gz"))) == 5
 
 
 @pytest.mark.parametrize("shape", ["gpt-oss-20b-mxfp4", "qwen3-30b-a3b-int8"])
