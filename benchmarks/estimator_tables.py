@@ -22,6 +22,7 @@ from foreroute.export.compare.tables import (
     curve_table,
     main_table,
     markdown,
+    readout_table,
     saved_table,
     worth_table,
 )
@@ -30,6 +31,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "estimators.json"
 PAGE = ROOT / "docs" / "estimators.md"
 KEY = ("model", "trained_on", "tested_on")
+LEFT_OUT = ("worth", "chosen_cost_per_layer", "expected_cost_per_layer", "slug", "chosen_from")
+"""What comparisons say besides, left out of the results that are kept."""
 
 
 def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
@@ -38,8 +41,17 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     for name in ("rows", "learning_curve"):
         keys = {tuple(row[k] for k in KEY) for row in new[name]}
         kept = [r for r in old.get(name, []) if tuple(r.get(k) for k in KEY) not in keys]
-        content[name] = kept + new[name]
+        content[name] = kept + [shortened(row) for row in new[name]]
     return content
+
+
+def shortened(row: Row) -> Row:
+    """A row as it is kept: of what it is worth, the share saved, by machine, slots and rule."""
+    rest = {name: value for name, value in row.items() if name not in LEFT_OUT}
+    saved: dict[str, dict[str, float]] = {}
+    for entry in row.get("worth", ()):
+        saved.setdefault(entry["profile"], {})[f"{entry['slots']} {entry['rule']}"] = entry["saved"]
+    return rest | ({"saved": saved} if saved else {})
 
 
 def tables_of(results: dict[str, Any]) -> dict[str, str]:
@@ -53,13 +65,20 @@ def tables_of(results: dict[str, Any]) -> dict[str, str]:
             [p for p in results["learning_curve"] if p["tested_on"] == first]
         ),
         f"{model}, saved": saved_table(own),
-        f"{model}, worth": worth_table(own),
+        f"{model}, worth": worth_table(row for row in own if is_main(row)),
+        f"{model}, readout": readout_table(own),
     }
     for row in rows:
         if row["tested_on"] != first:
             other = [r for r in rows if r["tested_on"] == row["tested_on"]]
             found.setdefault(f"{model}, other text", main_table(other))
     return {name: markdown(table) for name, table in found.items()}
+
+
+def is_main(row: Row) -> bool:
+    """Whether the page shows what a row saves on every machine; results have all of them."""
+    is_far = row["horizon"] != 1 and row["form"] not in ("low-rank", "next-router")
+    return row["prior"] == "none" and not is_far
 
 
 def with_tables(page: str, tables: dict[str, str]) -> str:

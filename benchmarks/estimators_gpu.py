@@ -20,7 +20,6 @@ import shutil
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,17 +75,10 @@ FOLDERS = ("rows", "truth", "predictions")
 def train(options: argparse.Namespace) -> None:
     """Train the model, if it is not there, and say how long one attention takes."""
     folder = options.work / "model"
-    given = (
-        vars(options)
-        | MODEL
-        | (
-            {k: v for k, v in TINY.items() if k in MODEL} | {"max_documents": 30}
-            if options.tiny
-            else {}
-        )
-    )
-    given |= {"package_megabytes": 0.2 if options.tiny else options.package_megabytes}
-    given |= {"model_minutes": 0.05 if options.tiny else options.model_minutes}
+    given = vars(options) | MODEL
+    if options.tiny:
+        names = (*MODEL, "package_megabytes", "model_minutes")
+        given |= {name: TINY[name] for name in names if name in TINY}
     if not (folder / "training.json").is_file():
         start = time.monotonic()
         train_model(argparse.Namespace(**given), folder)
@@ -119,6 +111,8 @@ def plan_of(options: argparse.Namespace) -> ComparisonPlan:
         sequence_length=128 if options.tiny else 512,
         batch_size=4 if options.tiny else 32,
         stream=options.stream,
+        forms=tuple(options.forms),
+        inputs=tuple(options.inputs),
     )
 
 
@@ -221,13 +215,6 @@ def unpack(options: argparse.Namespace) -> None:
     print(options.work)
 
 
-@contextlib.contextmanager
-def with_log(path: Path) -> Iterator[None]:
-    """Keep what is printed to standard error in a file."""
-    with path.open("a") as file, contextlib.redirect_stderr(file):
-        yield
-
-
 def main() -> None:
     """Do one of the steps."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -241,6 +228,8 @@ def main() -> None:
     add("--tokens", type=int, default=1_000_000)
     add("--epochs", type=int, default=4)
     add("--stream", default="90GiB")
+    add("--forms", nargs="*", default=[], help="forms to compare; all if none")
+    add("--inputs", nargs="*", default=[], help="inputs to compare; all if none")
     add("--prose", action="store_true", help="measure on prose too")
     add("--smoke", action="store_true", help="small forms and few tokens: a test of the machine")
     add("--tiny", action="store_true", help="small sizes on the CPU: a test of this script")

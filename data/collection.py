@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -123,13 +124,13 @@ class Collection:
     def _bytes_of(self, num_sequences: int) -> int:
         """Bytes of so many sequences, in shards."""
         per_shard = self._manifest.shard_sequences
-        sizes = [per_shard] * (num_sequences // per_shard)
-        sizes += [num_sequences % per_shard] * (num_sequences % per_shard > 0)
         length, record = self._manifest.stored_length, self._manifest.record
-        return sum(
-            shard_bytes(self._moe.geometry, self._states_dtype, n, n * length, record)
-            for n in sizes
-        )
+
+        def of_one(n: int) -> int:
+            return shard_bytes(self._moe.geometry, self._states_dtype, n, n * length, record)
+
+        num_whole, left = divmod(num_sequences, per_shard)
+        return num_whole * of_one(per_shard) + (of_one(left) if left else 0)
 
     def num_shards_within(self, byte_limit: int | None) -> int:
         """How many of the shards stay within a limit.
@@ -241,6 +242,7 @@ class Collection:
         """
         manifest = self._manifest
         most = min(self._num_sequences, num_shards * manifest.shard_sequences)
+        started, num_tokens = time.monotonic(), 0
         with (
             Progress(console=plain_console(stderr=True), disable=not is_shown) as progress,
             _Background(threaded=self._moe.model.device.type != "cpu") as background,
@@ -256,7 +258,10 @@ class Collection:
                 for batch in self.batches(recorder, prompts, shard_idx):
                     background.run(shard.add_batch, batch)
                     progress.advance(bar, batch.token_ids.numel())
+                    num_tokens += batch.token_ids.numel()
                 background.run(writer.finish_shard, shard, recorder.take_expert_sums())
+        speed = num_tokens / (time.monotonic() - started)
+        logger.info("Recorded %s tokens, %s a second.", f"{num_tokens:,}", f"{speed:,.0f}")
 
     def recorder(self) -> RoutingRecorder:
         """A recorder of what the manifest asks for."""

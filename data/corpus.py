@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -82,10 +83,10 @@ def contents(dataset: str, split: Split, reading: RowReading) -> Iterator[Docume
     if split not in get_args(Split):
         raise ValueError(f"Unknown split {split!r}; known: {', '.join(get_args(Split))}.")
     if dataset == STDLIB:
-        yield from stdlib_documents(split)
+        yield from _without_prompts(stdlib_documents(split), dataset, reading)
         return
     num_seen = num_chosen = 0
-    for document in _found(dataset, reading):
+    for document in _without_prompts(_found(dataset, reading), dataset, reading):
         if document.token_ids if isinstance(document, TokenRow) else document.text.strip():
             num_seen += 1
             if split_of(document.name) == split:
@@ -97,8 +98,22 @@ def contents(dataset: str, split: Split, reading: RowReading) -> Iterator[Docume
         )
 
 
+def _without_prompts(
+    found: Iterable[Document | TokenRow], dataset: str, reading: RowReading
+) -> Iterator[Document | TokenRow]:
+    """The same documents; texts are refused where the user says that prompts end in them."""
+    for document in found:
+        if reading.prompt_tokens and isinstance(document, Document) and document.text:
+            raise ValueError(
+                f"Dataset {dataset} holds text ({document.name}); --prompt-tokens is for token ids."
+            )
+        yield document
+
+
 def _found(dataset: str, reading: RowReading) -> Iterator[Document | TokenRow]:
-    path = Path(dataset).expanduser()
+    if not dataset:
+        raise ValueError(f"The dataset has no name; give {STDLIB}, a file, a folder or a Hub id.")
+    path = Path(os.path.expanduser(dataset))  # noqa: PTH111  Path's own fails for unknown users
     is_local = path.is_absolute() or dataset.startswith((".", "~")) or dataset.count("/") > 1
     if path.exists():
         return local_documents(path, reading)

@@ -220,8 +220,8 @@ def _require_own(path: Path, kind: OutputKind, names: Sequence[str]) -> None:
         )
     if found != kind:
         raise ValueError(
-            f"{path} holds a {found}, which --overwrite does not replace by a {kind}; choose "
-            "another --out."
+            f"{path} holds {_named(found)}, which --overwrite does not replace by {_named(kind)}; "
+            "choose another --out."
         )
     foreign = [name for name in names if not _is_own_name(name, kind)]
     if foreign:
@@ -229,6 +229,10 @@ def _require_own(path: Path, kind: OutputKind, names: Sequence[str]) -> None:
             f"{path} also holds {foreign[0]}, which foreroute did not write, so --overwrite leaves "
             "it alone. Move that away, or choose another --out."
         )
+
+
+def _named(kind: OutputKind) -> str:
+    return kind if kind == "traces" else f"a {kind}"
 
 
 def _is_own_name(name: str, kind: OutputKind) -> bool:

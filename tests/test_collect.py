@@ -15,6 +15,7 @@ import foreroute.data.collection as collection
 from foreroute.data.cli import main
 from foreroute.data.collect import collect_traces
 from foreroute.data.manifest import read_manifest
+from foreroute.data.trace_writer import TraceWriter
 from foreroute.data.traces import Traces
 
 SEQUENCES = 12
@@ -123,6 +124,18 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
 
     collect_traces(**arguments)
     assert files_of(arguments["out"]) == files_of(tmp_path / "whole")
+
+
+def test_a_kill_before_the_last_write_is_finished_by_the_same_command(arguments, monkeypatch):
+    def fail(*_):
+        raise OSError("power cut")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TraceWriter, "finish", fail)
+        with pytest.raises(OSError, match="power cut"):
+            collect_traces(**arguments)
+    assert not read_manifest(arguments["out"]).is_complete
+    assert collect_traces(**arguments).num_sequences == SEQUENCES
 
 
 def test_what_a_kill_left_half_written_is_removed(arguments, tmp_path, monkeypatch):
@@ -302,3 +315,4 @@ def test_the_command_names_the_model_and_ends_with_the_path(arguments, monkeypat
     assert "288 / 96" in printed
     assert "4 MoE layers, 8 experts, top-2" in caplog.text
     assert "Size: about" in caplog.text
+    assert "Recorded 384 tokens, " in caplog.text

@@ -14,6 +14,7 @@ from foreroute.estimators import FORMS, EstimatorSpec
 from foreroute.estimators.priors import decayed_frequency, previous_token
 from foreroute.export.compare.cells import catalogue
 from foreroute.export.compare.cli import compare_predictors, score, worth_on_profiles
+from foreroute.export.compare.finish import extra_us
 from foreroute.export.compare.plan import scale_of
 from foreroute.export.compare.predicted import PredictedExperts
 from foreroute.export.compare.published import TraceSet
@@ -62,7 +63,7 @@ def truth_of(num_tokens: int = 64) -> TrueRouting:
 
 def oracle_of(truth: TrueRouting, confidence: float = 1.0) -> PredictedExperts:
     ids = torch.full((truth.num_tokens, 2, 6), -1)
-    ids[..., :2] = truth.expert_ids[:, 1:]
+    ids[..., :2] = truth.expert_ids[:, 1:3]
     said = torch.zeros(ids.shape)
     said[..., :2] = confidence
     return PredictedExperts(expert_ids=ids, confidence=said, target_layers=(1, 2))
@@ -224,6 +225,19 @@ def test_a_prior_gets_a_weight_where_it_helps_alone() -> None:
     assert weights[1] == 0
 
 
+def test_affine_forms_cost_nothing_more_and_others_what_they_take_over_the_next_router() -> None:
+    common = {"input": "quasi-hidden", "horizon": 1, "device": "NVIDIA H100", "prior": "none"}
+    free = common | {"form": "next-router", "us_by_layer": 20.0}
+    rows = [
+        free,
+        common | {"form": "low-rank", "us_by_layer": 27.0},
+        common | {"form": "mlp", "us_by_layer": 31.0},
+        common | {"form": "mlp", "us_by_layer": 31.0, "input": "attention-readout"},
+        common | {"form": "mlp", "us_by_layer": 31.0, "device": "cpu"},
+    ]
+    assert [extra_us(row, rows, 80.0) for row in rows] == [0, 0, 11, 111, 0]
+
+
 def test_a_form_of_ones_own_is_compared_by_its_name(monkeypatch) -> None:
     monkeypatch.setitem(FORMS, "own", FORMS["linear"])
     cells = catalogue(scale_of(1024, is_quick=True), toy_geometry(0, 1), (), has_anchors=True)
@@ -249,7 +263,7 @@ def test_a_published_set_is_read_by_datasets_and_scores_an_oracle(comparison, tm
     assert set(loaded) == {"calibrate", "test"}
     first = loaded["calibrate"].with_format("numpy")[0]
     layer = traces.read(1, 0, ("residual", "expert_ids"))
-    rounded = torch.as_tensor(first["residual"][1] * first["residual_scale"][1])
+    rounded = torch.as_tensor(first["residual"][1] * first["residual_scale"][1]).float()
     assert torch.allclose(rounded, layer["residual"][0].float(), atol=0.05)
     assert first["expert_ids"][1].tolist() == layer["expert_ids"][0].tolist()
     truth = find_truth(tmp_path / "set")

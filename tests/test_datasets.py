@@ -172,6 +172,20 @@ def test_what_is_no_text_is_refused_by_name(tmp_path, name, content):
     assert "\n" not in str(refused.value)
 
 
+def test_nothing_and_nobodys_home_are_no_dataset():
+    with pytest.raises(ValueError, match="The dataset has no name"):
+        texts_of("")
+    with pytest.raises(FileNotFoundError, match="There is no dataset at ~no-such-user"):
+        texts_of("~no-such-user/a")
+
+
+def test_where_a_prompt_ends_is_not_said_of_text(tmp_path):
+    (tmp_path / "a.txt").write_text("ay")
+    for dataset in (tmp_path, tmp_path / "a.txt", "python-stdlib"):
+        with pytest.raises(ValueError, match="--prompt-tokens is for token ids"):
+            rows_of(dataset, prompt_tokens="3")
+
+
 def test_a_device_is_no_dataset():
     with pytest.raises(ValueError, match="/dev/zero is neither a file nor a folder"):
         texts_of("/dev/zero")

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_images import image_prompt
 from tiny_models import tiny_model
 from torch import Tensor
 
-from foreroute.data.adapters import load_tokenizer
+from foreroute.data.adapters import discover, load_tokenizer
 from foreroute.data.recorder import RoutingRecorder
 from foreroute.estimators import EstimatorStack
 from foreroute.runtime import Engine, EngineConfig
@@ -371,6 +372,46 @@ def test_the_device_predicts_from_the_routers_input_where_the_experts_read_anoth
         torch.cuda.synchronize()
     assert len(seen) == len(stack.source_layers)
     assert all(torch.equal(state, records[source].router_input.to(CUDA)) for source, state in seen)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl_moe", "glm4v_moe", "gemma4", "deepseek_ocr2"])
+def test_a_graph_decodes_what_stock_writes_after_an_image(model_type: str) -> None:
+    model = tiny_model(model_type)
+    tokens, image = image_prompt(model)
+    model.set_experts_implementation("batched_mm")
+    stock = copy.deepcopy(model).to(CUDA)
+    tokens, image = tokens.to(CUDA), {name: tensor.to(CUDA) for name, tensor in image.items()}
+    settings = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 8, **image}
+    settings |= {"do_sample": False, "pad_token_id": 0}
+    expected = stock.generate(tokens, **settings)
+    offloaded = offload(model, device=CUDA, model_name=model_type)
+    with graph_engine(offloaded, EngineConfig(expert_slots="4")) as engine:
+        assert torch.equal(engine.generate(tokens, **settings), expected)
+        driver: Any = engine.driver
+        assert isinstance(driver._graph, DecodeGraph)
+        engine.check_integrity()
+
+
+def test_an_engine_on_demand_records_the_routing_of_the_whole_model() -> None:
+    model = tiny_model("qwen3_moe")
+    tokens = torch.randint(3, 60, (4, 40), generator=torch.Generator().manual_seed(1)).to(CUDA)
+    whole = discover(copy.deepcopy(model).to(CUDA))
+    with torch.no_grad(), RoutingRecorder(whole) as recorder:
+        whole.model(input_ids=tokens)
+        expected, expected_sums = recorder.take(), recorder.take_expert_sums()
+    offloaded = offload(model, device=CUDA, model_name="qwen3_moe")
+    with graph_engine(offloaded, EngineConfig(expert_slots="2")) as engine:
+        with RoutingRecorder(offloaded.moe) as recorder:
+            engine(input_ids=tokens)
+            records, sums = recorder.take(), recorder.take_expert_sums()
+        engine.check_integrity()
+    for layer_idx, record in expected.items():
+        assert torch.equal(records[layer_idx].expert_ids, record.expert_ids)
+        torch.testing.assert_close(records[layer_idx].residual, record.residual)
+        # added after the down projection, not before it: float32 rounding
+        torch.testing.assert_close(
+            sums[layer_idx][0], expected_sums[layer_idx][0], atol=1e-3, rtol=1e-3
+        )
 
 
 @pytest.mark.parametrize("model_type", ["gpt_oss", "mixtral", "deepseek_v3"])

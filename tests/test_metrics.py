@@ -155,3 +155,13 @@ def test_default_budgets_are_unique_and_at_most_all_experts() -> None:
     assert default_budgets(8, 128) == (8, 12, 16, 24)
     assert default_budgets(1, 4) == (1, 2, 3)
     assert default_budgets(4, 6) == (4, 6)
+
+
+def test_ties_are_broken_alike_at_every_budget() -> None:
+    scores = torch.zeros(1, 4, 8)
+    scores[0, :, 5] = 1
+    true_ids, weights = torch.tensor([[[5, 0]] * 4]), torch.ones(1, 4, 2)
+    for budgets in ((), (3, 4, 6)):
+        meter = RecallMeter(1, 2, budgets)
+        meter.update(scores, true_ids, weights)
+        assert meter.compute().recall_at_k == [1.0]

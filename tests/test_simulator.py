@@ -335,6 +335,14 @@ def test_llama_cpp_passes_of_many_tokens_are_a_prompt(tmp_path: Path) -> None:
     assert route.is_decode.tolist() == [False, False, True]
 
 
+def test_a_lost_row_does_not_change_how_many_experts_a_token_has(tmp_path: Path) -> None:
+    write_activations(tmp_path / "t.csv")
+    lines = (tmp_path / "t.csv").read_text().splitlines()
+    (tmp_path / "t.csv").write_text("\n".join(lines[:3] + lines[4:]))
+    with pytest.raises(ValueError, match=r"1 rows of layer 1 in a run, no multiple of 2"):
+        read_route(tmp_path / "t.csv")
+
+
 def test_unknown_recordings_are_refused_with_the_kinds_that_are_known(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("hello")
     with pytest.raises(ValueError, match=r"arrays .*megatron .*table .*llama\.cpp"):

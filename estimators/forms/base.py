@@ -23,6 +23,9 @@ class EstimatorForm(nn.Module, ABC):
     """Whether `forward` reads the anchor logits; a form that does not works for any router."""
     is_closed_form: ClassVar[bool] = False
     """Whether the ridge solution is all of its training."""
+    is_affine: ClassVar[bool] = False
+    """Whether it is one affine map of the features, which the runtime folds into one matrix: such
+    a form costs what the next router costs."""
     correction_parameters: ClassVar[tuple[str, ...]] = ()
     """Parameters that what is added to the anchor logits is proportional to, taken together, so
     that training can shrink it; none if the form cannot be shrunk that way."""

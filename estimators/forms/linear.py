@@ -16,6 +16,7 @@ class Linear(EstimatorForm):
     """Features W + bias, both zero at the start."""
 
     is_anchored: ClassVar[bool] = False
+    is_affine: ClassVar[bool] = True
 
     def __init__(
         self, spec: EstimatorSpec, *, num_pairs: int, hidden_size: int, num_experts: int

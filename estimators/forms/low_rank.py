@@ -18,6 +18,7 @@ class LowRank(EstimatorForm):
     The rank is at most that of a map from D features to E experts.
     """
 
+    is_affine: ClassVar[bool] = True
     correction_parameters: ClassVar[tuple[str, ...]] = ("up", "bias")
 
     def __init__(

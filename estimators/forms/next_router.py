@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from foreroute.estimators.forms.base import EstimatorForm
@@ -10,6 +12,8 @@ from foreroute.estimators.inputs import ALL_PAIRS
 
 class NextRouter(EstimatorForm):
     """Returns the anchor logits; has no parameters."""
+
+    is_affine: ClassVar[bool] = True
 
     def forward(self, features: Tensor, anchor_logits: Tensor, pairs: slice = ALL_PAIRS) -> Tensor:
         """See `EstimatorForm.forward`."""

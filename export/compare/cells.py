@@ -132,7 +132,7 @@ def catalogue(
         has_anchors: Whether the model's routers are known; without, forms that start from them and
             all inputs but the router's are left out.
     """
-    cells = list(_every(scale, set(recorded)))
+    cells = list(_every(scale, set(recorded), geometry.num_experts))
     if not has_anchors:
         free = ("linear", "mlp-free", "shared-mlp")
         cells = [
@@ -144,7 +144,7 @@ def catalogue(
     return list(dict.fromkeys(within))
 
 
-def _every(scale: Scale, recorded: set[str]) -> Iterator[Cell]:
+def _every(scale: Scale, recorded: set[str], num_experts: int) -> Iterator[Cell]:
     common = {"epochs": scale.epochs, "batch_size": scale.batch_size}
 
     def cell(form: str, input_kind: InputKind, horizon: int = 1, **changes: Any) -> Cell:
@@ -153,7 +153,7 @@ def _every(scale: Scale, recorded: set[str]) -> Iterator[Cell]:
         settings |= common | {"learning_rate": scale.learning_rate}
         return Cell(form=form, input_kind=input_kind, horizon=horizon, **(settings | changes))
 
-    yield from _default_input(scale, cell)
+    yield from _default_input(scale, cell, num_experts)
     yield from (cell(form, "router-input") for form in (TRAINING_FREE_FORM, "ridge", "low-rank"))
     yield cell(
         "low-rank",
@@ -190,10 +190,12 @@ def _every(scale: Scale, recorded: set[str]) -> Iterator[Cell]:
 PRIORS: tuple[PriorName, ...] = ("previous-token", "decayed-frequency")
 
 
-def _default_input(scale: Scale, cell: Any) -> Iterator[Cell]:
+def _default_input(scale: Scale, cell: Any, num_experts: int) -> Iterator[Cell]:
     """All forms on the default input, one layer ahead, with learning curves."""
     free = {"learning_rate": SMALL_RATE}
     forms = [cell("ridge", "quasi-hidden"), cell("low-rank", "quasi-hidden")]
+    if num_experts > EstimatorSpec.rank:  # the default's rank is not the full one
+        forms.append(cell("low-rank", "quasi-hidden", rank=num_experts))
     forms.append(cell("mlp", "quasi-hidden"))
     if scale.wide:
         forms.append(cell("mlp", "quasi-hidden", width=scale.wide, **free))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -96,7 +97,8 @@ def compare_predictors(
         comparison = Comparison(plan, out, resolve_device(device), say=_say)
         left = comparison.measure(minutes)
         add_hybrids(comparison)
-        add_worth(comparison, worth_on_profiles, readout_us)
+        worth = functools.partial(worth_on_profiles, on_demand={})
+        add_worth(comparison, worth, readout_us)
         results = write_results(comparison, left)
         write_page(comparison, results)
         if left:
@@ -136,9 +138,15 @@ def score(traces: Path, predictions: Path, json: Path | None = None, worth: bool
 
 
 def worth_on_profiles(
-    truth: TrueRouting, said: Sequence[PredictedExperts], extra_us: float
+    truth: TrueRouting,
+    said: Sequence[PredictedExperts],
+    extra_us: float,
+    on_demand: dict[tuple[str, str], Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """What predictions save on each of the machines that worth is told on; see `finish.Worth`."""
+    """What predictions save on each of the machines that worth is told on; see `finish.Worth`.
+
+    `on_demand` remembers what was replayed on demand, for further predictions of the same truth.
+    """
     from foreroute.export.compare.finish import WORTH_TOKENS
     from foreroute.runtime.planning.machine import find_profile
     from foreroute.runtime.simulator import worth
@@ -152,12 +160,14 @@ def worth_on_profiles(
         profile = find_profile(name)
         if is_next_token:
             predictions = _over_all_tokens(part, said[0])
-            entries += worth.worth_of_protecting(route, predictions, profile)
+            entries += worth.worth_of_protecting(route, predictions, profile, on_demand=on_demand)
         else:
             predictions = worth.predictions_over_layers(
                 [_arrays(part, p.first(WORTH_TOKENS)) for p in said], route.num_layers
             )
-            entries += worth.worth_of(route, predictions, profile, extra_us=extra_us)
+            entries += worth.worth_of(
+                route, predictions, profile, extra_us=extra_us, on_demand=on_demand
+            )
     return [entry.to_dict() for entry in entries]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from foreroute.estimators import TRAINING_FREE_FORM, EstimatorSpec, find_form
 from foreroute.estimators.artifacts import package_versions, read_json, write_json
 from foreroute.export.compare.compare import Comparison, device_name
 from foreroute.export.compare.plan import RESULTS_NAME, ROWS_FOLDER, TRUTH_FOLDER
@@ -29,16 +30,18 @@ FAMILY = ("form", "input", "rank", "width", "depth", "prior", "after")
 """Rows that differ in nothing of this but their horizon predict together."""
 SAVED_PROFILE, SAVED_SLOTS = "h100-engine", "25%"
 """What `tpot_saved` is of."""
-WORTH_TOKENS = 4096
+EXTRA_US = (0.0, 5.0, 10.0, 20.0, 40.0, 80.0)
+"""What a readout is taken to cost, microseconds a layer, to see how much it may."""
+WORTH_TOKENS = 2048
 """Replayed at most."""
 
 
 def add_hybrids(comparison: Comparison) -> None:
     """A row for each hybrid: per layer the form that cost least on the tokens to choose by."""
-    rows = [row for row in first_text(comparison) if is_form(row) and row["horizon"] == 1]
+    rows = first_text(comparison)
     truth = TrueRouting.load(comparison.folder / TRUTH_FOLDER / "0.safetensors")
     for name, inputs in HYBRIDS.items():
-        among = [r for r in rows if r["input"] in inputs and r["prior"] == "none"]
+        among = candidates(rows, name)
         path = comparison.folder / ROWS_FOLDER / f"{name.replace(' ', '_')}.json"
         slugs = [row["slug"] for row in among]
         there = read_json(path)["rows"][0]["chosen_from"] if path.is_file() else None
@@ -46,11 +49,28 @@ def add_hybrids(comparison: Comparison) -> None:
             _write_hybrid(comparison, name, among, truth)
 
 
+def candidates(rows: Sequence[Row], name: str) -> list[Row]:
+    """The rows that a hybrid chooses from."""
+    return [
+        row
+        for row in rows
+        if is_form(row)
+        and row["horizon"] == 1
+        and row["input"] in HYBRIDS[name]
+        and row["prior"] == "none"
+    ]
+
+
+def cheapest(among: Sequence[Row]) -> list[Row]:
+    """For each layer, the one of some rows whose predictions cost least, [P]."""
+    costs = torch.tensor([row["chosen_cost_per_layer"] for row in among])  # [rows, P]
+    return [among[place] for place in costs.argmin(dim=0).tolist()]
+
+
 def _write_hybrid(
     comparison: Comparison, name: str, among: Sequence[Row], truth: TrueRouting
 ) -> None:
-    costs = torch.tensor([row["chosen_cost_per_layer"] for row in among])  # [rows, P]
-    chosen = [among[place] for place in costs.argmin(dim=0).tolist()]
+    chosen = cheapest(among)
     said = {
         row["slug"]: PredictedExperts.load(comparison.predictions_path(row["slug"]))
         for row in chosen
@@ -94,7 +114,6 @@ def add_worth(comparison: Comparison, worth: Worth, readout_us: float = 0.0) -> 
     """
     truth = TrueRouting.load(comparison.folder / TRUTH_FOLDER / "0.safetensors")
     rows = first_text(comparison)
-    default = next((row for row in rows if is_default(row)), None)
     for row in rows:
         if "worth" in row or not (is_form(row) or row["form"] in HYBRIDS):
             continue
@@ -102,25 +121,45 @@ def add_worth(comparison: Comparison, worth: Worth, readout_us: float = 0.0) -> 
         if family is None:
             continue
         said = [PredictedExperts.load(comparison.predictions_path(r["slug"])) for r in family]
-        extra = _extra_us(row, default, readout_us)
+        extra = extra_us(row, rows, readout_us)
         found = worth(truth, said, extra)
         path = comparison.folder / ROWS_FOLDER / f"{row['slug']}.json"
         kept = read_json(path)["rows"]
         kept[0] |= {"worth": found, "extra_us": round(extra, 2)} | saved_of(found)
+        if reads_ahead(row) and row["horizon"] == 1:
+            kept[0]["saved_by_extra_us"] = [
+                [us, saved_of(worth(truth, said, us), "head").get("tpot_saved")] for us in EXTRA_US
+            ]
         write_json(path, {"rows": kept})
 
 
-def saved_of(worth: Sequence[Mapping[str, Any]]) -> Row:
-    """The one figure that tables give: share of on-demand TPOT saved, and of what."""
-    for entry in worth:
-        if (entry["profile"], entry["slots"]) == (SAVED_PROFILE, SAVED_SLOTS):
-            return {
-                "tpot_saved": entry["saved"],
-                "profile": SAVED_PROFILE,
-                "slots": SAVED_SLOTS,
-                "rule": entry["rule"],
-            }
-    return {}
+def reads_ahead(row: Row) -> bool:
+    """Whether a row's predictor needs an attention run early."""
+    return "readout" in row["input"] or "readout" in row["form"]
+
+
+def saved_of(worth: Sequence[Mapping[str, Any]], rule: str = "") -> Row:
+    """The one figure that tables give: share of on-demand TPOT saved, and of what.
+
+    Args:
+        worth: What was replayed.
+        rule: By this rule; by the one that saves most if empty.
+    """
+    there = [
+        entry
+        for entry in worth
+        if (entry["profile"], entry["slots"]) == (SAVED_PROFILE, SAVED_SLOTS)
+        and rule in ("", entry["rule"])
+    ]
+    if not there:
+        return {}
+    best = max(there, key=lambda entry: entry["saved"])
+    return {
+        "tpot_saved": best["saved"],
+        "profile": SAVED_PROFILE,
+        "slots": SAVED_SLOTS,
+        "rule": best["rule"],
+    }
 
 
 def write_results(comparison: Comparison, left: int) -> dict[str, Any]:
@@ -170,7 +209,8 @@ def is_form(row: Row) -> bool:
 def is_default(row: Row) -> bool:
     """Whether a row is of what `train-estimator` trains unless told otherwise."""
     names = (row["form"], row["input"], row["horizon"], row["prior"], row.get("after"))
-    return names == ("low-rank", "quasi-hidden", 1, "none", "")
+    is_size = row.get("rank") == EstimatorSpec.rank
+    return is_size and names == ("low-rank", "quasi-hidden", 1, "none", "")
 
 
 def _family(rows: Sequence[Row], row: Row) -> list[Row] | None:
@@ -189,9 +229,24 @@ def _family(rows: Sequence[Row], row: Row) -> list[Row] | None:
     return known if len(known) == len(wanted) else None
 
 
-def _extra_us(row: Row, default: Row | None, readout_us: float) -> float:
-    """What a prediction takes longer than the default's, measured the same way; 0 on a CPU."""
-    if default is None or row["device"] == "cpu" or row["us_by_layer"] is None:
+def extra_us(row: Row, rows: Sequence[Row], readout_us: float) -> float:
+    """What a prediction takes longer than the profile's own, which is of an affine form.
+
+    Affine forms are folded into one matrix, whatever they read; others are timed against the next
+    router on the same input. Times of a CPU say nothing of the profiles' machines and count as 0.
+    """
+    if row["form"] in HYBRIDS:
+        chosen = cheapest(candidates(rows, row["form"]))
+        return sum(extra_us(r, rows, readout_us) for r in chosen) / len(chosen)
+    if row["device"] == "cpu":
         return 0.0
-    reads = "readout" in row["input"] or "readout" in row["form"]
-    return float(row["us_by_layer"] - default["us_by_layer"] + (readout_us if reads else 0.0))
+    attention_us = readout_us if reads_ahead(row) else 0.0
+    if find_form(row["form"]).is_affine:
+        return attention_us
+    free = [r["us_by_layer"] for r in rows if _is_free(r) and r["input"] == row["input"]]
+    own: float = row["us_by_layer"] - min(free, default=0.0)
+    return own + attention_us
+
+
+def _is_free(row: Row) -> bool:
+    return row["form"] == TRAINING_FREE_FORM and row.get("us_by_layer") is not None

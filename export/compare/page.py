@@ -8,7 +8,13 @@ from typing import Any
 
 from foreroute.export.compare.compare import Comparison
 from foreroute.export.compare.pictures import draw
-from foreroute.export.compare.tables import curve_table, main_table, markdown, worth_table
+from foreroute.export.compare.tables import (
+    curve_table,
+    main_table,
+    markdown,
+    readout_table,
+    worth_table,
+)
 from foreroute.export.report.document import document, picture, table
 
 PAGE_NAME, TABLES_NAME = "index.html", "tables.md"
@@ -41,6 +47,8 @@ def write_page(comparison: Comparison, results: dict[str, Any]) -> Path:
         told["Learning curves, quasi-hidden input"] = curve_table(curve)
     if any(row.get("worth") for row in first):
         told["What it saves"] = worth_table(first)
+    if any(row.get("saved_by_extra_us") for row in first):
+        told["What an early attention may cost"] = readout_table(first)
     tokens = first[0]["held_out_tokens"]
     title = f"Predictors of {results['model']}"
     parts = [

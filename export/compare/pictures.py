@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from foreroute.export.compare.tables import Row, name_of
 
@@ -49,7 +49,7 @@ def draw(rows: Sequence[Row], curve: Sequence[Row], folder: Path) -> dict[str, s
             worth,
             _draw_worth,
             "What recall is worth: share of the time per token on demand that prefetching saves, "
-            "simulated, with each form's own cost; colours are inputs.",
+            "simulated, with each form's own cost; colours are inputs, as above.",
         ),
         "learning_curve": (
             curve,
@@ -57,9 +57,9 @@ def draw(rows: Sequence[Row], curve: Sequence[Row], folder: Path) -> dict[str, s
             "Recall by training tokens.",
         ),
         "horizons": (
-            [r for r in forms if not r["tokens_ahead"] and not r.get("after")],
+            [r for r in forms if r["horizon"] and not r.get("after") and r["prior"] == "none"],
             _draw_horizons,
-            "Recall by the number of layers ahead; the best form of each kind and input.",
+            "Recall by the number of layers ahead.",
         ),
     }
     captions = {}
@@ -95,15 +95,15 @@ def _draw_recall(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _draw_worth(axes: Axes, rows: Sequence[Row]) -> None:
-    for row in rows:
-        colour = INPUT_COLOURS.get(row["input"], "#000000")
-        axes.plot(row["recall_at_k"], 100 * row["tpot_saved"], "o", color=colour)
-        axes.annotate(
-            name_of(row), (row["recall_at_k"], 100 * row["tpot_saved"]), fontsize=6, rotation=20
-        )
+    ordered = sorted(rows, key=lambda row: row["tpot_saved"])
+    for place, row in enumerate(ordered):
+        colour = INPUT_COLOURS.get(row["input"], "#999999")
+        axes.barh(place, 100 * row["tpot_saved"], color=colour)
+    names = [f"{name_of(r)}, {r['input']}: recall {r['recall_at_k']:.3f}" for r in ordered]
+    axes.set_yticks(range(len(ordered)), names)
+    axes.tick_params(axis="y", labelsize=6)
     first = rows[0]
-    axes.set_xlabel("recall@K, budget K")
-    axes.set_ylabel(f"TPOT saved, % ({first['profile']}, {first['slots']} slots)")
+    axes.set_xlabel(f"TPOT saved, % ({first['profile']}, {first['slots']} slots)")
 
 
 def _draw_curve(axes: Axes, points: Sequence[Row]) -> None:
@@ -126,13 +126,10 @@ def _draw_curve(axes: Axes, points: Sequence[Row]) -> None:
 
 
 def _draw_horizons(axes: Axes, rows: Sequence[Row]) -> None:
-    best: dict[tuple[str, str], dict[int, float]] = {}
+    lines: dict[tuple[str, str], dict[int, float]] = {}
     for row in rows:
-        line = best.setdefault((row["form"], row["input"]), {})
-        line[row["horizon"]] = max(line.get(row["horizon"], 0.0), row["recall_at_k"])
-    lines: Mapping[tuple[str, str], dict[int, Any]] = {
-        key: found for key, found in best.items() if len(found) > 1
-    }
+        lines.setdefault((name_of(row), row["input"]), {})[row["horizon"]] = row["recall_at_k"]
+    lines = {key: found for key, found in lines.items() if len(found) > 1}
     for place, ((form, kind), found) in enumerate(lines.items()):
         horizons = sorted(found)
         axes.plot(
@@ -142,7 +139,7 @@ def _draw_horizons(axes: Axes, rows: Sequence[Row]) -> None:
             label=f"{form}, {kind}",
             color=COLOURS[place % len(COLOURS)],
         )
-    axes.set_xticks(sorted({row["horizon"] for row in rows}))
+    axes.set_xticks(sorted({horizon for found in lines.values() for horizon in found}))
     axes.set_xlabel("layers ahead")
     axes.set_ylabel("recall@K, budget K")
     if lines:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from foreroute.estimators import EstimatorSpec
+
 Row = dict[str, Any]
 Table = tuple[list[str], list[list[str]]]
 """Heads, and rows of as many cells."""
@@ -52,6 +54,8 @@ def name_of(row: Row) -> str:
     if name in ("mlp", "mlp-free", "shared-mlp"):
         layers = row.get("depth", 1)
         name += f" {row['width']}" + (f" x {layers}" if layers > 1 else "")
+    if row["form"] in ("low-rank", "ridge") and row["rank"] != EstimatorSpec.rank:
+        name += f" {row['rank']}"
     if row.get("after"):
         name += f" ({row['after']})"
     if row.get("prior", "none") != "none":
@@ -98,6 +102,22 @@ def saved_table(rows: Iterable[Row]) -> Table:
             row["rule"],
         ]
         for row in sorted(told, key=lambda row: -row["tpot_saved"])
+    ]
+    return heads, body
+
+
+def readout_table(rows: Iterable[Row]) -> Table:
+    """What predictors that run an attention early save, by what that costs a layer."""
+    told = [row for row in rows if row.get("saved_by_extra_us")]
+    costs = [us for us, _ in told[0]["saved_by_extra_us"]] if told else []
+    heads = ["form", "input", *(f"+{us:g} us" for us in costs)]
+    body = [
+        [
+            name_of(row),
+            row["input"],
+            *(f"{100 * saved:.1f} %" for _, saved in row["saved_by_extra_us"]),
+        ]
+        for row in told
     ]
     return heads, body
 

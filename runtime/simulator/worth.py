@@ -14,6 +14,7 @@ from foreroute.data.routes import Ids, Route
 from foreroute.runtime.planning.machine import MachineProfile
 from foreroute.runtime.simulator.link import LinkTimes
 from foreroute.runtime.simulator.predictions import Predictions
+from foreroute.runtime.simulator.result import SimulationRow
 from foreroute.runtime.simulator.simulate import Scenario, simulate
 
 PROFILES = ("h100-engine", "a100-pcie4", "rtx4090-pcie4")
@@ -61,6 +62,10 @@ class Worth:
         return {n: round(v, 5) if isinstance(v, float) else v for n, v in found.items()}
 
 
+OnDemand = dict[tuple[str, str], SimulationRow]
+"""By profile and slots, one route replayed on demand."""
+
+
 def route_to_replay(name: str, expert_ids: Ids, num_experts: int) -> Route:
     """Recorded routing as decode steps, after a first part that fills the slots.
 
@@ -81,6 +86,7 @@ def worth_of(
     *,
     slots: Sequence[str] = SLOTS,
     extra_us: float = 0.0,
+    on_demand: OnDemand | None = None,
 ) -> list[Worth]:
     """Replay on demand and with predictions.
 
@@ -92,7 +98,9 @@ def worth_of(
         profile: Machine and reference model, whose experts' size and layers' time are taken.
         slots: Shares of the experts to try.
         extra_us: What a prediction takes longer than the profile's own, microseconds a layer.
+        on_demand: Remembers what was replayed on demand for this route.
     """
+    known = {} if on_demand is None else on_demand
     horizon = predictions.horizon
     slots = slots_that_fit(route, slots)
     rules = ("head", "pieces") if horizon == 1 else ("pieces",)
@@ -101,14 +109,19 @@ def worth_of(
         route=route, times=times, expert_bytes=profile.expert_bytes, predictions=predictions
     )
     return [
-        _beside_on_demand(scenario, profile.name, share, rule, "default", horizon)
+        _beside_on_demand(scenario, profile.name, share, rule, horizon, known)
         for share in slots
         for rule in rules
     ]
 
 
 def worth_of_protecting(
-    route: Route, next_token: Predictions, profile: MachineProfile, *, slots: Sequence[str] = SLOTS
+    route: Route,
+    next_token: Predictions,
+    profile: MachineProfile,
+    *,
+    slots: Sequence[str] = SLOTS,
+    on_demand: OnDemand | None = None,
 ) -> list[Worth]:
     """Replay on demand, with experts that the next token will likely use protected from eviction.
 
@@ -117,7 +130,9 @@ def worth_of_protecting(
         next_token: Entry 0 is what was said of each token's own routing one token before.
         profile: The machine.
         slots: Shares of the experts to try.
+        on_demand: As in `worth_of`.
     """
+    known = {} if on_demand is None else on_demand
     ids, said = next_token.expert_ids[0], next_token.confidence[0]
     ahead = dataclasses.replace(
         route,
@@ -127,13 +142,14 @@ def worth_of_protecting(
     slots = slots_that_fit(route, slots)
     times = LinkTimes.of(profile, top_k=route.top_k)
     scenario = Scenario(route=ahead, times=times, expert_bytes=profile.expert_bytes)
-    return [_beside_on_demand(scenario, profile.name, s, "none", "predicted", 1) for s in slots]
+    return [_beside_on_demand(scenario, profile.name, s, "none", 1, known) for s in slots]
 
 
 def slots_that_fit(route: Route, slots: Sequence[str]) -> list[str]:
-    """Those of some shares of the experts that hold at least one token's."""
+    """Shares of the experts, each at least what one token needs: its top-k where it is less."""
     least = 100 * route.top_k / route.num_experts
-    return [share for share in slots if float(share.rstrip("%")) >= least]
+    fitting = (s if float(s.rstrip("%")) >= least else str(route.top_k) for s in slots)
+    return list(dict.fromkeys(fitting))
 
 
 def slower_by(times: LinkTimes, extra_us: float) -> LinkTimes:
@@ -147,9 +163,11 @@ def slower_by(times: LinkTimes, extra_us: float) -> LinkTimes:
 
 
 def _beside_on_demand(
-    scenario: Scenario, profile: str, slots: str, rule: str, eviction: str, horizon: int
+    scenario: Scenario, profile: str, slots: str, rule: str, horizon: int, known: OnDemand
 ) -> Worth:
-    without = simulate(scenario, eviction="default", slots=slots)
+    if (profile, slots) not in known:
+        known[profile, slots] = simulate(scenario, eviction="default", slots=slots)
+    without, eviction = known[profile, slots], "predicted" if rule == "none" else "default"
     found = simulate(scenario, eviction=eviction, prefetch=rule, horizon=horizon, slots=slots)
     return Worth(
         profile=profile,
