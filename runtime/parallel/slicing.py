@@ -36,7 +36,7 @@ class _Cut:
     """How one parameter is cut."""
 
     axis: int
-    """Of one expert's parameter; -1 where it is not cut and belongs to the first process alone."""
+    """Which axis of one expert's parameter; -1 where it is whole and the first process' alone."""
     spans: tuple[Span, ...]
     """What this process keeps, in order."""
 
