@@ -177,7 +177,7 @@ class LayerReader:
 
     @property
     def tensor_names(self) -> set[str]:
-        """Of the checkpoint's tensors that hold experts."""
+        """Names of the checkpoint's tensors that hold experts."""
         return self._reader.tensor_names
 
     def progress(self) -> contextlib.AbstractContextManager[Callable[[int], None]]:

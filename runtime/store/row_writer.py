@@ -21,7 +21,7 @@ class _Batch:
     weights: Tensor
     """[n, *shape] on the host, pinned if a GPU encodes."""
     rows_of: dict[int, int] = field(default_factory=dict)
-    """Of each expert, how many of its rows are here; experts in the order of `weights`."""
+    """Rows of each expert that are here; experts in the order of `weights`."""
 
 
 class RowWriter:
