@@ -52,6 +52,7 @@ from torch import Tensor
 
 from foreroute.data.adapters import ExpertsView, stock_experts_function
 from foreroute.runtime import Engine, EngineConfig
+from foreroute.runtime.device.decode_graph import DecodeStep
 from foreroute.runtime.device.driver import DeviceDriver, why_not_on_device
 from foreroute.runtime.policies.slots import parse_slots
 from foreroute.runtime.store.offload import OffloadedModel
@@ -62,6 +63,8 @@ ACCELERATE_TOKENS = 2
 TIMELINE_TOKENS = 3
 PREDICTING = "resident-predicting"
 """All resident, and every prediction made for nothing: what predicting costs a step."""
+APART = "resident-apart"
+"""All resident, every module by launches of its own: what joining them saves and changes."""
 EAGER_SLOTS = 25
 """Per cent; host-driven arms for several sequences and profiled arms run at this one alone."""
 
@@ -110,6 +113,7 @@ def arms_at(slots: int, batch: int, recalls: list[float]) -> Iterator[Arm]:
     share = f"{slots}%"
     if slots == 100:
         yield Arm("resident", EngineConfig(expert_slots=share))
+        yield Arm(APART, EngineConfig(expert_slots=share))
         if batch == 1:
             yield Arm(PREDICTING, EngineConfig(expert_slots=share, prefetch="auto"), recall=1.0)
         return
@@ -182,6 +186,7 @@ class ShapeBenchmark:
         self._num_tokens: dict[tuple[int, int], int] = {}
         self._resident_ms: dict[int, float] = {}
         self._resident_logits: dict[int, Tensor] = {}
+        self._first_logits: dict[int, Tensor] = {}
 
     def run(self) -> None:
         """Every cell that is asked for and that time allows."""
@@ -224,7 +229,7 @@ class ShapeBenchmark:
     def _profile(self, arm: Arm, name: str) -> None:
         with self._opened(arm, 1) as (engine, replay):
             steps = self._steps(engine, 1)
-            self._warm_up(steps, replay, self.args.warm_up)
+            steps.run(replay, self.args.warm_up)
             file = re.sub(r"[^\w.]+", "-", name) + ".json.gz"
             found = profile_steps(steps, replay, self.args.timelines / file, TIMELINE_TOKENS)
         print_summary(name, found)
@@ -235,6 +240,7 @@ class ShapeBenchmark:
     @contextlib.contextmanager
     def _opened(self, arm: Arm, batch: int) -> Iterator[tuple[Engine, Replay]]:
         """An engine of that arm, its routing replayed."""
+        DecodeStep.defers = arm.name != APART
         routes = fit_routes(self.recorded, self.offloaded.moe, batch)
         num_experts = self.offloaded.moe.geometry.num_experts
         predictions = near_miss_predictions(routes, num_experts, arm.recall) if arm.recall else None
@@ -271,6 +277,8 @@ class ShapeBenchmark:
             if arm.name == PREDICTING and is_graph:
                 steps.keep_looking_ahead()
             warm_up = self.args.warm_up if arm.has_cache else NO_CACHE_WARM_UP_TOKENS
+            first = steps.run(replay, 1)  # compiles what is not compiled yet
+            assert first is not None
             logits, ms_per_token = self._warm_up(steps, replay, warm_up)
             engine.reset_stats()
             most = self.args.tokens if is_graph else min(self.args.tokens, EAGER_TOKENS)
@@ -282,6 +290,9 @@ class ShapeBenchmark:
             if arm.name == "resident":
                 self._resident_ms[batch] = statistics.median(times)
                 self._resident_logits[batch] = logits
+                self._first_logits[batch] = first
+            elif arm.name == APART:
+                self._compare_apart(first, batch)
             elif isinstance(engine.driver, DeviceDriver):
                 for layer in (engine.driver.layers[0], engine.driver.layers[-1]):
                     layer.residency.check_integrity()
@@ -295,7 +306,9 @@ class ShapeBenchmark:
             prefetched_bytes_per_token=stats.decode.prefetched_bytes / num_tokens,
             wasted_bytes_per_token=stats.wasted_bytes_per_token,
             hit_rate=stats.hit_rate,
-            is_bit_equal=self._is_bit_equal(batch, logits) if is_graph else None,
+            is_bit_equal=self._is_bit_equal(batch, logits)
+            if is_graph and arm.name != APART
+            else None,
         )
 
     def _steps(self, engine: Engine, batch: int) -> DecodeSteps:
@@ -308,7 +321,6 @@ class ShapeBenchmark:
         self, steps: DecodeSteps, replay: Replay | None, num_tokens: int
     ) -> tuple[Tensor, float]:
         """The last logits, and milliseconds per token."""
-        steps.run(replay, 1)  # compiles what is not compiled yet
         synchronize(self.device)
         start = time.perf_counter()
         logits = steps.run(replay, num_tokens)
@@ -321,6 +333,16 @@ class ShapeBenchmark:
         checks = self.results.content.setdefault("difference_from_stock_experts", {})
         checks[f"{self.label} batch {batch}"] = difference
         print(f"{self.label} b{batch}: a layer differs from stock experts by {difference:.2e}")
+
+    def _compare_apart(self, logits: Tensor, batch: int) -> None:
+        """How far one step's logits lie from those of joined launches, relatively."""
+        joined = self._first_logits.get(batch)
+        if joined is None:
+            return
+        difference = float((logits - joined).float().abs().max() / logits.float().abs().max())
+        checks = self.results.content.setdefault("difference_of_joined_launches", {})
+        checks[f"{self.label} batch {batch}"] = difference
+        print(f"{self.label} b{batch}: joined launches change the logits by {difference:.2e}")
 
     def _is_bit_equal(self, batch: int, logits: Tensor) -> bool | None:
         resident = self._resident_logits.get(batch)

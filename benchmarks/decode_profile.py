@@ -13,7 +13,7 @@ from replayed_routing import Replay
 STEP_NAME = "decode step"
 WAITS = ("Synchronize", "EventQuery")
 FIRST_STEP = 40
-PRINTED_KERNELS = 7
+PRINTED_KERNELS = 14
 
 
 def profile_steps(

@@ -24,17 +24,23 @@ from torch import Tensor
 
 from foreroute.runtime.device.kernels import demand as demand_module
 from foreroute.runtime.device.kernels import fetch as fetch_module
-from foreroute.runtime.device.kernels import predict, products, transposed
+from foreroute.runtime.device.kernels import linear, predict, transposed
+from foreroute.runtime.device.kernels import products as expert_module
+from foreroute.runtime.device.kernels import route as route_module
 from foreroute.runtime.device.kernels.activation import ExpertForm
 from foreroute.runtime.device.kernels.attention import decode_attention
 from foreroute.runtime.device.kernels.cache import store_token
 from foreroute.runtime.device.kernels.demand import Demand
 from foreroute.runtime.device.kernels.fetch import fetch
 from foreroute.runtime.device.kernels.head import plan_head
+from foreroute.runtime.device.kernels.heads import ProjectedHeads, place_heads
+from foreroute.runtime.device.kernels.linear import products
+from foreroute.runtime.device.kernels.norm import Norm
 from foreroute.runtime.device.kernels.plan import plan
 from foreroute.runtime.device.kernels.predict import predict_logits, rank_experts
 from foreroute.runtime.device.kernels.products import expert_products
 from foreroute.runtime.device.kernels.rotary import rotate
+from foreroute.runtime.device.kernels.route import DemandPlan, RouterProduct, route
 from foreroute.runtime.device.kernels.tables import ResidencyTables
 from foreroute.runtime.device.kernels.top_k import softmax_top_k
 from foreroute.runtime.policies import find_policy
@@ -93,7 +99,10 @@ QWEN3_INT4 = replace(QWEN3, name="qwen3-30b-a3b-int4", encoding=Int4)
 QWEN3_LOSSLESS = replace(QWEN3, name="qwen3-30b-a3b-lossless", encoding=Lossless)
 GPT_OSS_LOSSLESS = replace(GPT_OSS, name="gpt-oss-20b-lossless", encoding=Lossless)
 GPT_OSS_MXFP4 = replace(GPT_OSS, name="gpt-oss-20b-mxfp4", encoding=Mxfp4)
+SMALL = Shape("12x64 experts", 768, 384, 64, 8, 12, 4, 64, ExpertForm(activation="silu"))
+"""The model that `end_to_end_gpu.py` trains: experts of 1.8 MB."""
 SHAPES = (
+    SMALL,
     QWEN3,
     GPT_OSS,
     MIXTRAL,
@@ -258,6 +267,107 @@ def no_copies(count: int) -> Tensor:
     return torch.full((3, count), -1, dtype=torch.int32, device=DEVICE)
 
 
+def projections(shape: Shape) -> dict[str, float]:
+    """A layer's projections, by launches of their own, by one, and as TorchInductor writes them."""
+    inner, count = shape.heads * shape.head_dim, 8
+    into = [inner, shape.kv_heads * shape.head_dim, shape.kv_heads * shape.head_dim]
+    weights = [[random(rows, shape.hidden) for rows in into] for _ in range(count)]
+    back = [random(shape.hidden, inner) for _ in range(count)]
+    state, attended, norm = random(1, shape.hidden), random(1, inner), random(shape.hidden)
+    folded = Norm(factor=norm, eps=1e-6)
+
+    def project(x: Tensor, factor: Tensor, *matrices: Tensor) -> list[Tensor]:
+        normed = torch.nn.functional.rms_norm(x, factor.shape, factor, 1e-6)
+        return [torch.nn.functional.linear(normed, weight) for weight in matrices]
+
+    def add(x: Tensor, y: Tensor, matrix: Tensor) -> Tensor:
+        return x + torch.nn.functional.linear(y, matrix)
+
+    found = {
+        "norm and projections, apart": microseconds(
+            lambda i: project(state, norm, *weights[i % count])
+        ),
+        "output projection and addition, apart": microseconds(
+            lambda i: add(state, attended, back[i % count])
+        ),
+    }
+    options: dict[str, Any] = {"coordinate_descent_tuning": True}
+    compiled = [torch.compile(function, options=options) for function in (project, add)]
+    found["norm and projections, torch.compile"] = microseconds(
+        lambda i: compiled[0](state, norm, *weights[i % count])
+    )
+    found["output projection and addition, torch.compile"] = microseconds(
+        lambda i: compiled[1](state, attended, back[i % count])
+    )
+    for tile, each in ((4096, 32), (8192, 32), (8192, 64), (16384, 64)):
+        with tiles(linear, TILE=tile, PER_THREAD=each):
+            label = f"one launch, tile {tile}, {each} a thread"
+            found[f"norm and projections, {label}"] = microseconds(
+                lambda i: products(state, weights[i % count], norm=folded)
+            )
+            found[f"output projection and addition, {label}"] = microseconds(
+                lambda i: products(attended, [back[i % count]], residual=state)
+            )
+    return found
+
+
+def routing(shape: Shape) -> dict[str, float]:
+    """Norm, router, top-k and plan: by launches of their own, and by one; everything resident."""
+    count, rule = 8, LRFU
+    routers = [
+        RouterProduct(
+            weight=random(shape.experts, shape.hidden),
+            bias=None,
+            top_k=shape.top_k,
+            renormalise=True,
+            dtype=torch.bfloat16,
+            arrivals=torch.zeros(1, dtype=torch.int32, device=DEVICE),
+        )
+        for _ in range(count)
+    ]
+    state, norm = random(1, shape.hidden), Norm(factor=random(shape.hidden), eps=1e-6)
+    tables = ResidencyTables.empty(shape.experts, shape.experts, DEVICE)
+    for some in torch.arange(shape.experts, device=DEVICE).split(8):
+        plan(some, tables, rule, no_copies(len(some)))
+    copies = no_copies(shape.top_k)
+    places = torch.zeros(2, shape.top_k, dtype=torch.int32, device=DEVICE)
+    demand = DemandPlan(tables=tables, rule=rule, copies=copies, places=places)
+
+    def apart(i: int) -> None:
+        normed = torch.nn.functional.rms_norm(state, norm.factor.shape, norm.factor, norm.eps)
+        logits = torch.nn.functional.linear(normed, routers[i % count].weight)
+        _, ids = softmax_top_k(logits, shape.top_k, renormalise=True)
+        plan(ids, tables, rule, copies, places=places)
+
+    found = {"norm, router, top-k and plan, apart": microseconds(apart)}
+    for rows, warps in ((1, 4), (2, 4), (1, 8), (2, 8)):
+        with tiles(route_module, ROWS=rows, NORM_WARPS=warps):
+            label = f"one launch, {rows} rows, {warps} warps"
+            found[f"norm, router and top-k, {label}"] = microseconds(
+                lambda i: route(state, routers[i % count], norm)
+            )
+            found[f"norm, router, top-k and plan, {label}"] = microseconds(
+                lambda i: route(state, routers[i % count], norm, demand)
+            )
+    dim = shape.head_dim
+    heads = ProjectedHeads(
+        states=random(1, (shape.heads + 2 * shape.kv_heads) * dim),
+        starts=(0, shape.heads * dim, (shape.heads + shape.kv_heads) * dim),
+        query_heads=shape.heads,
+        key_heads=shape.kv_heads,
+        query_norm=Norm(factor=random(dim), eps=1e-6),
+        key_norm=Norm(factor=random(dim), eps=1e-6),
+        cos=random(1, 1, dim),
+        sin=random(1, 1, dim),
+    )
+    keys, values = random(2, 1, shape.kv_heads, CONTEXT, dim)
+    at = torch.tensor([CONTEXT - 1], device=DEVICE)
+    found["head norms, rotary and cache write, one launch"] = microseconds(
+        lambda i: place_heads(heads, keys, values, at)
+    )
+    return found
+
+
 def while_copying(shape: Shape) -> dict[str, float]:
     """The products where some of a token's experts are missing: copied by the first launch.
 
@@ -277,7 +387,7 @@ def while_copying(shape: Shape) -> dict[str, float]:
     middle = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     every = experts.places.clone()
     found = {}
-    for missing in (0, 1, 2):
+    for missing in (0, 1, 3):
         copies = torch.full((CALLS, 3, shape.top_k), -1, dtype=torch.int32, device=DEVICE)
         copies[:, 0, :missing] = torch.arange(missing, dtype=torch.int32, device=DEVICE)
         copies[:, 1] = every[:, 0]
@@ -289,21 +399,24 @@ def while_copying(shape: Shape) -> dict[str, float]:
         def together(i: int) -> None:
             arrived.zero_()
             moved = (rows, slots, copies[i], middle, arrived, progress)  # noqa: B023
-            experts.places = late  # noqa: B023
             experts.run(i, Demand(*moved, first_bytes=sizes[0]))
 
         def in_turn(i: int) -> None:
             arrived.zero_()
             fetch(rows, slots, copies[i], num_blocks=32)  # noqa: B023
-            experts.places = every
             experts.run(i)
 
         name = f"{missing} of {shape.top_k} experts missing"
+        experts.places = every
         found[f"{name}: copied by a launch of its own"] = microseconds(in_turn)
-        for programs, words in ((32, 1024), (64, 512), (64, 1024), (64, 2048), (128, 1024)):
+        found[f"{name}: by the first product, which does not wait"] = microseconds(together)
+        experts.places = late
+        sizes_tried = ((32, 1024), (64, 512), (64, 1024), (64, 2048), (128, 512), (128, 1024))
+        for programs, words in sizes_tried:
             with tiles(demand_module, DEMAND_PROGRAMS=programs, BLOCK_WORDS=words):
-                label = f"{name}: by the first product, {programs} programs of {words} words"
-                found[label] = microseconds(together)
+                label = f"{programs} programs of {words} words"
+                found[f"{name}: by the first product, {label}"] = microseconds(together)
+    found["bytes of an expert at 55 GB/s"] = sum(sizes) / 55e3
     return found
 
 
@@ -349,7 +462,7 @@ def tune(experts: Experts) -> dict[str, float]:
         sizes = [(64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 8), (32, 128, 4), (32, 256, 8)]
     else:
         names = ("ROWS", "COLUMNS", "WARPS")
-        module = products  # type: ignore[assignment]
+        module = expert_module  # type: ignore[assignment]
         sizes = [(1, 1024, 2), (1, 2048, 2), (1, 2048, 4), (2, 1024, 4), (2, 2048, 4), (4, 1024, 4)]
     halves: tuple[str, ...] = ("UP", "DOWN")
     if experts.shape.encoding is Lossless:
@@ -404,8 +517,11 @@ def main() -> None:
             found |= tune_predictions(shape)
         del experts
         torch.cuda.empty_cache()
-        if shape is QWEN3:
+        if not shape.encoding:
+            found |= routing(shape) | projections(shape)
+        if shape in (QWEN3, SMALL):
             found |= while_copying(shape)
+        if shape is QWEN3:
             found |= fetch_bandwidth(6 * shape.hidden * shape.width)
         results[shape.name] = found
         print(shape.name)

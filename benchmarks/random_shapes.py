@@ -72,6 +72,26 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Qwen3's top-k is the recording's 6 (the model's own is 8)."""
 
 SHAPES |= {
+    "12-layers-64-small-experts": {
+        "model_type": "qwen3_moe",
+        "hidden_size": 768,
+        "moe_intermediate_size": 384,
+        "intermediate_size": 2304,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "vocab_size": 4096,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+}
+"""The sizes of the model that `end_to_end_gpu.py` trains: experts of 1.8 MB."""
+
+SHAPES |= {
     "gpt-oss-20b-mxfp4": SHAPES["gpt-oss-20b"] | {"expert_dtype": "mxfp4"},
     "qwen3-30b-a3b-lossless": SHAPES["qwen3-30b-a3b"] | {"expert_dtype": "lossless"},
     "qwen3-30b-a3b-int8": SHAPES["qwen3-30b-a3b"] | {"expert_dtype": "int8"},

@@ -38,13 +38,15 @@ def random_routes(num_steps: int, num_layers: int, num_experts: int, top_k: int)
 
 
 def fit_routes(routes: Tensor, moe: MoEModel, batch: int) -> Tensor:
-    """Routes for another shape: first layers, ids folded to its experts, the first distinct top-k.
+    """Routes for another shape: layers and ids folded to its own, the first distinct top-k.
+
+    A recording of fewer layers begins again at its first; one of more leaves out its last.
 
     Returns:
         [steps, layers, batch, top_k]; sequence b starts 17 b steps into the recording.
     """
     geometry = moe.geometry
-    layers = routes[:, : geometry.num_layers] % geometry.num_experts
+    layers = routes[:, torch.arange(geometry.num_layers) % routes.shape[1]] % geometry.num_experts
     fitted = torch.empty(*layers.shape[:2], geometry.top_k, dtype=torch.long)
     for step, per_layer in enumerate(layers.tolist()):
         for layer, ids in enumerate(per_layer):

@@ -4,6 +4,7 @@ The interpreter accepts what the compiler does not. Each wrapper is called as th
 on CPU tensors; where it would launch a kernel, that is compiled for an H100 instead.
 """
 
+import re
 from typing import Any
 
 import torch
@@ -12,18 +13,23 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from foreroute.runtime.device.kernels import demand as demand_module
 from foreroute.runtime.device.kernels.activation import ExpertForm
 from foreroute.runtime.device.kernels.attention import decode_attention
 from foreroute.runtime.device.kernels.cache import store_token
 from foreroute.runtime.device.kernels.demand import Demand
-from foreroute.runtime.device.kernels.fetch import fetch
+from foreroute.runtime.device.kernels.fetch import BLOCK_WORDS, fetch
 from foreroute.runtime.device.kernels.head import plan_head
+from foreroute.runtime.device.kernels.heads import ProjectedHeads, place_heads
+from foreroute.runtime.device.kernels.linear import products
 from foreroute.runtime.device.kernels.lossless import unpack
+from foreroute.runtime.device.kernels.norm import Norm, normed
 from foreroute.runtime.device.kernels.plan import plan
 from foreroute.runtime.device.kernels.predict import predict_logits, rank_experts
 from foreroute.runtime.device.kernels.products import expert_products
 from foreroute.runtime.device.kernels.quasi_hidden import add_expected_output
 from foreroute.runtime.device.kernels.rotary import rotate
+from foreroute.runtime.device.kernels.route import DemandPlan, RouterProduct, route
 from foreroute.runtime.device.kernels.tables import ResidencyTables
 from foreroute.runtime.device.kernels.top_k import softmax_top_k
 from foreroute.runtime.policies import find_policy
@@ -68,7 +74,10 @@ def compile_launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: A
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    assert triton.compile(source, target=H100, options=options).asm["cubin"]
+    asm = triton.compile(source, target=H100, options=options).asm
+    assert asm["cubin"]
+    if kernel.fn.__name__ == "_up_kernel":  # what it copies takes no turn through shared memory
+        assert not re.search(r"ttg.convert_layout.*i64", asm["ttgir"])
     compiled.add(kernel.fn.__name__ + ":" + kernel.fn.__module__.rpartition(".")[2])
 
 
@@ -86,6 +95,7 @@ def call_everything() -> None:
     head = {"num_needed": 8, "head_words": copies[0, :1], "num_words": 8}
     plan_head(ids, chances, tables, copies, **head)
     plan_head(ids, chances, tables, copies, **head, behind=tables.progress)
+    plan_head(ids, chances, tables, copies, **head, num_whole=copies[0, :1])
     rows = torch.zeros(16, 64, dtype=torch.uint8)
     fetch(rows, rows, copies, num_blocks=4)
     fetch(rows, rows, copies, num_blocks=4, head_words=copies[0, :1])
@@ -110,6 +120,9 @@ def call_everything() -> None:
         moved = (rows, rows, copies, copies[0, :1], tables.arrived, tables.progress)
         for demand in (None, Demand(*moved, first_bytes=48)):
             expert_products(hidden, places, chances, weights, form, hidden, demand)
+        demand_module.BLOCK_WORDS = 64  # as many as a product has inputs
+        expert_products(hidden, places, chances, weights, form, hidden, demand, hidden)
+        demand_module.BLOCK_WORDS = BLOCK_WORDS
     for kind in (Int8, Fp8, Int4, Mxfp4, Fp8Blocks, Lossless):
         weights = {}
         for name, rows, columns in (("gate_up_proj", 128, 64), ("down_proj", 64, 64)):
@@ -131,6 +144,38 @@ def call_everything() -> None:
         rotate(query, query[:, :2], *torch.zeros(2, 1, 1, 64, dtype=dtype))
         softmax_top_k(torch.zeros(1, 16, dtype=dtype), 4, renormalise=True)
     softmax_top_k(torch.zeros(1, 16), 4, renormalise=False)
+    weight, factor = torch.zeros(16, 64, **half), torch.zeros(64, **half)
+    norm, arrivals = Norm(factor=factor, eps=1e-6), torch.zeros(1, dtype=torch.int32)
+    for tokens in (hidden, torch.zeros(3, 64, **half)):
+        products(tokens, [weight] * 3, [factor] * 3, norm=norm)
+        products(tokens, [weight], residual=tokens)
+        normed(tokens, norm)
+        for bias, before in ((None, norm), (factor, None)):
+            router = RouterProduct(
+                weight=weight,
+                bias=bias,
+                top_k=4,
+                renormalise=True,
+                dtype=torch.bfloat16,
+                arrivals=arrivals,
+            )
+            demand = DemandPlan(
+                tables=tables, rule=find_policy("lrfu").device_rule(), copies=copies, places=places
+            )
+            route(tokens, router, before, demand)
+            route(tokens, router, before)
+    heads = ProjectedHeads(
+        states=torch.zeros(1, 6 * 64, **half),
+        starts=(0, 128, 256),
+        query_heads=2,
+        key_heads=2,
+        query_norm=norm,
+        key_norm=None,
+        cos=factor.view(1, 1, 64),
+        sin=factor.view(1, 1, 64),
+    )
+    cached = torch.zeros(1, 2, 8, 64, **half)
+    place_heads(heads, cached, cached, torch.zeros(1, dtype=torch.long))
     weight, bias = torch.zeros(16, 64, **half), torch.zeros(16)
     routed = {"default_vectors": weight, "expert_ids": ids, "gate_weights": chances}
     predict_logits(hidden, weight, bias, eps=1e-6, **routed)

@@ -1,42 +1,74 @@
 """Prefetch rests while it saves less than it takes, and is tried again."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
-import torch
 
-from foreroute.runtime.device.ledger import TRIAL_STEPS, DeviceLedger
+from foreroute.runtime.device.kernels.tables import MISSES, NUM_COUNTERS, PREFETCHES, TAILS
+from foreroute.runtime.device.ledger import BLOCK_STEPS, LONGEST_PERIOD_STEPS, TRIAL_STEPS, Trials
 from foreroute.runtime.host.ledger import Early, HostLedger
-from foreroute.runtime.policies.give_up import LOOK_AHEAD, ON_DEMAND, PERIOD_STEPS, GiveUp
+from foreroute.runtime.policies.give_up import (
+    LOOK_AHEAD,
+    ON_DEMAND,
+    PERIOD_STEPS,
+    GiveUp,
+)
 
 
-def variants(used_per_step: list[int], steps: int, cost_ms: float) -> list[int]:
-    """What is chosen in each step when so many prefetches of 1 ms are used, period by period."""
-    counters = torch.zeros(2, 7, dtype=torch.int32)
-    ledger = DeviceLedger(counters, lambda change: float(change[5]), cost_ms)
-    give_up = GiveUp(ledger, TRIAL_STEPS)
+@dataclass
+class Moment:
+    """A made-up device's clock and counters."""
+
+    ms: float
+    counters: list[int]
+
+    def is_past(self) -> bool:
+        return True
+
+    def ms_since(self, earlier: Any) -> float:
+        return self.ms - float(earlier.ms)
+
+
+def variants(steps: int, saved_ms: float, spent_ms: float) -> list[int]:
+    """What is chosen where a step needs 0 to 6 absent experts, of 1 ms each, and 2 without any.
+
+    Looking ahead takes `spent_ms`, and saves `saved_ms` of the first of them; the second comes
+    early as a whole.
+    """
+    now = Moment(0.0, [0] * NUM_COUNTERS)
+    trials = Trials(lambda: Moment(now.ms, list(now.counters)), base_ms=2.0, expert_ms=1.0)
     chosen = []
     for step in range(steps):
-        chosen.append(give_up.next_variant())
+        chosen.append(trials.next_variant())
+        needed = step * 5 % 7
+        now.ms += 2.0 + needed
         if chosen[-1] == LOOK_AHEAD:
-            counters[0, 5] += used_per_step[step // PERIOD_STEPS]
+            begun, early = min(needed, 1), int(needed > 1)
+            now.ms += spent_ms - saved_ms * begun - early
+            now.counters[TAILS] += begun
+            now.counters[PREFETCHES] += early
+            needed -= begun + early
+        now.counters[MISSES] += needed
     return chosen
 
 
 def test_prefetch_that_pays_goes_on() -> None:
-    assert set(variants([2, 2], 2 * PERIOD_STEPS, cost_ms=1.5)) == {LOOK_AHEAD}
+    chosen = variants(2 * PERIOD_STEPS, saved_ms=0.8, spent_ms=1.0)
+    assert set(chosen[TRIAL_STEPS:PERIOD_STEPS]) == {LOOK_AHEAD}
+    assert chosen[: 2 * BLOCK_STEPS] == [LOOK_AHEAD] * BLOCK_STEPS + [ON_DEMAND] * BLOCK_STEPS
 
 
-def test_prefetch_that_does_not_pay_rests_until_the_next_trial(
+def test_prefetch_that_does_not_pay_is_tried_ever_more_rarely(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO")
-    chosen = variants([1, 3], 2 * PERIOD_STEPS, cost_ms=1.5)
-    trial, rest = chosen[:TRIAL_STEPS], chosen[TRIAL_STEPS:PERIOD_STEPS]
-    assert set(trial) == {LOOK_AHEAD}
-    assert set(rest) == {ON_DEMAND}
-    assert set(chosen[PERIOD_STEPS:]) == {LOOK_AHEAD}  # by then it pays
-    off, on = caplog.messages
-    assert "Prefetch rests: a step that looks ahead saves 1.000 ms and takes 1.500 ms more" in off
-    assert "Prefetch goes on: a step that looks ahead saves 3.000 ms" in on
+    chosen = variants(2 * LONGEST_PERIOD_STEPS, saved_ms=0.3, spent_ms=1.2)
+    assert set(chosen[TRIAL_STEPS + 1 : PERIOD_STEPS]) == {ON_DEMAND}
+    tried = chosen.count(LOOK_AHEAD) / len(chosen)
+    assert 0 < tried <= 5 * TRIAL_STEPS / (2 * LONGEST_PERIOD_STEPS)
+    (message,) = caplog.messages
+    assert "Prefetch rests: a step that looks ahead takes" in message
 
 
 def test_where_nothing_can_be_saved_nothing_is_tried() -> None:

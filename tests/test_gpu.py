@@ -190,7 +190,7 @@ def test_graph_gives_the_all_resident_logits_bit_for_bit_at_any_slot_count(
         stats = engine.stats()
     assert stats.decode.misses > 0
     assert (stats.decode.prefetches > 0) == (prefetch != "none")
-    assert stats.share_ahead == (prefetch != "none")
+    assert (stats.share_ahead > 0) == (prefetch != "none")
 
 
 def test_graph_matches_stock_transformers(offloaded: OffloadedModel, stock: Any) -> None:
@@ -198,6 +198,37 @@ def test_graph_matches_stock_transformers(offloaded: OffloadedModel, stock: Any)
     with graph_engine(offloaded, EngineConfig(expert_slots="6")) as engine:
         got = graph_logits(engine, prompt(), steps=20).float()
     assert (got - expected).abs().max() <= STOCK_TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.parametrize("slots", ["6", "13"])
+def test_batches_that_look_ahead_give_the_all_resident_logits_bit_for_bit(
+    offloaded: OffloadedModel, slots: str
+) -> None:
+    tokens = torch.cat([prompt().roll(shift, dims=1) for shift in (0, 7, 19)])
+    with graph_engine(offloaded, EngineConfig(expert_slots="100%")) as engine:
+        engine.fill_slots()
+        expected = graph_logits(engine, tokens, steps=40)
+    config = EngineConfig(expert_slots=slots, prefetch="auto")
+    with graph_engine(offloaded, config) as engine:
+        assert torch.equal(graph_logits(engine, tokens, steps=40), expected)
+        engine.check_integrity()
+        assert engine.stats().decode.misses > 0
+
+
+def test_joined_launches_are_as_near_to_float32_as_separate_ones(
+    offloaded: OffloadedModel, stock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = step_logits(copy.deepcopy(stock).float(), prompt(), steps=20)[1:]
+    errors = {}
+    for defers in (True, False):
+        monkeypatch.setattr(DecodeStep, "defers", defers)
+        with graph_engine(offloaded, EngineConfig(expert_slots="100%")) as engine:
+            engine.fill_slots()
+            errors[defers] = (graph_logits(engine, prompt(), steps=20).float() - exact).norm()
+            fused = graph_for(engine, 1, 60).fused
+        assert (fused["plans in routers"] == len(offloaded.moe.layers)) == defers
+    # both round where bfloat16 rounds; sums in another order are as good as those before
+    assert errors[True] <= 1.25 * errors[False]
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -44,6 +44,9 @@ def test_a_route_file_is_read_and_folded_to_another_shape(tmp_path: Path) -> Non
     fitted = replayed_routing.fit_routes(routes, moe, batch=2)
     assert fitted[0, :, 0].tolist() == [[1, 0], [2, 0]]  # 5 and 9 are both expert 1 of 4
     assert torch.equal(fitted[0, :, 1], fitted[17 % 2, :, 0])
+    moe.geometry.num_layers = 5  # more than the recording has
+    deeper = replayed_routing.fit_routes(routes, moe, batch=2)
+    assert torch.equal(deeper, fitted[:, [0, 1, 0, 1, 0]])
 
 
 @pytest.mark.parametrize("recall", [0.5, 1.0])

@@ -149,12 +149,15 @@ def test_heads_agree_with_the_reference_over_random_residency_sequences(num_toke
             ids, guess = noise.topk(top_k, dim=-1).indices
             guess = torch.where(noise[0, :, :top_k] < 0.6, ids, guess)
             chances = torch.rand(num_tokens, top_k, generator=generator).sort(-1).values.flip(-1)
-            both = [torch.full((3, 1), -7, dtype=torch.int32, device=d) for d in ("cpu", DEVICE)]
+            both = [torch.full((3, 2), -7, dtype=torch.int32, device=d) for d in ("cpu", DEVICE)]
             share = {"num_words": 10, "num_needed": ids.numel()}
+            whole = torch.tensor([seed % 2], dtype=torch.int32)
             words = torch.tensor([int(noise[0, 0, 0] * 10)], dtype=torch.int32)
-            plan_head_reference(guess, chances, expected, both[0], head_words=words, **share)
+            room = {"head_words": words, "num_whole": whole}
+            plan_head_reference(guess, chances, expected, both[0], **room, **share)
             on_gpu = guess.to(DEVICE), chances.to(DEVICE)
-            plan_head(*on_gpu, got, both[1], head_words=words.to(DEVICE), **share)
+            room = {name: tensor.to(DEVICE) for name, tensor in room.items()}
+            plan_head(*on_gpu, got, both[1], **room, **share)
             assert torch.equal(both[1].cpu(), both[0])
             size = (5, ids.numel())
             both = [torch.full(size, -7, dtype=torch.int32, device=d) for d in ("cpu", DEVICE)]

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
-from foreroute.runtime.device.fusions import fuse_attention, fuse_rotary, fuse_routers
+from foreroute.runtime.device.fusions import (
+    defer_norms,
+    find_norms,
+    find_routers,
+    fuse_attention,
+    fuse_rotary,
+    fuse_routers,
+)
+from foreroute.runtime.device.fusions.deferred import settled
+from foreroute.runtime.device.fusions.heads import place
 from foreroute.runtime.device.kernels.cache import store_token
 from foreroute.runtime.device.streams import borrow_stream
 
@@ -37,12 +47,17 @@ class DecodeCacheLayer(StaticLayer):  # type: ignore[misc]  # transformers is un
         if self.write_at is None:
             keys, values = super().update(key_states, value_states, *args, **kwargs)
             return keys, values
-        store_token(key_states, value_states, self.keys, self.values, self.write_at)
+        if not place(key_states, value_states, self.keys, self.values, self.write_at):
+            key, value = settled(key_states), settled(value_states)
+            store_token(key, value, self.keys, self.values, self.write_at)
         return self.keys, self.values
 
 
 class DecodeStep:
     """A decode step with its own KV cache, for one batch size and greatest length."""
+
+    defers: ClassVar[bool] = True
+    """Whether one launch may do several modules' work; benchmarks compare with steps that don't."""
 
     def __init__(
         self, model: Any, batch: int, length: int, routers: Sequence[nn.Module] = ()
@@ -70,20 +85,30 @@ class DecodeStep:
         self._at = torch.arange(self.length, device=device)
         self._window = _sliding_window(model.config)
         self._has_layer_types = _layer_types(model.config) is not None
-        self._model, self._routers = model, routers
+        self._model, self._routers = model, find_routers(routers)
+        self._norms = find_norms(model)
+        self.fused: Counter[str] = Counter()
+        """What the step's launches do at once that the model does apart, how often."""
         self.choose_variant: Callable[[], int] = lambda: 0
         """Asked before every replay which variant of the step to run, if there are several."""
         with torch.no_grad():
             model(input_ids=self.tokens.repeat(1, 2), past_key_values=self.cache, use_cache=True)
+
+    def fused_parts(self) -> str:
+        """What the last step that was run or captured did in fewer launches, for a log."""
+        parts = [f"{count} {what}" for what, count in self.fused.items() if count]
+        return ", ".join(parts) or "nothing"
 
     @contextlib.contextmanager
     def _fused(self) -> Iterator[None]:
         """While the model runs a step: fewer, larger kernels."""
         own = [layer for layer in self.cache.layers if isinstance(layer, DecodeCacheLayer)]
         with contextlib.ExitStack() as undo:
-            fuse_attention(self._model, undo)
+            fuse_attention(self._model, undo, self.fused if self.defers else None)
             fuse_rotary(self._model, undo)
             fuse_routers(self._routers, undo)
+            if self.defers:
+                defer_norms(self._norms, undo, self.fused)
             for layer in own:
                 layer.write_at = self._write_at
                 undo.callback(setattr, layer, "write_at", None)
@@ -91,6 +116,7 @@ class DecodeStep:
 
     @torch.no_grad()
     def _step(self) -> Tensor:
+        self.fused.clear()
         self._mask.index_fill_(3, self._write_at, True)
         output = self._model(
             input_ids=self.tokens,

@@ -34,7 +34,8 @@ from foreroute.runtime.device.kernels.tables import (
     WHOLE,
 )
 from foreroute.runtime.device.layer import DeviceLayer
-from foreroute.runtime.device.ledger import TRIAL_STEPS, DeviceLedger
+from foreroute.runtime.device.ledger import Trials
+from foreroute.runtime.device.marks import DeviceMark
 from foreroute.runtime.device.predictor import DevicePredictor
 from foreroute.runtime.device.prefill import StreamedPrefill
 from foreroute.runtime.device.residency import FETCH_BLOCKS, DeviceResidency
@@ -42,7 +43,7 @@ from foreroute.runtime.device.run_state import DeviceRun
 from foreroute.runtime.device.sampling import decode_loop
 from foreroute.runtime.device.streams import borrow_stream
 from foreroute.runtime.look_ahead import LookAhead
-from foreroute.runtime.policies import GiveUp, find_policy
+from foreroute.runtime.policies import find_policy
 from foreroute.runtime.policies.give_up import LOOK_AHEAD, ON_DEMAND
 from foreroute.runtime.policies.prefetching import PRIOR_PREFETCHES, READOUT_SHARE
 from foreroute.runtime.policies.slots import prefill_group
@@ -51,7 +52,7 @@ from foreroute.runtime.store.offload import OffloadedModel
 
 logger = logging.getLogger(__name__)
 
-FIRST_HEAD_SHARE = 0.4
+FIRST_ROOM = 0.4
 PREDICTION_MS = 0.012  # from the router's choice until a head can begin; by kernel times
 TUNING_REPLAYS = 8
 LEAST_HEAD_SHARE = 0.1
@@ -121,10 +122,11 @@ class DeviceDriver:
             predictor=DevicePredictor(ahead, offloaded.moe.model.dtype) if ahead else None,
             ahead=borrow_stream(device, self, priority=-1),
             head_words=torch.zeros(1, dtype=torch.int32, device=device),
+            num_whole=torch.zeros(1, dtype=torch.int32, device=device),
             trust=torch.full((2,), PRIOR_PREFETCHES, device=device),
             prompt_weight=self._policy.prompt_weight if config.warm_start == "prompt" else 0.0,
         )
-        self.run.set_head(FIRST_HEAD_SHARE, store.rows[0].shape[1])
+        self.run.set_room(FIRST_ROOM, store.rows[0].shape[1])
         self._graph: DecodeStep | None = None
         self._choose_variant: Callable[[], int] = int
         self._has_look_ahead = False
@@ -277,11 +279,7 @@ class DeviceDriver:
         return graph
 
     def _captured(self, batch: int, length: int) -> DecodeStep:
-        """Capture the step; with prefetch twice, one looks ahead and the other does not.
-
-        prefetch="auto" looks ahead for single sequences only: for four it did not pay where it
-        was measured (docs/gpu.md).
-        """
+        """Capture the step; with prefetch twice, one looks ahead and the other does not."""
         run, routers = self.run, [layer.router for layer in self._offloaded.moe.layers]
         self._choose_variant = int  # the first
 
@@ -292,7 +290,7 @@ class DeviceDriver:
             return set_up
 
         variants = [looking(False)]
-        if run.predictor is not None and (batch == 1 or run.config.prefetch == "all"):
+        if run.predictor is not None:
             variants = [looking(True), looking(False)]  # LOOK_AHEAD, ON_DEMAND
         self._has_look_ahead = len(variants) > 1
         try:
@@ -305,12 +303,13 @@ class DeviceDriver:
             variants[0]()
             return DecodeStep(self._offloaded.moe.model, batch, length, routers)
         variants[0]()
+        logger.info("Fused in a decode step: %s.", graph.fused_parts())
         if len(variants) > 1:
             self._tune(graph)
         return graph
 
     def _tune(self, graph: DecodeGraph) -> None:
-        """Measure this machine: how long a head may be, and what looking ahead must save."""
+        """Measure this machine: how much can be copied early, and what looking ahead must save."""
         run, row_bytes = self.run, self._offloaded.store.rows[0].shape[1]
         graph.begin(torch.ones(graph.batch, 1, dtype=torch.long, device=self._offloaded.device))
         token = torch.zeros(graph.batch, dtype=torch.long, device=self._offloaded.device)
@@ -324,21 +323,17 @@ class DeviceDriver:
         prediction_ms = PREDICTION_MS
         if run.predictor is not None and run.predictor.ahead.readouts is not None:
             prediction_ms += READOUT_SHARE * window_ms
-        head_ms = min(expert_ms, max(0.0, window_ms - prediction_ms))
-        run.set_head(head_ms / expert_ms, row_bytes)
-        if run.config.prefetch == "auto" and head_ms / expert_ms < LEAST_HEAD_SHARE:
-            share = f"{head_ms / expert_ms:.0%}"
+        room = max(0.0, window_ms - prediction_ms) / expert_ms
+        run.set_room(room, row_bytes)
+        if run.config.prefetch == "auto" and room < LEAST_HEAD_SHARE:
+            share = f"{room:.0%}"
             logger.info("Nothing is prefetched: a layer takes as long as %s of an expert.", share)
             self._choose_variant = partial(int, ON_DEMAND)
             return
 
-        def saved_ms(change: list[int]) -> float:
-            used = change[PREFETCHES] - change[WASTED]
-            return change[TAILS] * head_ms + used * min(expert_ms, window_ms)
-
-        spent_ms = step_ms[LOOK_AHEAD] - step_ms[ON_DEMAND]
-        ledger = DeviceLedger(self._counters, saved_ms, spent_ms)
-        self._choose_variant = GiveUp(ledger, TRIAL_STEPS).next_variant
+        mark = partial(DeviceMark, self._counters)
+        trials = Trials(mark, base_ms=step_ms[ON_DEMAND], expert_ms=expert_ms)
+        self._choose_variant = trials.next_variant
 
     def _fetch_ms(self) -> float:
         """Time to fetch one expert that is resident already, over itself."""

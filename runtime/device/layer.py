@@ -5,11 +5,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from foreroute.runtime.device.fusions.deferred import Deferred, Source, settled
+from foreroute.runtime.device.fusions.routers import Routed
+from foreroute.runtime.device.kernels.demand import Demand
 from foreroute.runtime.device.kernels.products import expert_products
 from foreroute.runtime.device.prefill import StreamedPrefill
 from foreroute.runtime.device.residency import DeviceResidency
 from foreroute.runtime.device.run_state import DeviceRun
 from foreroute.runtime.hooks import SourceStates
+
+
+class _DeferredExperts(Source):
+    """A layer's experts, left to whoever knows what is added to their results."""
+
+    def __init__(self, layer: DeviceLayer, states: tuple[Deferred, Tensor, Tensor]) -> None:
+        """Defer them.
+
+        Args:
+            layer: Runs them.
+            states: Router input, expert ids and gate weights.
+        """
+        self._layer, self._states, self.counts = layer, states, states[0].source.counts
+
+    def compute(self) -> Tensor:
+        """Their results, [T, D]."""
+        return self._layer.decode(*self._states)
+
+    def plus(self, residual: Tensor) -> Tensor:
+        """Their results added to a state, [T, D], by the launch that computes them."""
+        self.counts["additions in experts"] += 1
+        return self._layer.decode(*self._states, residual)
 
 
 class DeviceLayer:
@@ -55,7 +80,10 @@ class DeviceLayer:
         if self._run.is_prefill:
             states = router_input, expert_ids, gate_weights
             return self._prefill.run(self.residency, experts, *states)
-        return self._decode(router_input.contiguous(), expert_ids, gate_weights)
+        if not isinstance(router_input, Deferred):
+            return self.decode(router_input, expert_ids, gate_weights)
+        experts_of = _DeferredExperts(self, (router_input, expert_ids, gate_weights))
+        return Deferred(experts_of, router_input.shape, router_input.dtype, router_input.device)
 
     def forget(self) -> None:
         """Empty the slots, and drop what a broken forward pass left."""
@@ -63,22 +91,60 @@ class DeviceLayer:
         self.residual = self.router_input = None
         self._arriving, self._read_ahead = None, ()
 
-    def _decode(self, router_input: Tensor, expert_ids: Tensor, gate_weights: Tensor) -> Tensor:
+    def decode(
+        self,
+        router_input: Tensor,
+        expert_ids: Tensor,
+        gate_weights: Tensor,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """Run a decode step's few tokens, or what is deferred of them.
+
+        Args:
+            router_input: [T, D].
+            expert_ids: [T, K].
+            gate_weights: [T, K].
+            residual: Added to the result, [T, D].
+
+        Returns:
+            [T, D].
+        """
+        planned = self._routed(expert_ids, gate_weights)
+        expert_ids, gate_weights = settled(expert_ids), settled(gate_weights)  # the router first:
+        router_input = settled(router_input).contiguous()  # its launch takes the norm
         guess = self._predict(router_input, expert_ids, gate_weights)
         self._join_prefetch()
         residency, form = self.residency, self._run.form
         output = torch.empty_like(router_input)
         for start in range(0, len(expert_ids), self._tokens_at_once):
             tokens = slice(start, start + self._tokens_at_once)
-            demand, places = residency.plan_demand(expert_ids[tokens].contiguous())
+            demand, places = planned or residency.plan_demand(expert_ids[tokens].contiguous())
             if guess is not None:
                 self._run.ahead.wait_stream(torch.cuda.current_stream())
-            weights = gate_weights[tokens].contiguous()
-            own, out = router_input[tokens], output[tokens]
-            expert_products(own, places, weights, residency.weights, form, out, demand)
+            expert_products(
+                router_input[tokens],
+                places,
+                gate_weights[tokens].contiguous(),
+                residency.weights,
+                form,
+                output[tokens],
+                demand,
+                None if residual is None else residual[tokens],
+            )
         if guess is not None:
             self._look_ahead(*guess)
         return output
+
+    def _routed(self, expert_ids: Tensor, gate_weights: Tensor) -> tuple[Demand, Tensor] | None:
+        """The plan by the router's own launch; None if that must not wait, or has run.
+
+        While something is on its way ahead, the plan alone waits for it, not the router.
+        """
+        source = gate_weights.source if isinstance(gate_weights, Deferred) else None
+        can_plan = self._arriving is None and len(expert_ids) <= self._tokens_at_once
+        if not isinstance(source, Routed) or not source.is_pending or not can_plan:
+            return None
+        return self.residency.route_and_plan(source.routing, expert_ids)
 
     def _predict(
         self, router_input: Tensor, expert_ids: Tensor, gate_weights: Tensor
@@ -108,7 +174,7 @@ class DeviceLayer:
         assert target is not None  # there is a guess
         with torch.cuda.stream(run.ahead):
             if run.config.prefetch == "auto":
-                target.residency.load_head(expert_ids, chances, behind=self.residency)
+                target.residency.load_likely(expert_ids, chances, behind=self.residency)
             else:
                 ids = expert_ids.T.contiguous()  # [M, T]: every token's best guess first
                 target.residency.load(ids, behind=self.residency)

@@ -1,59 +1,100 @@
-"""What looking ahead saves on the device, from counters that are copied without waiting."""
+"""Whether looking ahead pays on the device: by the steps' time and counters, without waiting."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from typing import NamedTuple
 
-import torch
-from torch import Tensor
+from foreroute.runtime.device.kernels.tables import MISSES, PREFETCHES, TAILS, WASTED
+from foreroute.runtime.device.marks import Mark
+from foreroute.runtime.policies.give_up import LOOK_AHEAD, ON_DEMAND, PERIOD_STEPS, Balance
 
-from foreroute.runtime.policies.give_up import Balance, Ledger
+logger = logging.getLogger(__name__)
 
-TRIAL_STEPS = 64
+BLOCK_STEPS, BLOCKS = 8, 8
+"""A trial's steps look ahead for a block, decide on demand for the next one, and so on."""
+TRIAL_STEPS = BLOCK_STEPS * BLOCKS
+LONGEST_PERIOD_STEPS = 8 * PERIOD_STEPS
 
 
-class DeviceLedger(Ledger):
-    """Reads the layers' counters at a trial's begin and end."""
+class _Means(NamedTuple):
+    """What the steps of one variant took in a trial."""
 
-    def __init__(
-        self, counters: Tensor, saved_ms: Callable[[list[int]], float], spent_ms: float
-    ) -> None:
-        """Count from here.
+    ms: float
+    misses: float
+    """Whole experts that a step waited for."""
+
+
+class Trials:
+    """Chooses for every decode step whether it looks ahead.
+
+    In a trial both variants take turns. What a step on demand takes beyond one that misses nothing
+    is put down to its misses; a step that looks ahead is compared with what its experts would then
+    have taken on demand, as tokens differ far more in what they need than the variants in time.
+    Trials that find nothing come again after ever longer periods.
+    """
+
+    def __init__(self, mark: Callable[[], Mark], *, base_ms: float, expert_ms: float) -> None:
+        """Begin with a trial.
 
         Args:
-            counters: Of all layers, [L, C] int32, on the device.
-            saved_ms: Time saved in a trial, from the counters' change summed over layers.
-            spent_ms: What looking ahead takes in a step.
+            mark: Marks the moment before a step.
+            base_ms: A step on demand that misses nothing.
+            expert_ms: One expert over the link; the least that a miss is taken to cost.
         """
-        self._counters, self._saved_ms, self._spent_ms = counters, saved_ms, spent_ms
-        self._num_steps = 0
-        self._snapshots: list[tuple[Tensor, torch.cuda.Event | None]] = []
+        self._mark, self._base_ms, self._expert_ms = mark, base_ms, expert_ms
+        self._at, self._period = 0, PERIOD_STEPS
+        self._marks: list[Mark] = []
+        self.is_worth_it = True
 
-    def open(self) -> None:
-        """Copy the counters to the host."""
-        self._snapshots = [self._snapshot()]
+    def next_variant(self) -> int:
+        """Called once before every decode step: `LOOK_AHEAD` or `ON_DEMAND`."""
+        at, self._at = self._at, self._at + 1
+        if at <= TRIAL_STEPS and at % BLOCK_STEPS == 0:
+            self._marks.append(self._mark())
+        if len(self._marks) == BLOCKS + 1 and self._marks[-1].is_past():
+            self._decide(self._balance())
+            self._marks = []
+        if self._at >= self._period:
+            self._at = 0
+        if at < TRIAL_STEPS:
+            return ON_DEMAND if at // BLOCK_STEPS % 2 else LOOK_AHEAD
+        return LOOK_AHEAD if self.is_worth_it else ON_DEMAND
 
-    def close(self, num_steps: int) -> None:
-        """Copy them again."""
-        self._num_steps = num_steps
-        self._snapshots.append(self._snapshot())
+    def _balance(self) -> Balance:
+        """What one step that looks ahead took and saved, from a trial that is over."""
+        changes = [
+            [b - a for a, b in zip(before.counters, after.counters, strict=True)]
+            for before, after in zip(self._marks[:-1], self._marks[1:], strict=True)
+        ]
+        ahead, demand = (self._means(changes, first) for first in (0, 1))
+        miss_ms = self._expert_ms
+        if demand.misses:
+            miss_ms = max(miss_ms, (demand.ms - self._base_ms) / demand.misses)
+        steps_ahead = TRIAL_STEPS / 2
+        used = sum(c[PREFETCHES] - c[WASTED] for c in changes) / steps_ahead
+        begun = sum(c[TAILS] for c in changes) / steps_ahead
+        on_demand_ms = self._base_ms + miss_ms * (ahead.misses + begun + max(0.0, used))
+        return Balance(saved_ms=on_demand_ms, spent_ms=ahead.ms)
 
-    def _snapshot(self) -> tuple[Tensor, torch.cuda.Event | None]:
-        on_gpu = self._counters.is_cuda
-        host = torch.empty(self._counters.shape, dtype=torch.int32, pin_memory=on_gpu)
-        host.copy_(self._counters, non_blocking=on_gpu)
-        event = torch.cuda.Event() if on_gpu else None
-        if event is not None:
-            event.record()
-        return host, event
+    def _means(self, changes: list[list[int]], first: int) -> _Means:
+        blocks = range(first, BLOCKS, 2)
+        ms = sum(self._marks[i + 1].ms_since(self._marks[i]) for i in blocks)
+        misses = sum(changes[i][MISSES] for i in blocks)
+        steps = BLOCK_STEPS * len(blocks)
+        return _Means(ms / steps, misses / steps)
 
-    def balance(self) -> Balance | None:
-        """The last trial's sums, as soon as its counters are here."""
-        if len(self._snapshots) < 2:
-            return None
-        (before, _), (after, event) = self._snapshots
-        if event is not None and not event.query():
-            return None
-        self._snapshots = []
-        saved_ms = self._saved_ms((after - before).sum(0).tolist())
-        return Balance(saved_ms, self._spent_ms * self._num_steps)
+    def _decide(self, balance: Balance) -> None:
+        was_worth_it, self.is_worth_it = self.is_worth_it, balance.saved_ms > balance.spent_ms
+        longer = min(LONGEST_PERIOD_STEPS, 2 * self._period)
+        self._period = PERIOD_STEPS if self.is_worth_it else longer
+        if self.is_worth_it != was_worth_it:
+            logger.info(
+                "Prefetch %s: a step that looks ahead takes %.3f ms, on demand %.3f ms; "
+                "tried again in %d steps.",
+                "goes on" if self.is_worth_it else "rests",
+                balance.spent_ms,
+                balance.saved_ms,
+                self._period - self._at,
+            )

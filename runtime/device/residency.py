@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from foreroute.data.adapters import MoELayer
+from foreroute.runtime.device.fusions.deferred import Deferred
+from foreroute.runtime.device.fusions.routers import Routing
 from foreroute.runtime.device.kernels.demand import Demand
 from foreroute.runtime.device.kernels.fetch import WORD, fetch
 from foreroute.runtime.device.kernels.head import plan_head
 from foreroute.runtime.device.kernels.plan import plan
+from foreroute.runtime.device.kernels.route import DemandPlan
 from foreroute.runtime.device.kernels.tables import ResidencyTables
-from foreroute.runtime.device.run_state import DeviceRun
+from foreroute.runtime.device.run_state import MOST_WHOLE, DeviceRun
 from foreroute.runtime.policies import EvictionPolicy, LayerState
 from foreroute.runtime.policies.eviction import ScoreRule
 from foreroute.runtime.policies.layer_state import TIE
@@ -64,6 +67,22 @@ class DeviceResidency:
         """How experts are scored for eviction."""
         return self._run.rule
 
+    def demand_of(self, num_ids: int) -> tuple[Demand, Tensor]:
+        """Room for a plan of so many experts: the copies, and the places [2, num_ids] int32."""
+        device, tables = self.slots.device, self.tables
+        copies = torch.empty(3, num_ids, dtype=torch.int32, device=device)
+        places = torch.empty(2, num_ids, dtype=torch.int32, device=device)
+        demand = Demand(
+            self.rows,
+            self.slots,
+            copies,
+            self._run.head_words,
+            tables.arrived,
+            tables.progress,
+            self._first_bytes,
+        )
+        return demand, places
+
     def plan_demand(self, expert_ids: Tensor) -> tuple[Demand, Tensor]:
         """What must be copied for these experts, and where each will be.
 
@@ -73,19 +92,27 @@ class DeviceResidency:
         Returns:
             The copies, and the places [2, T * K] int32.
         """
-        num_ids, device = expert_ids.numel(), expert_ids.device
-        copies = torch.empty(3, num_ids, dtype=torch.int32, device=device)
-        places = torch.empty(2, num_ids, dtype=torch.int32, device=device)
-        tables = self.tables
-        plan(expert_ids, tables, self.rule, copies, places=places)
-        demand = Demand(
-            self.rows,
-            self.slots,
-            copies,
-            self._run.head_words,
-            tables.arrived,
-            tables.progress,
-            self._first_bytes,
+        demand, places = self.demand_of(expert_ids.numel())
+        plan(expert_ids, self.tables, self.rule, demand.copies, places=places)
+        return demand, places
+
+    def route_and_plan(self, routing: Routing, expert_ids: Tensor) -> tuple[Demand, Tensor]:
+        """The same by the launch that runs the layer's router.
+
+        Args:
+            routing: Still to run.
+            expert_ids: Its choice, or what is planned for in its place, [T, K].
+        """
+        demand, places = self.demand_of(expert_ids.numel())
+        is_own = isinstance(expert_ids, Deferred)
+        routing.run(
+            DemandPlan(
+                tables=self.tables,
+                rule=self.rule,
+                copies=demand.copies,
+                places=places,
+                expert_ids=None if is_own else expert_ids,
+            )
         )
         return demand, places
 
@@ -107,15 +134,16 @@ class DeviceResidency:
         )
         fetch(self.rows, self.slots, copies, num_blocks=FETCH_BLOCKS)
 
-    def load_head(self, expert_ids: Tensor, chances: Tensor, behind: DeviceResidency) -> None:
-        """Copy the beginning of the likeliest absent expert, if it is likely enough.
+    def load_likely(self, expert_ids: Tensor, chances: Tensor, behind: DeviceResidency) -> None:
+        """Copy as much of the likeliest absent experts as there is time for.
 
         Args:
             expert_ids: [T, M], most likely first.
             chances: How likely each is needed, [T, M] float32, 0..1.
             behind: A layer whose demand is copied first.
         """
-        copies = torch.empty(3, 1, dtype=torch.int32, device=expert_ids.device)
+        most = min(MOST_WHOLE + 1, expert_ids.numel())
+        copies = torch.empty(3, most, dtype=torch.int32, device=expert_ids.device)
         head_words = self._run.head_words
         plan_head(
             expert_ids,
@@ -126,6 +154,7 @@ class DeviceResidency:
             head_words=head_words,
             num_words=self.rows.shape[1] // WORD.itemsize,
             behind=behind.tables.progress,
+            num_whole=self._run.num_whole,
         )
         fetch(self.rows, self.slots, copies, num_blocks=FETCH_BLOCKS, head_words=head_words)
 

@@ -13,6 +13,9 @@ from foreroute.runtime.device.predictor import DevicePredictor
 from foreroute.runtime.driver import RunState
 from foreroute.runtime.policies.eviction import ScoreRule
 
+MOST_WHOLE = 3
+"""Experts copied early for one layer, besides the head of one more."""
+
 
 @dataclass(kw_only=True)
 class DeviceRun(RunState):
@@ -26,18 +29,24 @@ class DeviceRun(RunState):
     """Predictions and prefetches run here, beside the compute."""
     head_words: Tensor
     """Where an expert's head ends, [1] int32 on the device; see `fetch`."""
+    num_whole: Tensor
+    """Experts copied early before that head, [1] int32 on the device; see `plan_head`."""
     trust: Tensor
     """See `ResidencyTables`."""
     prompt_weight: float
     """What one use by a prompt counts for eviction, in uses by a decode step."""
 
-    def set_head(self, share: float, row_bytes: int) -> None:
-        """Make heads this share of an expert, in whole blocks of the fetch kernel.
+    def set_room(self, experts: float, row_bytes: int) -> None:
+        """Say how much can be copied early: whole experts, and a head in whole blocks of `fetch`.
 
         Args:
-            share: 0..1.
+            experts: As many as there is time for, 0 or more; at most `MOST_WHOLE` and a head.
             row_bytes: Of an expert.
         """
         words = row_bytes // WORD.itemsize
-        blocks = max(1, round(share * words / BLOCK_WORDS))
+        whole = min(MOST_WHOLE, int(experts))
+        blocks = round(min(experts - whole, 1.0) * words / BLOCK_WORDS)
+        if not whole:
+            blocks = max(1, blocks)
+        self.num_whole.fill_(whole)
         self.head_words.fill_(min(words, blocks * BLOCK_WORDS))

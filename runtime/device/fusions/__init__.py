@@ -4,8 +4,17 @@ Everything is undone by closing the `ExitStack` that the functions are given.
 """
 
 from foreroute.runtime.device.fusions.attention import fuse_attention
-from foreroute.runtime.device.fusions.norms import fuse_norms
+from foreroute.runtime.device.fusions.deferred_norms import defer_norms
+from foreroute.runtime.device.fusions.norms import find_norms, fuse_norms
 from foreroute.runtime.device.fusions.rotary import fuse_rotary
-from foreroute.runtime.device.fusions.routers import fuse_routers
+from foreroute.runtime.device.fusions.routers import find_routers, fuse_routers
 
-__all__ = ["fuse_attention", "fuse_norms", "fuse_rotary", "fuse_routers"]
+__all__ = [
+    "defer_norms",
+    "find_norms",
+    "find_routers",
+    "fuse_attention",
+    "fuse_norms",
+    "fuse_rotary",
+    "fuse_routers",
+]

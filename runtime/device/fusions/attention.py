@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -13,18 +14,20 @@ from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from foreroute.runtime.device.fusions.deferred import Deferred, Known, settled
 from foreroute.runtime.device.kernels.attention import can_attend, decode_attention
 
 ATTENTION_NAME = "foreroute_decode"
 CONFIG_FIELD = "_attn_implementation_internal"
 
 
-def fuse_attention(model: Any, undo: ExitStack) -> int:
+def fuse_attention(model: Any, undo: ExitStack, counts: Counter[str] | None = None) -> int:
     """Compute attention of single tokens under boolean masks by one kernel.
 
     Args:
         model: Transformers model; each of its attention configurations is switched.
         undo: Gets the callbacks that switch back.
+        counts: See `Source`; if None, nothing that follows is deferred.
 
     Returns:
         How many configurations were switched.
@@ -36,7 +39,7 @@ def fuse_attention(model: Any, undo: ExitStack) -> int:
         if original is None or original == ATTENTION_NAME:
             continue
         name = f"{ATTENTION_NAME}_{original}"
-        ALL_ATTENTION_FUNCTIONS.register(name, partial(_attend, original=original))
+        ALL_ATTENTION_FUNCTIONS.register(name, partial(_attend, original=original, counts=counts))
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, sdpa_mask)
         setattr(config, CONFIG_FIELD, name)
         undo.callback(setattr, config, CONFIG_FIELD, original)
@@ -52,6 +55,7 @@ def _attend(
     attention_mask: Tensor | None,
     *,
     original: str,
+    counts: Counter[str] | None,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -59,13 +63,17 @@ def _attend(
     **settings: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """An attention function as transformers calls it; `s_aux` are its attention sinks."""
+    query, key, value = settled(query), settled(key), settled(value)
     if position_bias is None and can_attend(query, key, value, attention_mask):
         assert attention_mask is not None
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         output = decode_attention(
             query, key, value, attention_mask, scaling=scaling, softcap=softcap, sinks=s_aux
         )
-        return output, None
+        if counts is None:
+            return output, None
+        state = Known(output.view(len(output), -1), counts)
+        return Deferred(state, output.shape, output.dtype, output.device), None
     named = {"softcap": softcap, "s_aux": s_aux, "position_bias": position_bias}
     settings |= {name: given for name, given in named.items() if given is not None}
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from foreroute.runtime.device.kernels.norm import Norm, normed_reference
 
 EPSILON_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps")
 TOLERANCE = 1e-4
 
 
+def find_norms(model: nn.Module) -> list[tuple[nn.Module, Norm]]:
+    """Every RMS norm whose own output PyTorch's fused one reproduces, up to rounding."""
+    found = ((module, _norm_of(module)) for module in model.modules())
+    return [(module, norm) for module, norm in found if norm is not None]
+
+
 def fuse_norms(model: nn.Module, undo: ExitStack) -> int:
-    """Fuse every RMS norm whose own output the fused one reproduces; differs only by rounding.
+    """Fuse every norm of `find_norms`.
 
     Args:
         model: Its norm modules get another forward.
@@ -23,18 +31,15 @@ def fuse_norms(model: nn.Module, undo: ExitStack) -> int:
     Returns:
         How many norms were fused.
     """
-    num_fused = 0
-    for module in model.modules():
-        fused = _fused_forward(module)
-        if fused is not None:
-            module.forward = fused
-            undo.callback(module.__dict__.pop, "forward")
-            num_fused += 1
-    return num_fused
+    found = find_norms(model)
+    for module, norm in found:
+        module.forward = partial(normed_reference, norm=norm)
+        undo.callback(module.__dict__.pop, "forward")
+    return len(found)
 
 
-def _fused_forward(module: Any) -> Callable[[Tensor], Tensor] | None:
-    """A fused forward that agrees with the module's own, or None."""
+def _norm_of(module: Any) -> Norm | None:
+    """The norm that agrees with the module's own forward, or None."""
     epsilon = next((getattr(module, n) for n in EPSILON_NAMES if hasattr(module, n)), None)
     parameters = dict(module.named_parameters(recurse=False))
     weight = parameters.get("weight")
@@ -48,15 +53,9 @@ def _fused_forward(module: Any) -> Callable[[Tensor], Tensor] | None:
     except (TypeError, RuntimeError):  # a norm that takes more than the states
         return None
     for factor in (weight.detach(), weight.detach() + 1):  # type: ignore[union-attr]
-        forward = _forward_with(factor, float(epsilon))
+        norm = Norm(factor=factor, eps=float(epsilon))
         tolerance = max(TOLERANCE, 4 * torch.finfo(sample.dtype).eps)
-        if torch.allclose(forward(sample).float(), expected, atol=tolerance, rtol=tolerance):
-            return forward
+        got = normed_reference(sample, norm).float()
+        if torch.allclose(got, expected, atol=tolerance, rtol=tolerance):
+            return norm
     return None
-
-
-def _forward_with(factor: Tensor, epsilon: float) -> Callable[[Tensor], Tensor]:
-    def forward(hidden_states: Tensor) -> Tensor:
-        return nn.functional.rms_norm(hidden_states, factor.shape, factor, epsilon)
-
-    return forward

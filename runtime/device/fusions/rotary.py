@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foreroute.runtime.device.fusions.deferred import settled
+from foreroute.runtime.device.fusions.heads import rotated
 from foreroute.runtime.device.kernels.rotary import rotate, rotate_reference
 
 FUNCTION_NAME = "apply_rotary_pos_emb"
@@ -67,8 +69,14 @@ def _fused(original: Rotation, shares: list[int]) -> Rotation:
     """The kernel for calls of the verified kind, the original for any other."""
 
     def rotation(*args: Any, **kwargs: Any) -> Any:
-        is_known = len(args) == 4 and not kwargs and _is_verified(*args, shares)
-        return rotate(*args) if is_known else original(*args, **kwargs)
+        if len(args) == 4 and not kwargs:
+            deferred = rotated(*args, shares)
+            if deferred is not None:
+                return deferred
+            q, k, cos, sin = (settled(arg) for arg in args)
+            if _is_verified(q, k, cos, sin, shares):
+                return rotate(q, k, cos, sin)
+        return original(*args, **kwargs)
 
     return rotation
 

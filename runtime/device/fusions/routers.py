@@ -2,48 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from foreroute.runtime.device.fusions.deferred import Deferred, Known, Source, settled
+from foreroute.runtime.device.fusions.normed import Normed
+from foreroute.runtime.device.kernels.linear import can_multiply
+from foreroute.runtime.device.kernels.route import DemandPlan, RouterProduct, route
 from foreroute.runtime.device.kernels.top_k import softmax_top_k, softmax_top_k_reference
 
 SAMPLE_TOKENS = 8
+RESULTS = ("logits", "gate_weights", "expert_ids")
+"""The fields of `Choice` that a router returns."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _RouterForm:
-    """What a router returns, in which order."""
+class FoundRouter:
+    """A router that the kernels can stand in for."""
 
+    module: nn.Module
     order: tuple[str, ...]
-    """`logits`, `weights` and `ids` as they are returned."""
-    top_k: int
-    renormalise: bool
-    weights_dtype: torch.dtype
+    """`logits`, `gate_weights` and `expert_ids` as it returns them."""
+    product: RouterProduct
+    """Its weights; read by captured graphs, so it must live as long as they do."""
 
 
-def fuse_routers(routers: Iterable[nn.Module], undo: ExitStack) -> int:
-    """Fuse softmax and top-k of every router whose own output the fused one reproduces.
+def find_routers(routers: Iterable[nn.Module]) -> list[FoundRouter]:
+    """Every router whose own output softmax and top-k of a product reproduce.
 
     Args:
         routers: Modules that take [.., D] and return logits, gate weights and ids in some order.
-        undo: Gets the callbacks that put the original forwards back.
-
-    Returns:
-        How many routers were fused.
     """
-    num_fused = 0
+    found = (_found(router) for router in routers)
+    return [router for router in found if router is not None]
+
+
+def fuse_routers(routers: Iterable[FoundRouter], undo: ExitStack) -> None:
+    """Fuse softmax and top-k, and what is deferred before them.
+
+    Args:
+        routers: Their modules get another forward.
+        undo: Gets the callbacks that put the original forwards back.
+    """
     for router in routers:
-        form = _find_form(router)
-        if form is not None:
-            router.forward = _fused(router, form)
-            undo.callback(router.__dict__.pop, "forward")
-            num_fused += 1
-    return num_fused
+        router.module.forward = partial(_forward, router)
+        undo.callback(router.module.__dict__.pop, "forward")
 
 
 def _logits(router: Any, hidden: Tensor) -> Tensor:
@@ -54,7 +63,7 @@ def _logits(router: Any, hidden: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _find_form(router: Any) -> _RouterForm | None:
+def _found(router: Any) -> FoundRouter | None:
     """How the router's results follow from its logits; None if not by softmax and top-k."""
     parameters = dict(router.named_parameters())
     weight = parameters.get("weight")
@@ -75,13 +84,18 @@ def _find_form(router: Any) -> _RouterForm | None:
     top_k = ids.shape[1]
     for renormalise in (True, False):
         weights, expected_ids = softmax_top_k_reference(logits, top_k, renormalise=renormalise)
-        expected = {"logits": logits, "weights": weights, "ids": expected_ids}
+        expected = dict(zip(RESULTS, (logits, weights, expected_ids), strict=True))
         order = tuple(_name_of(output, expected) for output in outputs)
         if set(order) == set(expected):
-            dtype = outputs[order.index("weights")].dtype
-            return _RouterForm(
-                order=order, top_k=top_k, renormalise=renormalise, weights_dtype=dtype
+            product = RouterProduct(
+                weight=router.weight,
+                bias=getattr(router, "bias", None),
+                top_k=top_k,
+                renormalise=renormalise,
+                dtype=outputs[order.index("gate_weights")].dtype,
+                arrivals=torch.zeros(1, dtype=torch.int32, device=weight.device),
             )
+            return FoundRouter(module=router, order=order, product=product)
     return None
 
 
@@ -90,22 +104,86 @@ def _name_of(output: Tensor, expected: dict[str, Tensor]) -> str:
     for name, tensor in expected.items():
         if output.shape != tensor.shape:
             continue
-        if name == "ids" and torch.equal(output.long(), tensor):
+        if name == "expert_ids" and torch.equal(output.long(), tensor):
             return name
-        if name != "ids" and output.is_floating_point():
+        if name != "expert_ids" and output.is_floating_point():
             tolerance = 4 * torch.finfo(tensor.dtype).eps
             if torch.allclose(output.float(), tensor.float(), atol=tolerance, rtol=tolerance):
                 return name
     return ""
 
 
-def _fused(router: Any, form: _RouterForm) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    def forward(hidden_states: Tensor) -> tuple[Tensor, ...]:
-        logits = _logits(router, hidden_states)
-        weights, ids = softmax_top_k(
-            logits, form.top_k, renormalise=form.renormalise, dtype=form.weights_dtype
-        )
-        results = {"logits": logits, "weights": weights, "ids": ids}
-        return tuple(results[name] for name in form.order)
+class Routing:
+    """One router's results for a few tokens, from one launch."""
 
-    return forward
+    def __init__(self, source: Normed | Known, router: RouterProduct) -> None:
+        """Defer it.
+
+        Args:
+            source: The router's input, [T, D].
+            router: Its product, and what follows.
+        """
+        self.source, self.router, self.counts = source, router, source.counts
+        self.results = {name: Routed(self, name) for name in RESULTS}
+
+    def run(self, demand: DemandPlan | None = None) -> None:
+        """Launch it, and plan for its choice if that is given."""
+        source, norm = self.source, None
+        if isinstance(source, Normed) and source.is_pending:
+            norm, state = source.norm, source.before.state
+        else:
+            state = source.value()
+        choice = route(state, self.router, norm, demand)
+        if norm is not None:
+            source.settle(choice.router_input)
+        for name, result in self.results.items():
+            result.settle(getattr(choice, name))
+        self.counts["routers with their top-k"] += 1
+        self.counts["norms in routers"] += norm is not None
+        self.counts["plans in routers"] += demand is not None
+
+
+class Routed(Source):
+    """One of a router's results."""
+
+    def __init__(self, routing: Routing, name: str) -> None:
+        """Defer it.
+
+        Args:
+            routing: Of all of them.
+            name: One of `RESULTS`.
+        """
+        self.routing, self.name, self.counts = routing, name, routing.counts
+
+    def compute(self) -> Tensor:
+        """[T, E] logits, or [T, K]."""
+        self.routing.run()
+        return self.value()
+
+
+def _deferred(hidden: Any, router: RouterProduct) -> dict[str, Tensor] | None:
+    """The router's results, left to the experts; None where its input is not deferred."""
+    source = hidden.source if isinstance(hidden, Deferred) else None
+    if not isinstance(source, Normed | Known):
+        return None
+    state = source.before.state if isinstance(source, Normed) else source.state
+    if not can_multiply(state, router.weight, router.bias):
+        return None
+    routing, device = Routing(source, router), router.weight.device
+    num_tokens, num_experts = len(state), len(router.weight)
+    kinds = ((num_experts, state.dtype), (router.top_k, router.dtype), (router.top_k, torch.int64))
+    return {
+        name: Deferred(routing.results[name], (num_tokens, size), dtype, device)
+        for name, (size, dtype) in zip(RESULTS, kinds, strict=True)
+    }
+
+
+def _forward(found: FoundRouter, hidden_states: Tensor) -> tuple[Tensor, ...]:
+    results = _deferred(hidden_states, found.product)
+    if results is None:
+        logits, product = _logits(found.module, settled(hidden_states)), found.product
+        weights, ids = softmax_top_k(
+            logits, product.top_k, renormalise=product.renormalise, dtype=product.dtype
+        )
+        results = dict(zip(RESULTS, (logits, weights, ids), strict=True))
+    return tuple(results[name] for name in found.order)

@@ -27,9 +27,14 @@ def copy_blocks(  # noqa: ANN201
     num_programs,
     BLOCK: tl.constexpr,
 ):
-    """Copy every `num_programs`-th block of [first, last) of one expert, up to word `end`."""
+    """Copy every `num_programs`-th block of [first, last) of one expert, up to word `end`.
+
+    Pairs of words, which no other tile of a kernel is made of: a tile of `BLOCK` words shared its
+    layout with a product's tile of as many inputs, and then crossed the link at two thirds.
+    """
+    pairs = 2 * tl.arange(0, BLOCK // 2)[:, None] + tl.arange(0, 2)[None, :]
     for block in range(first + program, last, num_programs):
-        words = block * BLOCK + tl.arange(0, BLOCK)
+        words = block * BLOCK + pairs
         is_word = words < end
         values = tl.load(rows + expert * num_words + words, mask=is_word)
         tl.store(slots + slot * num_words + words, values, mask=is_word)

@@ -30,6 +30,10 @@ KIND_PLAIN, KIND_FP8, KIND_FP8_BLOCKS, KIND_INT4 = map(tl.constexpr, (PLAIN, FP8
 KIND_LOSSLESS = tl.constexpr(LOSSLESS)
 """The same for kernels. Up to `FP8` a row has one scale at most; from `FP8_BLOCKS` on groups of
 elements share scales, and from `INT4` on a byte holds two numbers."""
+KIND_MXFP4 = tl.constexpr(MXFP4)
+FLOAT4_OF_STATE, FLOAT4_OF_SUM = tl.constexpr(2.0**100), tl.constexpr(2.0**26)
+"""Factors that make up for `_float4`: on inputs, once for all rows, and on a group's sum. Powers of
+two round nothing; together 2**126, apart so that neither inputs nor sums leave float32's range."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +174,8 @@ def load_inputs(  # noqa: ANN201
     else:
         low = tl.load(state + 2 * element, mask=is_there, other=0.0).to(tl.float32)
         high = tl.load(state + 2 * element + 1, mask=is_there, other=0.0).to(tl.float32)
+    if KIND == KIND_MXFP4:
+        low, high = low * FLOAT4_OF_STATE, high * FLOAT4_OF_STATE
     return element, is_there, low, high
 
 
@@ -235,7 +241,8 @@ def row_sums(  # noqa: ANN201
             sums = _float4(raw & 15) * low[None, :, :] + _float4(raw >> 4) * high[None, :, :]
             exponent = scale.to(tl.int32)
             bits = tl.where(exponent == 0, 1 << 22, exponent << 23)
-            total = tl.sum(sums, 2) * bits.to(tl.float32, bitcast=True)  # 2 ** (exponent - 127)
+            # 2 ** (exponent - 127)
+            total = tl.sum(sums, 2) * FLOAT4_OF_SUM * bits.to(tl.float32, bitcast=True)
         return tl.sum(total, 1)
 
 
@@ -255,7 +262,7 @@ def _float8(bits):
 
 @triton.jit
 def _float4(bits):
-    """The number that e2m1 bits stand for: 0, .5, 1, 1.5, 2, 3, 4, 6, and their negatives."""
+    """2**-126 of what e2m1 bits stand for: 0, .5, 1, 1.5, 2, 3, 4, 6, and their negatives."""
     wide = bits.to(tl.int32)
     moved = ((wide & 7) << 22) | ((wide & 8) << 28)
-    return moved.to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2 ** 126
+    return moved.to(tl.float32, bitcast=True)

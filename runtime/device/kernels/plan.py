@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -9,9 +12,16 @@ from torch import Tensor
 
 from foreroute.runtime.device.kernels.demand import DEMAND_PROGRAMS, MOST_TRIES, let_pass
 from foreroute.runtime.device.kernels.tables import (
+    AT_MISSES,
+    AT_PREFETCHES,
+    AT_TAILS,
+    AT_WASTED,
+    AT_WASTED_HEADS,
     EMPTY,
     HITS,
     MISSES,
+    NO_EXPERT,
+    ONLY_TAIL,
     PREFETCHES,
     TAIL,
     TAILS,
@@ -22,6 +32,143 @@ from foreroute.runtime.device.kernels.tables import (
     ResidencyTables,
 )
 from foreroute.runtime.policies.eviction import ScoreRule
+
+
+@triton.jit
+def plan_ids(  # noqa: ANN201
+    expert_ids,
+    slot_of,
+    expert_in,
+    score,
+    is_unused_prefetch,
+    step,
+    counters,
+    pending,
+    pending_confidence,
+    trust,
+    arrived,
+    progress,
+    copies,
+    places,
+    num_experts,
+    num_slots,
+    decay,
+    memory,
+    IS_RECENCY: tl.constexpr,
+    IS_PREFETCH: tl.constexpr,
+    HAS_PLACES: tl.constexpr,
+    COPIERS: tl.constexpr,
+    NUM_IDS: tl.constexpr,
+    IDS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    """What `plan` does, inside the one program that does it."""
+    at, slots, experts = tl.arange(0, IDS), tl.arange(0, SLOTS), tl.arange(0, EXPERTS)
+    is_slot, is_expert = slots < num_slots, experts < num_experts
+    ids = tl.load(expert_ids + at, mask=at < NUM_IDS, other=-1).to(tl.int32)
+    held = tl.load(expert_in + slots, mask=is_slot, other=-2)  # -2 is no expert and no id
+    unused = tl.load(is_unused_prefetch + slots, mask=is_slot, other=0)
+    before = tl.load(score + experts, mask=is_expert, other=0.0)
+    now = tl.load(step) + (0 if IS_PREFETCH else 1)
+    where_held = tl.load(slot_of + ids, mask=ids >= 0, other=0)
+    taken = tl.where(is_slot, 0, 1)  # slots that may not be evicted
+    in_use = tl.zeros([EXPERTS], dtype=tl.int32)
+    SOME: tl.constexpr = 16 if IDS > 16 else IDS
+    for start in tl.static_range(0, NUM_IDS, SOME):
+        some_at = start + tl.arange(0, SOME)
+        some = tl.load(expert_ids + some_at, mask=some_at < NUM_IDS, other=-1).to(tl.int32)
+        is_held = (held[:, None] == some[None, :]) & (some >= 0)[None, :]
+        taken = tl.maximum(taken, tl.max(is_held.to(tl.int32), 1))
+        is_used = experts[:, None] == some[None, :]
+        in_use = tl.maximum(in_use, tl.max(is_used.to(tl.int32), 1))
+    copied = tl.full([IDS], -1, dtype=tl.int32)
+    placed = tl.zeros([IDS], dtype=tl.int32)
+    part = tl.zeros([IDS], dtype=tl.int32)
+    place = where_held
+    is_late = tl.zeros([IDS], dtype=tl.int32)
+    if not IS_PREFETCH:
+        num_hits = tl.sum((is_slot & (taken == 1)).to(tl.int32), 0)
+        num_right = tl.sum(tl.where(is_slot & (taken == 1), unused, 0), 0)
+        unused = tl.where(is_slot & (taken == 1), 0, unused)
+        said = tl.load(pending_confidence)
+        early = tl.load(pending)
+        if early >= 0:  # its head is here: settle it
+            early_slot = tl.load(pending + 1)
+            first = tl.min(tl.where(ids == early, at, IDS), 0)
+            is_right = (first < IDS).to(tl.int32)
+            tl.store(pending, NO_EXPERT)
+            copied = tl.where(at == first, early, copied)
+            placed = tl.where(at == first, early_slot, placed)
+            part = tl.where(at == first, ONLY_TAIL, part)
+            is_late = tl.where(ids == early, 1, is_late)
+            num_hits -= is_right  # its tail is missing
+            num_right += is_right
+            tl.store(counters + AT_TAILS, tl.load(counters + AT_TAILS) + is_right)
+            tl.store(counters + AT_WASTED_HEADS, tl.load(counters + AT_WASTED_HEADS) + 1 - is_right)
+            if is_right == 0:
+                tl.store(slot_of + early, NO_EXPERT)
+                tl.store(expert_in + early_slot, NO_EXPERT)
+                held = tl.where(slots == early_slot, NO_EXPERT, held)
+        if said > 0:  # of all guesses for this step
+            right, expected = tl.load(trust), tl.load(trust + 1)
+            tl.store(trust, right * memory + num_right)
+            tl.store(trust + 1, expected * memory + said)
+            tl.store(pending_confidence, 0.0)
+        tl.store(counters, tl.load(counters) + num_hits)
+        tl.store(step, now)
+    is_absent = ((ids >= 0) & (where_held < 0)).to(tl.int32)
+    num_absent = tl.sum(is_absent, 0)
+    if num_absent > 0:
+        worth = tl.load(score + held, mask=held >= 0, other=-1.0)
+        num_copies, num_wasted = 0, 0
+        while num_absent > 0:
+            first = tl.min(tl.where(is_absent == 1, at, IDS), 0)
+            wanted = tl.sum(tl.where(at == first, ids, 0), 0)
+            is_absent = tl.where(ids == wanted, 0, is_absent)
+            num_absent = tl.sum(is_absent, 0)
+            if tl.min(taken, 0) == 0:
+                slot = tl.argmin(tl.where(taken == 0, worth, float("inf")), 0)
+                here = slots == slot
+                evicted = tl.sum(tl.where(here, held, 0), 0)
+                num_wasted += tl.sum(tl.where(here, unused, 0), 0)
+                if evicted >= 0:
+                    tl.store(slot_of + evicted, NO_EXPERT)
+                tl.store(slot_of + wanted, slot)
+                copied = tl.where(at == first, wanted, copied)
+                placed = tl.where(at == first, slot, placed)
+                place = tl.where(ids == wanted, slot, place)
+                is_late = tl.where(ids == wanted, 1, is_late)
+                held = tl.where(here, wanted, held)
+                taken = tl.where(here, 1, taken)
+                unused = tl.where(here, 1 if IS_PREFETCH else 0, unused)
+                num_copies += 1
+        tl.store(expert_in + slots, held, mask=is_slot)
+        kind = counters + (AT_PREFETCHES if IS_PREFETCH else AT_MISSES)
+        tl.store(kind, tl.load(kind) + num_copies)
+        tl.store(counters + AT_WASTED, tl.load(counters + AT_WASTED) + num_wasted)
+    tl.store(copies + at, copied, mask=at < NUM_IDS)
+    tl.store(copies + NUM_IDS + at, placed, mask=copied >= 0)
+    tl.store(copies + 2 * NUM_IDS + at, part, mask=copied >= 0)
+    tl.store(is_unused_prefetch + slots, unused, mask=is_slot)
+    if HAS_PLACES:
+        is_copied = copied >= 0
+        tl.store(arrived + placed, 0, mask=is_copied)
+        tl.store(progress, tl.where(tl.max(is_copied.to(tl.int32), 0) > 0, COPIERS, 0))
+        tl.store(progress + 1, 0)
+        is_id = at < NUM_IDS
+        # late ones last; of either kind those of one expert after each other, to be read once
+        is_same = (ids[:, None] == ids[None, :]) & is_id[None, :]
+        first_same = tl.min(tl.where(is_same, at[None, :], IDS), 1)
+        key = (is_late * IDS + first_same) * IDS + at
+        all_keys = tl.where(is_id, key, 4 * IDS * IDS)
+        rank = tl.sum((all_keys[None, :] < key[:, None]).to(tl.int32), 1)
+        tl.store(places + at, tl.where(is_late == 1, -1 - place, place), mask=is_id)
+        tl.store(places + NUM_IDS + rank, at, mask=is_id)
+    if IS_RECENCY:
+        tl.store(score + experts, now.to(tl.float32), mask=in_use == 1)
+    elif not IS_PREFETCH:
+        tl.store(score + experts, before * decay + in_use.to(tl.float32), mask=is_expert)
 
 
 @triton.jit
@@ -38,116 +185,103 @@ def _plan_kernel(
     trust,
     arrived,
     progress,
-    behind,
     copies,
     places,
     num_experts,
     num_slots,
     decay,
     memory,
+    behind,
     IS_RECENCY: tl.constexpr,
     IS_PREFETCH: tl.constexpr,
     HAS_PLACES: tl.constexpr,
-    HAS_BEHIND: tl.constexpr,
     COPIERS: tl.constexpr,
-    MOST_TRIES: tl.constexpr,
     NUM_IDS: tl.constexpr,
     IDS: tl.constexpr,
     SLOTS: tl.constexpr,
     EXPERTS: tl.constexpr,
+    HAS_BEHIND: tl.constexpr,
+    MOST_TRIES: tl.constexpr,
 ):
     if HAS_BEHIND:
         let_pass(behind, MOST_TRIES)
-    at, slots, experts = tl.arange(0, IDS), tl.arange(0, SLOTS), tl.arange(0, EXPERTS)
-    is_slot, is_expert = slots < num_slots, experts < num_experts
-    ids = tl.load(expert_ids + at, mask=at < NUM_IDS, other=-1).to(tl.int32)
-    held = tl.load(expert_in + slots, mask=is_slot, other=-2)  # -2 is no expert and no id
-    unused = tl.load(is_unused_prefetch + slots, mask=is_slot, other=0)
-    before = tl.load(score + experts, mask=is_expert, other=0.0)
-    now = tl.load(step) + (0 if IS_PREFETCH else 1)
-    where_held = tl.load(slot_of + ids, mask=ids >= 0, other=0)
-    taken = tl.where(is_slot, 0, 1)  # slots that may not be evicted
-    in_use = tl.zeros([EXPERTS], dtype=tl.int32)
-    for i in tl.static_range(NUM_IDS):
-        expert = tl.load(expert_ids + i).to(tl.int32)
-        taken = tl.where((held == expert) & (expert >= 0), 1, taken)
-        in_use = tl.where(experts == expert, 1, in_use)
-    copied = tl.full([IDS], -1, dtype=tl.int32)
-    placed = tl.zeros([IDS], dtype=tl.int32)
-    part = tl.zeros([IDS], dtype=tl.int32)
-    place = where_held
-    is_late = tl.zeros([IDS], dtype=tl.int32)
-    if not IS_PREFETCH:
-        num_hits = tl.sum((is_slot & (taken == 1)).to(tl.int32), 0)
-        unused = tl.where(is_slot & (taken == 1), 0, unused)
-        early = tl.load(pending)
-        if early >= 0:  # its head is here: settle it
-            early_slot = tl.load(pending + 1)
-            first = tl.min(tl.where(ids == early, at, IDS), 0)
-            is_right = (first < IDS).to(tl.int32)
-            expected = tl.load(trust + 1) * memory + tl.load(pending_confidence)
-            tl.store(trust, tl.load(trust) * memory + is_right)
-            tl.store(trust + 1, expected)
-            tl.store(pending, -1)
-            copied = tl.where(at == first, early, copied)
-            placed = tl.where(at == first, early_slot, placed)
-            part = tl.where(at == first, 2, part)
-            is_late = tl.where(ids == early, 1, is_late)
-            num_hits -= is_right  # its tail is missing
-            tl.store(counters + 5, tl.load(counters + 5) + is_right)
-            tl.store(counters + 6, tl.load(counters + 6) + 1 - is_right)
-            if is_right == 0:
-                tl.store(slot_of + early, -1)
-                tl.store(expert_in + early_slot, -1)
-                held = tl.where(slots == early_slot, -1, held)
-        tl.store(counters, tl.load(counters) + num_hits)
-        tl.store(step, now)
-    if tl.sum(((ids >= 0) & (where_held < 0)).to(tl.int32), 0) > 0:
-        worth = tl.load(score + held, mask=held >= 0, other=-1.0)
-        num_copies, num_wasted = 0, 0
-        for k in range(NUM_IDS):
-            wanted = tl.load(expert_ids + k).to(tl.int32)
-            is_here = tl.sum((held == wanted).to(tl.int32), 0)
-            room = tl.min(taken, 0) == 0
-            if (is_here == 0) & (wanted >= 0) & room:
-                slot = tl.argmin(tl.where(taken == 0, worth, float("inf")), 0)
-                here = slots == slot
-                evicted = tl.sum(tl.where(here, held, 0), 0)
-                num_wasted += tl.sum(tl.where(here, unused, 0), 0)
-                if evicted >= 0:
-                    tl.store(slot_of + evicted, -1)
-                tl.store(slot_of + wanted, slot)
-                copied = tl.where(at == k, wanted, copied)
-                placed = tl.where(at == k, slot, placed)
-                place = tl.where(ids == wanted, slot, place)
-                is_late = tl.where(ids == wanted, 1, is_late)
-                held = tl.where(here, wanted, held)
-                taken = tl.where(here, 1, taken)
-                unused = tl.where(here, 1 if IS_PREFETCH else 0, unused)
-                num_copies += 1
-        tl.store(expert_in + slots, held, mask=is_slot)
-        kind = counters + (2 if IS_PREFETCH else 1)
-        tl.store(kind, tl.load(kind) + num_copies)
-        tl.store(counters + 3, tl.load(counters + 3) + num_wasted)
-    tl.store(copies + at, copied, mask=at < NUM_IDS)
-    tl.store(copies + NUM_IDS + at, placed, mask=copied >= 0)
-    tl.store(copies + 2 * NUM_IDS + at, part, mask=copied >= 0)
-    tl.store(is_unused_prefetch + slots, unused, mask=is_slot)
-    if HAS_PLACES:
-        is_copied = copied >= 0
-        tl.store(arrived + placed, 0, mask=is_copied)
-        tl.store(progress, tl.where(tl.max(is_copied.to(tl.int32), 0) > 0, COPIERS, 0))
-        tl.store(progress + 1, 0)
-        is_id = at < NUM_IDS
-        is_here = (is_id & (is_late == 0)).to(tl.int32)
-        rank_here, rank_late = tl.cumsum(is_here, 0) - 1, tl.cumsum(is_late, 0) - 1
-        rank = tl.where(is_late == 1, tl.sum(is_here, 0) + rank_late, rank_here)
-        tl.store(places + at, tl.where(is_late == 1, -1 - place, place), mask=is_id)
-        tl.store(places + NUM_IDS + rank, at, mask=is_id)
-    if IS_RECENCY:
-        tl.store(score + experts, now.to(tl.float32), mask=in_use == 1)
-    elif not IS_PREFETCH:
-        tl.store(score + experts, before * decay + in_use.to(tl.float32), mask=is_expert)
+    plan_ids(
+        expert_ids,
+        slot_of,
+        expert_in,
+        score,
+        is_unused_prefetch,
+        step,
+        counters,
+        pending,
+        pending_confidence,
+        trust,
+        arrived,
+        progress,
+        copies,
+        places,
+        num_experts,
+        num_slots,
+        decay,
+        memory,
+        IS_RECENCY,
+        IS_PREFETCH,
+        HAS_PLACES,
+        COPIERS,
+        NUM_IDS,
+        IDS,
+        SLOTS,
+        EXPERTS,
+    )
+
+
+def plan_arguments(
+    expert_ids: Tensor,
+    tables: ResidencyTables,
+    rule: ScoreRule,
+    copies: Tensor,
+    *,
+    places: Tensor | None = None,
+    is_prefetch: bool = False,
+) -> dict[str, Any]:
+    """Those of a kernel that calls `plan_ids`; takes what `plan` takes."""
+    num_experts, num_slots = len(tables.slot_of), len(tables.expert_in)
+    num_ids = expert_ids.numel()
+    return {
+        **{field.name: getattr(tables, field.name) for field in fields(tables)},
+        "expert_ids": expert_ids,
+        "copies": copies,
+        "places": copies if places is None else places,
+        "num_experts": num_experts,
+        "num_slots": num_slots,
+        "decay": rule.decay,
+        "memory": TRUST_MEMORY,
+        "IS_RECENCY": rule.is_recency,
+        "IS_PREFETCH": is_prefetch,
+        "HAS_PLACES": places is not None,
+        "COPIERS": DEMAND_PROGRAMS,
+        "NUM_IDS": num_ids,
+        "IDS": triton.next_power_of_2(num_ids),
+        "SLOTS": triton.next_power_of_2(num_slots),
+        "EXPERTS": triton.next_power_of_2(num_experts),
+    }
+
+
+def no_plan(anything: Tensor, num_experts: int) -> dict[str, Any]:
+    """Arguments of such a kernel where nothing is planned.
+
+    Args:
+        anything: Any tensor on the device; never read.
+        num_experts: E.
+    """
+    tensors = [field.name for field in fields(ResidencyTables)]
+    flags = dict.fromkeys(("IS_RECENCY", "IS_PREFETCH", "HAS_PLACES"), False)
+    ones = dict.fromkeys(("COPIERS", "NUM_IDS", "IDS", "SLOTS"), 1)
+    return (
+        dict.fromkeys([*tensors, "expert_ids", "copies", "places"], anything)
+        | {"num_slots": 0, "decay": 1.0, "memory": 1.0, "num_experts": num_experts}
+        | {**flags, **ones, "EXPERTS": triton.next_power_of_2(num_experts)}
+    )
 
 
 def plan(
@@ -175,42 +309,16 @@ def plan(
             slot to copy it to, and whether that is all of it (0) or what its head left (2).
         places: Written, [2, N] int32, if the copies are made by the launch that needs them
             (`demand.py`; no id may be -1 then): each id's slot, or -1 - slot where a copy must
-            arrive; and the ids in the order to work on them, late ones last.
+            arrive; and the ids in the order to work on them, late ones last, those of one expert
+            after each other.
         is_prefetch: Whether the experts are predicted, not yet needed.
         behind: `progress` of another layer's tables, whose demand is to be copied first.
     """
-    num_experts, num_slots = len(tables.slot_of), len(tables.expert_in)
-    num_ids = expert_ids.numel()
     _plan_kernel[(1,)](
-        expert_ids,
-        tables.slot_of,
-        tables.expert_in,
-        tables.score,
-        tables.is_unused_prefetch,
-        tables.step,
-        tables.counters,
-        tables.pending,
-        tables.pending_confidence,
-        tables.trust,
-        tables.arrived,
-        tables.progress,
-        tables.progress if behind is None else behind,
-        copies,
-        copies if places is None else places,
-        num_experts,
-        num_slots,
-        rule.decay,
-        TRUST_MEMORY,
-        IS_RECENCY=rule.is_recency,
-        IS_PREFETCH=is_prefetch,
-        HAS_PLACES=places is not None,
+        **plan_arguments(expert_ids, tables, rule, copies, places=places, is_prefetch=is_prefetch),
+        behind=tables.progress if behind is None else behind,
         HAS_BEHIND=behind is not None,
-        COPIERS=DEMAND_PROGRAMS,
         MOST_TRIES=MOST_TRIES,
-        NUM_IDS=num_ids,
-        IDS=triton.next_power_of_2(num_ids),
-        SLOTS=triton.next_power_of_2(num_slots),
-        EXPERTS=triton.next_power_of_2(num_experts),
         num_warps=1,
     )
 
@@ -232,12 +340,15 @@ def plan_reference(
     taken = {s for s, e in _held(tables).items() if e >= 0 and e in ids}
     seen: set[int] = set()
     early, early_slot = tables.pending.tolist()
-    if early != EMPTY and not is_prefetch:
+    if tables.pending_confidence[0] > 0 and not is_prefetch:
+        used = [s for s, e in _held(tables).items() if e >= 0 and e in ids]
         tables.trust *= TRUST_MEMORY
+        tables.trust[0] += tables.is_unused_prefetch[used].sum() + (early != EMPTY and early in ids)
         tables.trust[1] += tables.pending_confidence[0]
+        tables.pending_confidence.zero_()
+    if early != EMPTY and not is_prefetch:
         tables.pending[0] = EMPTY
         if early in ids:
-            tables.trust[0] += 1
             tables.counters[TAILS] += 1
             seen.add(early_slot)
         else:
@@ -284,7 +395,7 @@ def _place(ids: list[int], tables: ResidencyTables, copies: Tensor, places: Tens
     tables.progress.copy_(torch.tensor([DEMAND_PROGRAMS if late else 0, 0]))
     slots = [int(tables.slot_of[e]) for e in ids]
     codes = [-1 - slot if e in late else slot for e, slot in zip(ids, slots, strict=True)]
-    order = sorted(range(len(ids)), key=lambda i: (ids[i] in late, i))
+    order = sorted(range(len(ids)), key=lambda i: (ids[i] in late, ids.index(ids[i]), i))
     places.copy_(torch.tensor([codes, order]))
 
 

@@ -24,6 +24,7 @@ from foreroute.runtime.device.kernels.demand import (
     serve_demand,
     slot_named,
 )
+from foreroute.runtime.device.kernels.linear import store_output
 from foreroute.runtime.device.kernels.lossless import packed_sums
 from foreroute.runtime.device.kernels.matrices import (
     KIND_LOSSLESS,
@@ -167,6 +168,7 @@ def _down_kernel(
     offsets,
     bias,
     places,
+    residual,
     output,
     width,
     depth,
@@ -182,6 +184,7 @@ def _down_kernel(
     TOP_K: tl.constexpr,
     MOST_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     KIND: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -234,7 +237,7 @@ def _down_kernel(
             value += tl.load(where_bias, mask=is_row, other=0.0).to(tl.float32)
         if KIND != KIND_LOSSLESS or HAS_BIAS:
             total += tl.load(gate_weights + pair).to(tl.float32) * value
-    tl.store(output + token * depth + row, total.to(output.dtype.element_ty), mask=is_row)
+    store_output(output, residual, token * depth + row, total, is_row, HAS_RESIDUAL)
 
 
 def expert_products(
@@ -245,6 +248,7 @@ def expert_products(
     form: ExpertForm,
     output: Tensor,
     demand: Demand | None = None,
+    residual: Tensor | None = None,
 ) -> None:
     """Compute a layer's experts; deterministic, sums in float32 in a fixed order.
 
@@ -257,11 +261,12 @@ def expert_products(
         form: How the module computes.
         output: Written, [T, D].
         demand: Experts to copy meanwhile; if None, all are resident.
+        residual: Added to the result, [T, D]; both are rounded before, as by launches of their own.
     """
     copying = no_demand(places) if demand is None else demand.arguments()
     first, first_bias, second, second_bias = form.split(weights)
     if form.is_transposed and isinstance(first, Tensor):
-        transposed_products(hidden, places, gate_weights, weights, form, output, copying)
+        transposed_products(hidden, places, gate_weights, weights, form, output, copying, residual)
         return
     up, down = SlotMatrix.of(first), SlotMatrix.of(second)
     num_tokens, depth = hidden.shape
@@ -298,6 +303,7 @@ def expert_products(
         gate_weights=gate_weights,
         bias=places if second_bias is None else second_bias,
         places=places,
+        residual=output if residual is None else residual,
         output=output,
         width=width,
         depth=depth,
@@ -305,6 +311,7 @@ def expert_products(
         TOP_K=top_k,
         MOST_K=triton.next_power_of_2(top_k),
         HAS_BIAS=second_bias is not None,
+        HAS_RESIDUAL=residual is not None,
         ROWS=rows,
         num_warps=num_warps,
         **down.arguments(tile),

@@ -9,6 +9,26 @@ from torch import Tensor
 
 
 @triton.jit
+def turn(x1, x2, c1, c2, s1, s2):  # noqa: ANN201
+    """Both halves of a head, rotated; products are rounded before they are added, as PyTorch does.
+
+    Args:
+        x1: First half.
+        x2: Second half.
+        c1: Cosines of the first half.
+        c2: Cosines of the second half.
+        s1: Sines of the first half.
+        s2: Sines of the second half.
+    """
+    out = x1.dtype
+    a1, b1 = (x1.to(tl.float32) * c1.to(tl.float32)), (x2.to(tl.float32) * s1.to(tl.float32))
+    a2, b2 = (x2.to(tl.float32) * c2.to(tl.float32)), (x1.to(tl.float32) * s2.to(tl.float32))
+    y1 = a1.to(out).to(tl.float32) - b1.to(out).to(tl.float32)
+    y2 = a2.to(out).to(tl.float32) + b2.to(out).to(tl.float32)
+    return y1.to(out), y2.to(out)
+
+
+@triton.jit
 def _rotate_kernel(
     query,
     key,
@@ -50,14 +70,9 @@ def _rotate_kernel(
         source += token * key_token_stride
         target = key_out + ((batch * key_heads + head) * num_tokens + token) * dim
     x1, x2 = tl.load(source + at, mask=is_at), tl.load(source + half + at, mask=is_at)
-    out = query_out.dtype.element_ty
-    # products are rounded before they are added, as PyTorch does
-    a1, b1 = (x1.to(tl.float32) * c1.to(tl.float32)), (x2.to(tl.float32) * s1.to(tl.float32))
-    a2, b2 = (x2.to(tl.float32) * c2.to(tl.float32)), (x1.to(tl.float32) * s2.to(tl.float32))
-    y1 = a1.to(out).to(tl.float32) - b1.to(out).to(tl.float32)
-    y2 = a2.to(out).to(tl.float32) + b2.to(out).to(tl.float32)
-    tl.store(target + at, y1.to(out), mask=is_at)
-    tl.store(target + half + at, y2.to(out), mask=is_at)
+    y1, y2 = turn(x1, x2, c1, c2, s1, s2)
+    tl.store(target + at, y1, mask=is_at)
+    tl.store(target + half + at, y2, mask=is_at)
 
 
 def rotate(

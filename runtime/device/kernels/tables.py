@@ -46,14 +46,14 @@ class ResidencyTables:
     pending: Tensor
     """[2] int32: the expert whose head is here or on its way, or -1, and its slot."""
     pending_confidence: Tensor
-    """[1] float32: how likely that expert was said to be needed."""
+    """[1] float32: how many of the experts begun for the next demand are expected to be needed."""
     arrived: Tensor
     """[S] int32: of an expert on its way, the programs that have copied its first part."""
     progress: Tensor
     """[2] int32: programs that copy for this layer's demand, and those that are done with it."""
     trust: Tensor
-    """[2] float32, shared by all layers: heads that were needed, and how many were expected to be;
-    both fade by `TRUST_MEMORY`."""
+    """[2] float32, shared by all layers: guesses that were needed, and how many were expected to
+    be; both fade by `TRUST_MEMORY`."""
 
     @classmethod
     def empty(
