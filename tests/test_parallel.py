@@ -12,8 +12,7 @@ import torch
 from sliced_worker import observe
 
 from foreroute.data.adapters.weightless import ParameterShape
-from foreroute.runtime.parallel import ExpertSlice, Ranks
-from foreroute.runtime.parallel.slicing import SlicedWriter
+from foreroute.runtime.parallel import ExpertSlice, Ranks, SlicedWriter
 
 WORKER = Path(__file__).parent / "sliced_worker.py"
 LIMIT_S = 240

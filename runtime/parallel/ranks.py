@@ -40,10 +40,7 @@ class Ranks:
         if size == 1:
             return ALONE
         if int(os.environ.get("LOCAL_WORLD_SIZE", size)) != size:
-            raise ValueError(
-                "One model runs on the GPUs of one host: start torchrun with --nnodes 1, not on "
-                f"{size // int(os.environ['LOCAL_WORLD_SIZE'])} hosts."
-            )
+            raise ValueError("One model runs on one host's GPUs: start torchrun with --nnodes 1.")
         if not dist.is_initialized():
             is_gpu = device is not None and device.type == "cuda"
             dist.init_process_group(
@@ -110,14 +107,14 @@ class Ranks:
         Args:
             device: Where tokens are sampled.
         """
-        on_gpu = device.type == "cuda"
-        state = torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state()
-        moved = state.to(device) if on_gpu else state
-        dist.broadcast(moved, 0)
-        if on_gpu:
-            torch.cuda.set_rng_state(moved.cpu(), device)
+        if device.type == "cuda":
+            state = torch.cuda.get_rng_state(device).to(device)
+            dist.broadcast(state, 0)
+            torch.cuda.set_rng_state(state.cpu(), device)
         else:
-            torch.set_rng_state(moved)
+            state = torch.get_rng_state()
+            dist.broadcast(state, 0)
+            torch.set_rng_state(state)
 
 
 ALONE = Ranks()
