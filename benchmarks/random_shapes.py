@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from foreroute.data.adapters import discover
 from foreroute.data.adapters.seam import is_experts_module
+from foreroute.runtime.parallel import ALONE, Ranks, cut, narrowed
 from foreroute.runtime.store.encodings import Encoder, Lossless, encoder_named, native_encoder
 from foreroute.runtime.store.host_store import HostExpertStore, RowLayout, allocate_host
 from foreroute.runtime.store.offload import OffloadedModel
@@ -216,7 +217,9 @@ def label_of(shape: str, *, layers: int | None = None, is_tiny: bool = False) ->
     return shape if own == full else f"{shape} ({own} of {full} layers)"
 
 
-def build(settings: dict[str, Any], name: str, pool: HostPool, device: str) -> OffloadedModel:
+def build(
+    settings: dict[str, Any], name: str, pool: HostPool, device: str, ranks: Ranks = ALONE
+) -> OffloadedModel:
     """A model of those sizes with random weights, all but its experts on the device.
 
     Args:
@@ -224,6 +227,7 @@ def build(settings: dict[str, Any], name: str, pool: HostPool, device: str) -> O
         name: What messages call it.
         pool: Where its experts' weights are.
         device: cuda or cpu.
+        ranks: The processes that hold a slice of each expert each.
     """
     kind, expert_dtype = settings.pop("model_type"), settings.pop("expert_dtype", None)
     config = AutoConfig.for_model(kind, **settings)
@@ -231,7 +235,8 @@ def build(settings: dict[str, Any], name: str, pool: HostPool, device: str) -> O
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     experts = [module for module in model.modules() if is_experts_module(module)]
-    layouts = [RowLayout.of(module, _encoder(expert_dtype)) for module in experts]
+    with narrowed(cut(experts, ranks) if ranks.size > 1 else ()):
+        layouts = [RowLayout.of(module, _encoder(expert_dtype)) for module in experts]
     num_experts = next(iter(experts[0].parameters())).shape[0]
     for module in experts:
         module._parameters.clear()
@@ -243,10 +248,11 @@ def build(settings: dict[str, Any], name: str, pool: HostPool, device: str) -> O
             parent, _, attribute = path.rpartition(".")
             fresh = type(module)(config=config).to(device)
             setattr(model.get_submodule(parent), attribute, fresh)
-    store = HostExpertStore([], is_pinned=device == "cuda")
+    target = torch.device(device)
+    store = HostExpertStore([], is_pinned=target.type == "cuda")
     store.layouts += layouts
     store.rows += pool.rows(len(layouts), num_experts, layouts[0])
-    return OffloadedModel(discover(model.eval(), name), store, torch.device(device))
+    return OffloadedModel(discover(model.eval(), name), store, target, ranks=ranks)
 
 
 def _encoder(expert_dtype: str | None) -> Encoder | None:

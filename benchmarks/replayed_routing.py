@@ -110,7 +110,8 @@ class Replay:
         self._sources = [(self._ids, self._routes)]
         position = {layer.layer_idx: i for i, layer in enumerate(engine.driver.layers)}
         for moe_layer, own in zip(engine.offloaded.moe.layers, engine.driver.layers, strict=True):
-            handler = self._handler(own, self._ids[position[own.layer_idx]])
+            ids = self._ids[position[own.layer_idx]]
+            handler = self._handler(engine.ranks.adding(own), ids)
             moe_layer.experts.__dict__[HANDLER_ATTRIBUTE] = handler
         if predictions is not None:
             recorded = [t.to(engine.device) for t in vars(predictions).values()]

@@ -64,9 +64,10 @@ def generate(
         trust_remote_code: Run code that came with the checkpoint.
     """
     given = locals().copy()
-    from foreroute.runtime.generation import run_generate
+    from foreroute.runtime.generation.command import run_generate
 
-    print(run_generate(**given), file=sys.stderr)
+    if cost := run_generate(**given):
+        print(cost, file=sys.stderr)
 
 
 def bench(

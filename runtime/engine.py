@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from foreroute.data.adapters import routed_through
+from foreroute.data.adapters import resolve_device, routed_through
 from foreroute.data.adapters.seam import ExpertsFunction, is_taken_over
 from foreroute.estimators.stack import EstimatorStack
 from foreroute.export.bundle import load_bundle
@@ -22,6 +22,7 @@ from foreroute.runtime.config import EngineConfig
 from foreroute.runtime.driver import Driver
 from foreroute.runtime.host.driver import HostDriver
 from foreroute.runtime.look_ahead import LookAhead
+from foreroute.runtime.parallel import ALONE, Ranks
 from foreroute.runtime.planning.slot_plan import plan_slots, read_recording
 from foreroute.runtime.stats import RuntimeStats
 from foreroute.runtime.store.offload import OffloadedModel, load_offloaded
@@ -60,6 +61,8 @@ class Engine:
         self.model = offloaded.moe.model
         self.geometry = offloaded.moe.geometry
         self.device = offloaded.device
+        self.ranks = offloaded.ranks
+        """The processes that share the model, each with a slice of every expert."""
         recording = read_recording(offloaded, config)
         self.slots_per_layer = plan_slots(offloaded, config, recording)
         self.driver = _make_driver(offloaded, config, self.slots_per_layer, stack)
@@ -83,6 +86,7 @@ class Engine:
         expert_slots: str | int = "25%",
         prefetch: str | None = None,
         on_miss: str = "fetch",
+        is_sliced: bool = False,
         device: str | torch.device | None = "auto",
         dtype: str | torch.dtype | None = "auto",
         **settings: Any,
@@ -99,6 +103,8 @@ class Engine:
             device: `auto`, `cpu` or `cuda`; `device_map` may name it too.
             dtype: `auto`, `float32`, `bfloat16`, `float16`, or one of torch's; `torch_dtype` is
                 taken as another name for it.
+            is_sliced: Share the model with the other processes that torchrun started, each with
+                a slice of every expert on a GPU of its own; see docs/scaling.md.
             **settings: Other fields of `EngineConfig`; of `HubSettings` (`revision`, `token`,
                 `cache_dir`, `local_files_only`, `subfolder`, `trust_remote_code`);
                 `attn_implementation`; and `expert_dtype`: how experts are stored and copied,
@@ -110,6 +116,8 @@ class Engine:
                 argument of transformers has no meaning here; says what to do instead.
             FileNotFoundError: If the model or the bundle is missing.
         """
+        if is_sliced:
+            device = Ranks.local_device(str(device or "auto"))
         names = [field.name for field in fields(EngineConfig)]
         given = sort_arguments(settings, names, device=device, dtype=dtype)
         config = EngineConfig(
@@ -119,11 +127,19 @@ class Engine:
             **given.config,
         )
         loaded = load_bundle(Path(bundle)) if bundle else None
+        ranks = Ranks.join(resolve_device(given.device)) if is_sliced else ALONE
         if isinstance(model, nn.Module):
+            if is_sliced:
+                raise ValueError("Slices are cut while a model is loaded: give its name instead.")
             offloaded = take_over(model, given)
         else:
             offloaded = load_offloaded(
-                str(model), device=given.device, dtype=given.dtype, **given.model, **given.hub
+                str(model),
+                device=given.device,
+                dtype=given.dtype,
+                ranks=ranks,
+                **given.model,
+                **given.hub,
             )
         if loaded is not None:
             loaded.require_fits(offloaded.moe.geometry)
@@ -143,7 +159,10 @@ class Engine:
             raise ValueError("This model is attached to another engine; close that one first.")
         moe_layers = self.offloaded.moe.layers
         handlers: dict[nn.Module, ExpertsFunction] = dict(self.offloaded.others)
-        handlers |= {m.experts: own for m, own in zip(moe_layers, self.driver.layers, strict=True)}
+        handlers |= {
+            m.experts: self.ranks.adding(own)
+            for m, own in zip(moe_layers, self.driver.layers, strict=True)
+        }
         undo.callback(self.driver.close)
         undo.enter_context(routed_through(self.model, handlers))
         self.driver.attach(undo)
@@ -188,6 +207,9 @@ class Engine:
         given.setdefault("disable_compile", True)  # the host decides between layers
         with self.turns.call(), self._must_really_run():
             asked = _asked_of(self.model, given)
+            if self.ranks.size > 1:
+                self.ranks.share_random_state(self.device)
+                given["streamer"] = given.get("streamer") if self.ranks.is_first else None
             if asked.get("num_beams", 1) == 1:
                 given["streamer"] = TimingStreamer(self.driver.run.stats, given.get("streamer"))
                 given |= self.driver.decoding(asked, given["streamer"])

@@ -16,7 +16,7 @@ from foreroute.data.adapters import load_tokenizer, resolve_device
 from foreroute.data.adapters.chat import encode_chat, turns_of
 from foreroute.estimators.console import run_command
 from foreroute.runtime.cli import generate
-from foreroute.runtime.generation import encode_prompt, read_prompt
+from foreroute.runtime.generation.command import encode_prompt, read_prompt
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
 

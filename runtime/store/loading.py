@@ -6,7 +6,7 @@ import contextlib
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from foreroute.data.adapters.adapted import checkpoint_name
 from foreroute.data.adapters.loading import loading_alone
 from foreroute.data.adapters.weightless import ParameterShape, parameter_shapes, weightless
 from foreroute.estimators.console import plain_console
+from foreroute.runtime.parallel import ALONE, ExpertSlice, Ranks, SlicedWriter, cut, narrowed
 from foreroute.runtime.store.checkpoint import Checkpoint
 from foreroute.runtime.store.encodings import Encoder, TooManyExceptions, without
 from foreroute.runtime.store.expert_reader import ExpertReader
@@ -30,13 +31,14 @@ logger = logging.getLogger(__name__)
 
 
 def load_with_host_experts(
-    checkpoint: Checkpoint, device: torch.device
+    checkpoint: Checkpoint, device: torch.device, ranks: Ranks = ALONE
 ) -> tuple[MoEModel, HostExpertStore, HostExpertStore]:
     """Load a model on the CPU; its experts exist once, in stores: its layers', and all others.
 
     Args:
         checkpoint: What to load.
         device: Where it will run; memory for a GPU is page-locked, and the GPU encodes.
+        ranks: The processes that hold a slice of each expert each.
 
     Raises:
         ValueError: If it cannot be read, is no MoE that is supported, or does not fit in memory.
@@ -46,7 +48,7 @@ def load_with_host_experts(
         checkpoint = checkpoint.settled()
         checkpoint.require_host_memory()
         moe = discover(load_the_rest(checkpoint), checkpoint.name)
-        store = filled_store(moe, checkpoint, device)
+        store = filled_store(moe, checkpoint, device, ranks)
     return moe, *store.parted(len(moe.layers))
 
 
@@ -55,19 +57,34 @@ def places_of(moe: MoEModel) -> dict[str, nn.Module]:
     return {layer.name: layer.experts for layer in moe.layers} | dict(moe.others)
 
 
-def filled_store(moe: MoEModel, checkpoint: Checkpoint, device: torch.device) -> HostExpertStore:
+def filled_store(
+    moe: MoEModel, checkpoint: Checkpoint, device: torch.device, ranks: Ranks = ALONE
+) -> HostExpertStore:
     """A store of `places_of` a model, each parameter in the checkpoint's encoding if it can be.
 
     Args:
         moe: The model; its experts have no weights.
         checkpoint: Whose files to read.
         device: Where it will run.
+        ranks: The processes that hold a slice of each expert each.
+
+    Raises:
+        ValueError: If its experts cannot be cut into slices.
     """
     experts, encoder = list(places_of(moe).values()), checkpoint.encoder
+    slices = cut(experts, ranks) if ranks.size > 1 else []
     while True:
-        store = HostExpertStore(experts, is_pinned=device.type == "cuda", encoder=encoder)
+        with narrowed(slices):
+            is_pinned = device.type == "cuda"
+            store = HostExpertStore(experts, is_pinned=is_pinned, encoder=encoder)
+        is_native = any(layout.is_native for layout in store.layouts)
+        if slices and (checkpoint.prepared is not None or moe.others or is_native):
+            raise ValueError(
+                "Experts that are prepared, stored in fewer bits by their checkpoint, or beside a "
+                "layer's own cannot be cut into slices yet; run this model on one GPU."
+            )
         try:
-            fill_store(store, moe, replace(checkpoint, encoder=encoder), device)
+            fill_store(store, moe, replace(checkpoint, encoder=encoder), device, slices)
         except TooManyExceptions as error:
             assert encoder is not None  # it was the one that met them
             logger.warning("%s stays in bfloat16; all is read again: %s", error.parameter, error)
@@ -101,7 +118,11 @@ def load_the_rest(checkpoint: Checkpoint) -> Any:
 
 
 def fill_store(
-    store: HostExpertStore, moe: MoEModel, checkpoint: Checkpoint, device: torch.device
+    store: HostExpertStore,
+    moe: MoEModel,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    slices: Sequence[ExpertSlice] = (),
 ) -> None:
     """Read all experts into the store's rows, with a progress bar in bytes on a terminal.
 
@@ -110,6 +131,7 @@ def fill_store(
         moe: The model; its experts have no weights.
         checkpoint: Whose files to read.
         device: A GPU encodes what is stored in another way than it is read.
+        slices: What of each layer's experts the store holds; all if empty.
 
     Raises:
         TooManyExceptions: If a parameter must be stored as it is.
@@ -119,7 +141,7 @@ def fill_store(
         with byte_progress("experts", store.num_bytes) as tick:
             read_rows(checkpoint.prepared, checkpoint.source, store, tick)
         return
-    reader = LayerReader(checkpoint, moe, device)
+    reader = LayerReader(checkpoint, moe, device, slices)
     with reader.progress() as tick:
         for number, (layout, rows) in enumerate(zip(store.layouts, store.rows, strict=True)):
             reader.read(number, layout, rows, tick)
@@ -128,18 +150,25 @@ def fill_store(
 class LayerReader:
     """Reads one experts module after the other, as in `places_of`, out of a checkpoint's files."""
 
-    def __init__(self, checkpoint: Checkpoint, moe: MoEModel, device: torch.device) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        moe: MoEModel,
+        device: torch.device,
+        slices: Sequence[ExpertSlice] = (),
+    ) -> None:
         """Work out which tensors make which parameter.
 
         Args:
             checkpoint: Whose files to read.
             moe: The model; its experts have no weights.
             device: A GPU encodes what is stored in another way than it is read.
+            slices: What of each layer's experts is kept; all if empty.
 
         Raises:
             ValueError: If a parameter has no tensor in the checkpoint.
         """
-        self._places = places_of(moe)
+        self._places, self._slices = places_of(moe), slices
         self._gpu = device if device.type == "cuda" else None
         self._targets = [_targets(*place, checkpoint.encoder) for place in self._places.items()]
         every = {path: shape for targets in self._targets for path, (_, shape) in targets.items()}
@@ -171,7 +200,10 @@ class LayerReader:
             ValueError: If the checkpoint lacks part of an expert.
         """
         targets = self._targets[number]
-        writer, done = RowWriter(layout, rows, self._gpu), 0
+        writer: RowWriter | SlicedWriter = RowWriter(layout, rows, self._gpu)
+        if self._slices:
+            writer = SlicedWriter(writer, self._slices[number])
+        done = 0
         for part in self._reader.parts(targets):
             name, shape = targets[part.target]
             writer.put(name, part.expert_id, part.row, part.rows)

@@ -14,6 +14,7 @@ from foreroute.data.adapters import MoEModel, discover, resolve_device
 from foreroute.data.adapters.loading import HubSettings, loading_alone
 from foreroute.data.adapters.seam import ExpertsFunction
 from foreroute.data.adapters.weightless import load_awaited_adapter
+from foreroute.runtime.parallel import ALONE, Ranks
 from foreroute.runtime.store.checkpoint import Checkpoint, default_expert_dtype
 from foreroute.runtime.store.encodings import TooManyExceptions, encoder_named, without
 from foreroute.runtime.store.from_host import FromHost
@@ -37,6 +38,8 @@ class OffloadedModel:
     expert_dtype: str = "auto"
     """How experts are stored; `auto` is as the model has them."""
 
+    ranks: Ranks = ALONE
+    """The processes that hold a slice of each expert each."""
     lent: tuple[LentWeights, ...] = ()
     """The store's weights as the model shows them."""
     others: Mapping[nn.Module, ExpertsFunction] = field(default_factory=dict)
@@ -50,6 +53,7 @@ class OffloadedModel:
         others: HostExpertStore,
         device: torch.device,
         expert_dtype: str,
+        ranks: Ranks = ALONE,
     ) -> OffloadedModel:
         """Move the rest of a model to its device, and let it show its experts.
 
@@ -59,9 +63,13 @@ class OffloadedModel:
             others: Holds those that no text reaches.
             device: Where to run it.
             expert_dtype: How experts are stored.
+            ranks: The processes that hold a slice of each expert each; then it shows none.
         """
         _leave_inference_mode(moe.model)
         moe.model.to(device)
+        if ranks.size > 1:
+            WholeModel(moe.model, (), device, is_sliced=True)
+            return cls(moe, store, device, expert_dtype, ranks)
         layers = [layer.experts for layer in moe.layers]
         beside = [experts for _, experts in moe.others]
         lent = tuple(
@@ -77,7 +85,7 @@ class OffloadedModel:
         functions = {experts: FromHost(layout.weights(rows)) for experts, layout, rows in from_host}
         WholeModel(moe.model, lent, device)
         load_awaited_adapter(moe.model)
-        return cls(moe, store, device, expert_dtype, lent, functions)
+        return cls(moe, store, device, expert_dtype, ranks, lent, functions)
 
     def take_in(self) -> None:
         """Write weights of experts that were replaced (a merge makes new ones) into the store.
@@ -141,6 +149,7 @@ def load_offloaded(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     expert_dtype: str = "auto",
+    ranks: Ranks = ALONE,
     attn_implementation: str | None = None,
     **hub: Unpack[HubSettings],
 ) -> OffloadedModel:
@@ -152,6 +161,7 @@ def load_offloaded(
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
         expert_dtype: How experts are stored: `auto`, lossless, bf16, fp8, int8 or int4; see
             `default_expert_dtype`.
+        ranks: The processes that hold a slice of each expert each.
         attn_implementation: Transformers' name of the attention to run; its own choice if None.
         **hub: Where the files come from; see `HubSettings`.
 
@@ -166,8 +176,8 @@ def load_offloaded(
         )
         if attn_implementation is not None:
             checkpoint.config._attn_implementation = attn_implementation
-        moe, store, others = load_with_host_experts(checkpoint, target)
-        return OffloadedModel.whole(moe, store, others, target, checkpoint.expert_dtype)
+        moe, store, others = load_with_host_experts(checkpoint, target, ranks)
+        return OffloadedModel.whole(moe, store, others, target, checkpoint.expert_dtype, ranks)
 
 
 @torch.inference_mode(False)

@@ -22,14 +22,23 @@ WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 class WholeModel:
     """Stands before those methods of a model that would leave its experts out."""
 
-    def __init__(self, model: Any, lent: Sequence[LentWeights], device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Any,
+        lent: Sequence[LentWeights],
+        device: torch.device,
+        *,
+        is_sliced: bool = False,
+    ) -> None:
         """Take the methods' places.
 
         Args:
             model: Transformers causal LM, on the device.
             lent: The weights of its experts.
             device: Where everything else is.
+            is_sliced: Whether this process holds a slice of each expert alone.
         """
+        self._is_sliced = is_sliced
         self._model, self._lent, self._device = model, lent, device
         self._save, self._load_adapter = model.save_pretrained, model.load_adapter
         model.save_pretrained = self.save_pretrained
@@ -42,6 +51,7 @@ class WholeModel:
 
         The folder may be the model's own: files are written under other names first.
         """
+        self._require_whole()
         if getattr(self._model, "_hf_peft_config_loaded", False):  # only the adapter is saved
             self._save(save_directory, *args, **settings)
             return
@@ -61,6 +71,7 @@ class WholeModel:
 
     def load_adapter(self, *args: Any, **settings: Any) -> Any:
         """Load an adapter as `load_adapter` does; it looks at shapes only."""
+        self._require_whole()
         for weights in self._lent:
             weights.is_shown_decoded = False
         try:
@@ -75,6 +86,7 @@ class WholeModel:
         Raises:
             ValueError: If there are adapters in the model.
         """
+        self._require_whole()
         model = self._model
         if any("merged_adapters" in module.__dict__ for module in model.modules()):
             raise ValueError("A model with adapters cannot be copied: merge or unload them first.")
@@ -87,6 +99,13 @@ class WholeModel:
         whole.generation_config = copy.deepcopy(model.generation_config)
         whole.set_experts_implementation("batched_mm")  # what an engine is exact to
         return whole.train(model.training).to(self._device)
+
+    def _require_whole(self) -> None:
+        if self._is_sliced:
+            raise ValueError(
+                "This process holds a slice of each expert alone: save, copy or adapt the model in "
+                "one process, without torchrun."
+            )
 
     def apply(self, change: Callable[[Tensor], Tensor], *args: Any, **settings: Any) -> Any:
         """Move or cast the model where that leaves it where and as it is.

@@ -15,6 +15,7 @@ from foreroute.data.adapters.chat import encode_chat
 from foreroute.data.adapters.loading import HubSettings
 from foreroute.data.adapters.vocabulary import require_known, vocabulary_size
 from foreroute.runtime.engine import Engine
+from foreroute.runtime.parallel import Ranks
 from foreroute.runtime.store.checkpoint import Checkpoint
 
 EMPTY_PROMPT = "The prompt is empty; give at least one token of text."
@@ -51,7 +52,9 @@ def run_generate(
         FileNotFoundError: If model or bundle are missing.
         ValueError: If something cannot be used.
     """
-    from transformers import TextStreamer, set_seed
+    from transformers import set_seed
+
+    from foreroute.runtime.generation.live_text import text_streamer
 
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, not {max_new_tokens}.")
@@ -60,6 +63,7 @@ def run_generate(
     text = read_prompt(prompt)
     hub: HubSettings = {"revision": revision, "trust_remote_code": trust_remote_code}
     token_ids = encode_prompt(tokenizer := _tokenizer(model, hub), text, is_chat=chat)
+    settings["is_sliced"] = Ranks.are_started()
     with Engine.from_pretrained(model, bundle=bundle, **hub, **settings) as engine:
         require_known(token_ids.flatten().tolist(), vocabulary_size(engine.model), "The prompt")
         set_seed(seed)
@@ -71,12 +75,12 @@ def run_generate(
         if engine.model.generation_config.stop_strings:  # to find them, `generate` needs it
             sampling["tokenizer"] = tokenizer
         if (engine.model.generation_config.num_beams or 1) == 1:
-            streamer = TextStreamer(tokenizer, skip_prompt=False, skip_special_tokens=True)
-            engine.generate(streamer=streamer, **sampling)
+            engine.generate(streamer=text_streamer(tokenizer, engine), **sampling)
         else:  # beams are not known before the end
             text = tokenizer.decode(engine.generate(**sampling)[0], skip_special_tokens=True)
-            sys.stdout.write(text + "\n")
-        return _cost_line(engine)
+            if engine.ranks.is_first:
+                sys.stdout.write(text + "\n")
+        return _cost_line(engine) if engine.ranks.is_first else ""
 
 
 def read_prompt(prompt: str) -> str:

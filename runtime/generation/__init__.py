@@ -1,0 +1,1 @@
+"""The command `foreroute generate`: a prompt in, text out as it comes."""

@@ -1,0 +1,71 @@
+"""Lets a store that knows nothing of slices hold this process' slices alone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from foreroute.data.adapters.weightless import SHAPES_ATTRIBUTE
+from foreroute.runtime.parallel.ranks import Ranks
+from foreroute.runtime.parallel.slicing import ExpertSlice
+
+
+class Writer(Protocol):
+    """Takes parts of experts' parameters."""
+
+    def put(self, name: str, expert_id: int, row: int, part: Tensor) -> None:
+        """Write part of one expert's parameter, from a row on."""
+        ...
+
+
+class SlicedWriter:
+    """Hands on what belongs to this process."""
+
+    def __init__(self, writer: Writer, cuts: ExpertSlice) -> None:
+        """Write through another writer.
+
+        Args:
+            writer: Of this process' parameters.
+            cuts: Of the layer.
+        """
+        self._writer, self._cuts = writer, cuts
+
+    def put(self, name: str, expert_id: int, row: int, part: Tensor) -> None:
+        """Write this process' share of part of one expert's parameter.
+
+        Args:
+            name: Of the parameter.
+            expert_id: Which expert.
+            row: First row that the part covers.
+            part: Some rows of the whole parameter.
+        """
+        for at, rows in self._cuts.take(name, row, part):
+            self._writer.put(name, expert_id, at, rows)
+
+
+def cut(all_experts: Sequence[nn.Module], ranks: Ranks) -> list[ExpertSlice]:
+    """Cut the experts of every layer.
+
+    Args:
+        all_experts: The experts modules.
+        ranks: This process among the others.
+
+    Raises:
+        ValueError: If a layer cannot be cut for so many.
+    """
+    return [ExpertSlice(experts, ranks) for experts in all_experts]
+
+
+@contextlib.contextmanager
+def narrowed(slices: Sequence[ExpertSlice]) -> Iterator[None]:
+    """While open, the experts modules have the shapes of this process' slices."""
+    try:
+        for part in slices:
+            part.experts.__dict__[SHAPES_ATTRIBUTE] = part.shapes()
+        yield
+    finally:
+        for part in slices:
+            part.experts.__dict__[SHAPES_ATTRIBUTE] = part.whole
