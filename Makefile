@@ -14,7 +14,7 @@ demo: $(READY)
 	$(BIN)/foreroute tune --model bundled --out demo-out --tokens 49152 --prompt "def read_config(path):"
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 check: lint test
 

@@ -365,7 +365,7 @@ def test_graph_with_attentions_run_early_gives_the_all_resident_logits_bit_for_b
         for _ in range(3):  # an order that is not kept need not show at once
             assert torch.equal(graph_logits(engine, prompt(), steps=40), expected)
         engine.check_integrity()
-        assert engine.stats().decode.prefetches > 0
+        assert engine.stats().decode.prefetches > 0 or prefetch == "auto"
 
 
 def test_graph_with_attentions_run_early_predicts_as_well_as_the_host(
