@@ -20,6 +20,7 @@ SLOTS_HELP = (
     "expert_slots: Run the model in an engine with its experts in host memory and so many of each "
     "layer's on the device, a number or a share such as 25%; for models that it cannot hold whole."
 )
+HUB_HELP = "push_to_hub: Upload the finished traces there too, as a dataset with a card: user/name."
 
 
 def main() -> None:
@@ -30,11 +31,14 @@ def main() -> None:
         from foreroute.estimators.ranks import joined_ranks
 
         @functools.wraps(collect_traces)
-        def command(*, expert_slots: str | None = None, **arguments: Any) -> None:
+        def command(
+            *, expert_slots: str | None = None, push_to_hub: str | None = None, **arguments: Any
+        ) -> None:
             with joined_ranks() as ranks:
                 try:
                     if expert_slots is not None:
                         collect(expert_slots=expert_slots, **arguments)
+                        _push(arguments["out"], push_to_hub)
                         return
                     prepare_process(is_quiet=not ranks.is_first)
                     traces = collect_traces(**arguments)
@@ -43,19 +47,33 @@ def main() -> None:
                     return
                 if ranks.is_first:
                     show_traces(traces)
+                    _push(arguments["out"], push_to_hub)
 
-        run_command("collect-traces", _with_slots(command))
+        run_command("collect-traces", _with_more(command))
 
 
-def _with_slots(command: Any) -> Any:
-    """The command with `--expert-slots` among its flags and in its help."""
+def _with_more(command: Any) -> Any:
+    """The command with what needs other rooms among its flags and in its help."""
     signature = inspect.signature(command)
-    slots = inspect.Parameter(
-        "expert_slots", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="str | None"
-    )
-    command.__signature__ = signature.replace(parameters=[*signature.parameters.values(), slots])
-    command.__doc__ = command.__doc__.replace("\n    Returns:", f"    {SLOTS_HELP}\n\n    Returns:")
+    more = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation="str | None"
+        )
+        for name in ("expert_slots", "push_to_hub")
+    ]
+    command.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *more])
+    helps = f"    {SLOTS_HELP}\n        {HUB_HELP}\n\n    Returns:"
+    command.__doc__ = command.__doc__.replace("\n    Returns:", helps)
     return command
+
+
+def _push(folder: Path, repo_id: str | None) -> None:
+    """Upload finished traces, if a place on the Hub was named, and print where they are."""
+    if repo_id is None:
+        return
+    from foreroute.export.push import push_traces
+
+    print(push_traces(Path(folder), repo_id))
 
 
 def collect(
@@ -143,6 +161,7 @@ def collect(
     from foreroute.data.manifest import MANIFEST_FILE, Speculation
     from foreroute.estimators.artifacts import sha256_of
     from foreroute.estimators.ranks import joined_ranks
+    from foreroute.export.hub import find_bundle
     from foreroute.runtime import Engine
 
     with joined_ranks() as ranks:
@@ -167,8 +186,10 @@ def collect(
                 "--device-map is for models without an engine: leave out --expert-slots."
             )
         speculation, expert_slots = None, expert_slots or "25%"
-        if bundle is not None and not (bundle / MANIFEST_FILE).is_file():
-            raise FileNotFoundError(f"{bundle} holds no bundle: it has no {MANIFEST_FILE}.")
+        if bundle is not None:
+            bundle = find_bundle(bundle)
+            if not (bundle / MANIFEST_FILE).is_file():
+                raise FileNotFoundError(f"{bundle} holds no bundle: it has no {MANIFEST_FILE}.")
         if bundle is not None and on_miss != "fetch":
             speculation = Speculation(
                 bundle=str(bundle),
