@@ -26,3 +26,12 @@ def test_fused_norms_change_the_logits_by_rounding_only_and_are_put_back(tiny_mo
 def test_a_layer_norm_is_left_alone() -> None:
     with ExitStack() as undo:
         assert fuse_norms(torch.nn.LayerNorm(8), undo) == 0
+
+
+def test_a_norm_that_may_take_a_gate_is_left_alone() -> None:
+    class Gated(torch.nn.RMSNorm):
+        def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+            return super().forward(x if gate is None else x * gate)
+
+    with ExitStack() as undo:
+        assert fuse_norms(Gated(8, eps=1e-6), undo) == 0

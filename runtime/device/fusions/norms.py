@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -45,12 +46,14 @@ def _norm_of(module: Any) -> Norm | None:
     weight = parameters.get("weight")
     if epsilon is None or set(parameters) != {"weight"} or weight.dim() != 1:  # type: ignore[union-attr]
         return None
+    if len(inspect.signature(type(module).forward).parameters) != 2:
+        return None  # besides itself it takes more than the states, such as a gate
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(2, len(weight), generator=generator).to(weight)  # type: ignore[arg-type]
     try:
         with torch.no_grad():
             expected = module(sample).float()
-    except (TypeError, RuntimeError):  # a norm that takes more than the states
+    except (TypeError, RuntimeError):  # a norm of other states
         return None
     for factor in (weight.detach(), weight.detach() + 1):  # type: ignore[union-attr]
         norm = Norm(factor=factor, eps=float(epsilon))
