@@ -1,6 +1,7 @@
 """A tuning runs each command once, goes on where it was ended, and types what the commands take."""
 
 import inspect
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,10 @@ def test_every_flag_is_one_that_its_command_takes() -> None:
         taken = {f"--{flag.replace('_', '-')}" for flag in inspect.signature(command).parameters}
         typed = {word for word in (*rest, *step.again) if word.startswith("--")}
         assert typed <= taken, step.text
+        switches = {"--overwrite", "--resume", "--trust-remote-code"}  # take no value
+        words = (*rest, *step.again)
+        for word, following in itertools.pairwise((*words, "--end")):
+            assert word not in switches or following.startswith("--"), step.text
 
 
 def test_no_gpu_means_no_plan() -> None:

@@ -48,7 +48,7 @@ class Tuning:
         steps = [
             Step("doctor", ("foreroute", "doctor", *model)),
             Step(
-                "profile", ("foreroute", "profile", "--out", profile, *on), ("--overwrite", "true")
+                "profile", ("foreroute", "profile", "--out", profile, *on), ("--overwrite",)
             ),
         ]
         if self.gpu_memory is not None and self.host_memory is not None:
