@@ -1,6 +1,7 @@
 """A decode step with its kernels gives the logits of the plain model; interpreted on a CPU."""
 
 import json
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "models.json"
 ROWS = json.loads(RESULTS.read_text())
 PROMPT, STEPS = 5, 4
 TOLERANCE = 2e-5  # float32, sums in another order
+IN_EVERY_RUN = ("gpt_oss", "granitemoehybrid", "jamba", "mixtral", "olmoe", "phimoe", "qwen3_moe")
+"""Types of the structures that differ; interpreted kernels take up to minutes for some others,
+which run with FOREROUTE_ALL_TYPES=1."""
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +67,8 @@ def capturable_types() -> list[str]:
 def test_decode_steps_give_the_logits_of_one_pass_over_the_text(
     model_type: str, overrides: dict[str, Any]
 ) -> None:
+    if model_type not in IN_EVERY_RUN and not os.environ.get("FOREROUTE_ALL_TYPES"):
+        pytest.skip("takes long under the interpreter: set FOREROUTE_ALL_TYPES=1")
     model = tiny_model(model_type, **overrides).eval()
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(3, 60, (2, PROMPT + STEPS), generator=generator)
