@@ -47,9 +47,7 @@ class Tuning:
         profile = str(out / "profile.json")
         steps = [
             Step("doctor", ("foreroute", "doctor", *model)),
-            Step(
-                "profile", ("foreroute", "profile", "--out", profile, *on), ("--overwrite",)
-            ),
+            Step("profile", ("foreroute", "profile", "--out", profile, *on), ("--overwrite",)),
         ]
         if self.gpu_memory is not None and self.host_memory is not None:
             memory = ("--gpu-memory", self.gpu_memory, "--host-memory", self.host_memory)
