@@ -161,7 +161,7 @@ def test_flags_and_defaults_are_those_of_collect_traces():
     ("change", "message"),
     [
         ({"source": "dataset"}, "give --source generated, or --on-miss fetch"),
-        ({"bundle": "nowhere"}, "nowhere holds no bundle"),
+        ({"bundle": "nowhere"}, "Bundle nowhere is missing"),
     ],
 )
 def test_bad_input_is_one_line(arguments, capsys, change, message):
