@@ -148,7 +148,7 @@ def test_per_expert_tensors_are_read_one_at_a_time(tmp_path):
     layer = offloaded.moe.layers[0]
     targets = {f"{layer.name}.{n}": s for n, s in parameter_shapes(layer.experts).items()}
     files = Checkpoint.open(str(tmp_path)).files
-    parts = list(ExpertReader(offloaded.moe.model, files, targets).parts())
+    parts = list(ExpertReader(offloaded.moe.model, files, targets).parts(targets))
     assert len(parts) == 8 * 3  # gate, up and down of every expert
     assert max(part.rows.numel() for part in parts) == 64 * 32
 

@@ -116,14 +116,15 @@ class ExpertReader:
             targets: Dotted paths of the parameters that are asked for.
         """
         for group in self._groups:
-            if group.target not in targets:
+            if not any(name in targets for name in group.made):
                 continue
             if group.converter is None:
                 yield from self._whole(group)
             elif _is_stacked(group):
                 yield from self._stacked(group)
             else:
-                yield from self._converted(group)
+                made = self._converted(group)
+                yield from (part for part in made if part.target in targets)
 
     def _whole(self, group: _Group) -> Iterator[ExpertRows]:
         """The tensor holds all experts, as the module does."""
