@@ -22,7 +22,7 @@ from foreroute.runtime.config import EngineConfig
 from foreroute.runtime.driver import Driver
 from foreroute.runtime.host.driver import HostDriver
 from foreroute.runtime.look_ahead import LookAhead
-from foreroute.runtime.parallel import ALONE, Ranks
+from foreroute.runtime.parallel import UNSLICED, SliceRanks
 from foreroute.runtime.planning.slot_plan import plan_slots, read_recording
 from foreroute.runtime.stats import RuntimeStats
 from foreroute.runtime.store.offload import OffloadedModel, load_offloaded
@@ -118,7 +118,7 @@ class Engine:
             FileNotFoundError: If the model or the bundle is missing.
         """
         if is_sliced:
-            device = Ranks.local_device(str(device or "auto"))
+            device = SliceRanks.local_device(str(device or "auto"))
         names = [field.name for field in fields(EngineConfig)]
         given = sort_arguments(settings, names, device=device, dtype=dtype)
         config = EngineConfig(
@@ -128,7 +128,7 @@ class Engine:
             **given.config,
         )
         loaded = load_bundle(Path(bundle)) if bundle else None
-        ranks = Ranks.join(resolve_device(given.device)) if is_sliced else ALONE
+        ranks = SliceRanks.join(resolve_device(given.device)) if is_sliced else UNSLICED
         if isinstance(model, nn.Module):
             if is_sliced:
                 raise ValueError("Slices are cut while a model is loaded: give its name instead.")
@@ -208,7 +208,7 @@ class Engine:
         given.setdefault("disable_compile", True)  # the host decides between layers
         with self.turns.call(), self._must_really_run():
             asked = _asked_of(self.model, given)
-            if self.ranks.size > 1:
+            if not self.ranks.is_alone:
                 self.ranks.share_random_state(self.device)
                 given["streamer"] = given.get("streamer") if self.ranks.is_first else None
             if asked.get("num_beams", 1) == 1:
