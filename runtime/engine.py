@@ -94,8 +94,8 @@ class Engine:
         """Load a model with its experts in host memory, and estimators if there is a bundle.
 
         Args:
-            model: `bundled`, a local folder or a Hub id, prepared or not; or a causal language model of
-                transformers, whose experts are taken over (it runs in this engine only).
+            model: `bundled`, a local folder or a Hub id, prepared or not; or a causal language
+                model of transformers, whose experts are taken over (it runs in this engine only).
             bundle: Folder that `export-estimator` wrote, or a Hub id, `@` a revision.
             expert_slots: Slots per MoE layer, `8` or `25%`.
             prefetch: `none`, `auto` or `all`; unless said, auto if there is a bundle.
