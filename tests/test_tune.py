@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from foreroute.export.report.bench_page import bench_page
 from foreroute.export.report.cli import report
 from foreroute.runtime import cli
 from foreroute.runtime.tune import steps
+from foreroute.runtime.tune.cli import tune
 from foreroute.runtime.tune.plan import Tuning
 from foreroute.runtime.tune.steps import Journal, Step, StepFailed, run_all
 from foreroute.train.command import train
@@ -89,12 +91,46 @@ def test_a_tuning_goes_on_after_the_last_step_that_was_done(tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("modules")
-def test_another_command_makes_all_that_follows_anew(tmp_path: Path) -> None:
-    files = [tmp_path / name for name in ("one", "two")]
-    first = [Step("a", ("good", str(files[0]))), Step("b", ("good", str(files[1])))]
-    run_all(first, Journal(tmp_path), print)
-    run_all([Step("a", ("good", str(files[0]), "changed")), first[1]], Journal(tmp_path), print)
-    assert list(map(count, files)) == [2, 2]
+def test_another_command_makes_what_reads_its_files_anew(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("one", "two", "three", "four")]
+    a, b, c, d = [Step(file.name, ("good", str(file))) for file in files]
+    chain = [a, replace(b, reads=("one",)), c, replace(d, reads=("two",))]
+    run_all(chain, Journal(tmp_path), print)
+    changed = replace(a, argv=(*a.argv, "changed"))
+    run_all([changed, *chain[1:]], Journal(tmp_path), print)
+    assert list(map(count, files)) == [2, 2, 1, 2]
+
+
+@pytest.mark.usefixtures("modules")
+def test_what_was_made_from_older_files_is_not_taken_for_done_after_a_kill(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("one", "two", "three")]
+    a, b, c = [Step(file.name, ("good", str(file))) for file in files]
+    chain = [a, replace(b, reads=("one",)), replace(c, reads=("two",))]
+    run_all(chain, Journal(tmp_path), print)
+    changed = replace(a, argv=(*a.argv, "changed"))
+    ends_here = replace(chain[1], argv=("bad", str(tmp_path / "other")))
+    with pytest.raises(StepFailed):
+        run_all([changed, ends_here, chain[2]], Journal(tmp_path), print)
+    run_all([changed, *chain[1:]], Journal(tmp_path), print)
+    assert list(map(count, files)) == [2, 2, 2]
+
+
+def test_every_step_names_the_steps_whose_files_it_is_given() -> None:
+    given, out = tuning().steps(), Path("out")
+    made_by = {out / "profile.json": "profile", out / "traces": "collect"}
+    made_by |= {out / "run": "train", out / "bundle": "export"}
+    for step in given:
+        words = [Path(word) for flag, word in itertools.pairwise(step.argv) if flag != "--out"]
+        reached, names = set(step.reads), {made_by[word] for word in words if word in made_by}
+        for name in list(reached):
+            reached |= set(next(s for s in given if s.name == name).reads)
+        assert names <= reached, step.text
+
+
+def test_too_few_tokens_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"2 held-out sequences are too few.*--tokens"):
+        tune(tmp_path / "out", tokens=25 * 512)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_journal_is_named(tmp_path: Path) -> None:

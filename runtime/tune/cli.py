@@ -47,6 +47,7 @@ def tune(
 
     if out.is_file():
         raise ValueError(f"{out} is a file; give a folder.")
+    _require_enough(tokens)
     tuning = Tuning(
         model=model,
         out=out,
@@ -73,6 +74,21 @@ def tune(
     show(out, summary, plain_console())
     if not summary["runtime"]["exact_tokens_equal"]:
         raise SystemExit(1)
+
+
+def _require_enough(tokens: int) -> None:
+    """Refuse an amount of which too little is held out, before it is recorded.
+
+    Raises:
+        ValueError: If it is.
+    """
+    from foreroute.data.collect import CollectRequest
+    from foreroute.train.split import split_held_out, split_sequences
+
+    try:
+        split_held_out(split_sequences(-(-tokens // CollectRequest.sequence_length)).held_out)
+    except ValueError as error:
+        raise ValueError(f"--tokens {tokens}: {error} Give more --tokens.") from error
 
 
 def _gpu_memory(device: str) -> str | None:
