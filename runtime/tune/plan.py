@@ -52,8 +52,8 @@ class Tuning:
         if self.gpu_memory is not None and self.host_memory is not None:
             memory = ("--gpu-memory", self.gpu_memory, "--host-memory", self.host_memory)
             plan = ("foreroute", "plan", *model, *memory, "--profile", profile)
-            files = ("--json", str(out / "plan.json"))
-            steps.append(Step("plan", (*plan, *files), reads=("profile",)))
+            to = ("--json", str(out / "plan.json"))
+            steps.append(Step("plan", (*plan, *to), reads=("profile",)))
         amount = ("--tokens", str(self.tokens), "--generated-share", "0.25", "--batch-size", "16")
         record = ("collect-traces", *model, "--dataset", self.dataset, *amount, *on)
         fit = ("train-estimator", "--traces", traces, "--layers", "all", "--form", self.form)
