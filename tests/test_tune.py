@@ -184,7 +184,7 @@ def test_a_tunings_page_links_to_what_lies_beside_it_and_loads_nothing() -> None
     page = tune_page("m & n", summary, bench(), [("foreroute doctor --model '<x>'", 2.4)])
     assert loaded_from_elsewhere(page) == []
     assert "<td>trained ridge</td><td>0.500</td><td>0.250</td><td>0.750</td>" in page
-    assert "<td>foreroute doctor --model &#x27;&lt;x&gt;&#x27;</td><td>2</td>" in page
+    assert "<pre>foreroute doctor --model &#x27;&lt;x&gt;&#x27;   # 2 s</pre>" in page
 
 
 def test_a_page_that_loads_something_is_caught() -> None:
