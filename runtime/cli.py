@@ -42,7 +42,8 @@ def generate(
     Args:
         prompt: Text to continue; `-` reads it from standard input.
         model: `bundled`, a local folder or a Hub id.
-        bundle: Folder that export-estimator wrote; without it, prefetch uses the next router.
+        bundle: Folder that export-estimator wrote, or a Hub id, `@` a revision; without it,
+            prefetch uses the next router.
         max_new_tokens: Stop after so many tokens.
         expert_slots: Slots per MoE layer on the device: a number, a share such as 25%, or auto.
         on_miss: fetch (exact), or speculative execution: skip, predicted.
@@ -93,7 +94,7 @@ def bench(
 
     Args:
         model: `bundled`, a local folder or a Hub id.
-        bundle: Folder that export-estimator wrote.
+        bundle: Folder that export-estimator wrote, or a Hub id, `@` a revision.
         expert_slots: Slots per MoE layer on the device: a number, a share such as 25%, or auto.
         budget: Experts prefetched per token and layer; the model's top-k unless said.
         dataset: Where prompts come from (its held-out split); as collect-traces takes it.
@@ -273,7 +274,8 @@ def simulate(
         eviction: lru, lfu, lrfu, default, predicted, static, belady; a comma list.
         prefetch: none, all, head, pieces; a comma list.
         horizon: Layers ahead to predict; 1, 2, 4, ... up to it are tried.
-        bundle: Real predictions of this bundle on traces, in place of a simulated predictor.
+        bundle: Real predictions of this bundle (a folder or a Hub id) on traces, in place of a
+            simulated predictor.
         recall: Of the simulated predictor, one layer ahead.
         errors: Its wrong guesses: near-miss or uniform.
         concentration: How little it knows which guesses are wrong; calibrated for any value.

@@ -30,7 +30,7 @@ def evaluate(
     Args:
         tasks: Names that the harness knows, such as hellaswag,gsm8k; a comma list.
         model: `bundled`, a local folder or a Hub id.
-        bundle: Estimators that export-estimator wrote.
+        bundle: Folder that export-estimator wrote, or a Hub id, `@` a revision.
         on_miss: fetch (exact), skip or predicted; both others are speculative, and read texts
             token by token, so that their price is measured.
         weights: Gate weights of predicted experts: true or predicted.
@@ -81,7 +81,7 @@ def evaluate(
     ) as engine:
         found = score(
             engine,
-            load_tokenizer(model, trust_remote_code=trust_remote_code),
+            load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code),
             names,
             batch_size=batch_size,
             limit=limit,
