@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.table import Table
 
+from foreroute.runtime.bench.measure import BASELINE, STOCK, ModeResult
+
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from foreroute.runtime.bench.measure import ModeResult
 
 SPECULATIVE_NOTE = (
     "speculative runs the predicted experts with the true router's gate weights, speculative-paper "
     "with predicted weights too (as the paper's engine does), skip leaves missing experts out: "
     "these three change the output."
+)
+WHOLE_NOTE = (
+    "The stock model was left out: the device does not hold it whole, or it is a prepared model."
 )
 ALL_NOTE = "prefetch-all fetches each prediction, whether or not that pays."
 CPU_NOTE = (
@@ -46,14 +49,22 @@ def notes(results: list[ModeResult], *, is_cpu: bool) -> list[str]:
         results: Of all modes.
         is_cpu: Whether it ran on a CPU.
     """
-    lines = (gave_up_note(results), ALL_NOTE, SPECULATIVE_NOTE, CPU_NOTE if is_cpu else "")
+    has_stock = results[0].name == STOCK
+    lines = (
+        "" if has_stock else WHOLE_NOTE,
+        gave_up_note(results),
+        ALL_NOTE,
+        SPECULATIVE_NOTE,
+        CPU_NOTE if is_cpu else "",
+    )
     return [line for line in lines if line]
 
 
 def time_table(results: list[ModeResult], title: str) -> Table:
     """What each mode took."""
     table = _table(title, "TPOT ms", "p25-p75", "x on-demand", "TTFT ms", "tokens")
-    baseline = next(r.tpot_ms for r in results if r.name == "on-demand")
+    baseline = next(r.tpot_ms for r in results if r.name == BASELINE)
+    first = f"{results[0].name}'s"
     for r in results:
         table.add_row(
             r.name,
@@ -61,7 +72,7 @@ def time_table(results: list[ModeResult], title: str) -> Table:
             f"{r.tpot_ms_p25:.1f}-{r.tpot_ms_p75:.1f}",
             f"{r.tpot_ms / baseline:.2f}",
             f"{r.ttft_ms:.0f}",
-            "stock's" if r.tokens == results[0].tokens else "other",
+            first if r.tokens == results[0].tokens else "other",
         )
     return table
 
