@@ -118,7 +118,7 @@ def test_both_ways_to_pack_write_the_same_bytes(name):
     assert encoding._pack(bits_of(padded.contiguous()), *others)
     for part, other in zip(parts.values(), others, strict=True):
         assert torch.equal(part, other)
-    shared = ("LARGEST_CODE", "LARGEST_BASE", "IN_LINE", "MOST_LINES_OF_ROW")
+    shared = ("PLANES", "LARGEST_CODE", "LARGEST_BASE", "IN_LINE", "MOST_LINES_OF_ROW")
     for constant in shared:
         assert getattr(lossless, constant) == getattr(lossless_on_cpu, constant)
 
