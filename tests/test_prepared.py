@@ -119,10 +119,15 @@ def test_damaged_and_foreign_files_are_refused_in_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"layer-001.safetensors is missing"):
         logits_of(out)
     shard.write_bytes(whole)
+    rest = out / "model.safetensors"
+    damage(rest, -5)
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged"):
+        logits_of(out)
+    damage(rest, -5)
     logits_of(out)
     values = read_json(manifest)
     manifest.write_text(json.dumps(values | {"format_version": 99}))
-    with pytest.raises(ValueError, match=r"format version 99; this foreroute reads version 1"):
+    with pytest.raises(ValueError, match=r"format version 99; this foreroute reads version 2"):
         logits_of(out)
     manifest.write_text(json.dumps(values)[:-9])
     with pytest.raises(ValueError, match=r"foreroute.json is damaged"):

@@ -27,7 +27,14 @@ from foreroute.runtime.store.encodings import Lossless, TooManyExceptions, witho
 from foreroute.runtime.store.encodings.lossless import count_exceptions
 from foreroute.runtime.store.host_store import HostExpertStore
 from foreroute.runtime.store.loading import LayerReader, load_the_rest, places_of
-from foreroute.runtime.store.prepared import ROWS, PreparedModel, describe_layout
+from foreroute.runtime.store.prepared import (
+    FORMAT_VERSION,
+    ROWS,
+    PreparedModel,
+    block_digests,
+    bytes_of,
+    describe_layout,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +102,7 @@ class _Packing:
             "router_fingerprint": moe.geometry.router_fingerprint,
             "dtype": str(checkpoint.dtype).removeprefix("torch."),
             "expert_dtype": checkpoint.expert_dtype,
+            "format_version": FORMAT_VERSION,
         }
         self._done = self._begun()
 
@@ -158,7 +166,7 @@ class _Packing:
                 counts[name] = counts.get(name, 0) + count
         entry = {
             "file": file,
-            "sha256": sha256_of(self._folder / file),
+            "blocks_sha256": block_digests(bytes_of(rows)),
             "experts": len(rows),
             "row_bytes": layout.row_bytes,
             "parameters": describe_layout(layout),

@@ -8,25 +8,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from foreroute.data.adapters.loading import PREPARED_MANIFEST
-from foreroute.estimators.artifacts import read_versioned
+from foreroute.estimators.artifacts import read_versioned, require_digest
 from foreroute.runtime.store.encodings import Encoder, encoder_named, without
 from foreroute.runtime.store.host_store import HostExpertStore, RowLayout
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 REMEDY = "Pack the model again with foreroute pack."
 ROWS = "rows"
-READ_BYTES = 16 << 20
-MOST_READERS = 8
+BLOCK_BYTES = 32 << 20
+"""Of rows that have a sha256 of their own, so that all cores can check one layer."""
+PIECE_BYTES = 256 << 10
+"""Read at once, and hashed while a core's own cache still holds it."""
+MOST_READERS = 16
+MOST_HEADER_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +55,8 @@ class PreparedModel:
     exceptions: dict[str, int]
     """Weights that 12 bits do not reach, and that are listed, by parameter."""
     shards: tuple[dict[str, Any], ...]
-    """By MoE layer: file, sha256, experts, bytes of a row, and what lies in it (`parameters`)."""
+    """By MoE layer: file, sha256 of each block of its rows (`blocks_sha256`), experts, bytes of a
+    row, and what lies in it (`parameters`)."""
     rest: dict[str, Any]
     """File of all other weights, and its sha256."""
 
@@ -120,10 +126,22 @@ def describe_layout(layout: RowLayout) -> dict[str, Any]:
     }
 
 
+def block_digests(content: memoryview) -> list[str]:
+    """Hex sha256 of each block of `BLOCK_BYTES`, on all cores."""
+    blocks = [content[at : at + BLOCK_BYTES] for at in range(0, len(content), BLOCK_BYTES)]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        return list(threads.map(lambda block: hashlib.sha256(block).hexdigest(), blocks))
+
+
+def bytes_of(rows: Tensor) -> memoryview:
+    """The memory of contiguous bytes, [n, m] uint8."""
+    return rows.numpy().data.cast("B")
+
+
 def read_rows(
     prepared: PreparedModel, folder: str, store: HostExpertStore, tick: Callable[[int], None]
 ) -> None:
-    """Read all experts into a store, several layers at once, each checked against its sha256.
+    """Read all experts into a store, block by block on all cores, each checked against its sha256.
 
     Args:
         prepared: The manifest.
@@ -135,12 +153,15 @@ def read_rows(
         ValueError: If a file is missing or damaged; names it.
     """
     prepared.require_fits(folder, store)
-    num_threads = min(MOST_READERS, len(os.sched_getaffinity(0)), len(store.rows))
-    with ThreadPoolExecutor(num_threads) as threads:
-        jobs = [
-            threads.submit(_read_shard, Path(folder) / shard["file"], rows, shard["sha256"], tick)
-            for shard, rows in zip(prepared.shards, store.rows, strict=True)
-        ]
+    blocks = [
+        block
+        for shard, rows in zip(prepared.shards, store.rows, strict=True)
+        for block in _blocks(Path(folder, shard["file"]), bytes_of(rows), shard["blocks_sha256"])
+    ]
+    rest = Path(folder, prepared.rest["file"])
+    with ThreadPoolExecutor(min(MOST_READERS, len(os.sched_getaffinity(0)))) as threads:
+        jobs = [threads.submit(require_digest, rest, prepared.rest["sha256"], REMEDY)]
+        jobs += [threads.submit(_read_block, block, tick) for block in blocks]
         try:
             for job in jobs:
                 job.result()
@@ -149,32 +170,61 @@ def read_rows(
             raise
 
 
-def _read_shard(path: Path, rows: Tensor, sha256: str, tick: Callable[[int], None]) -> None:
-    """One layer's rows, straight into their memory."""
+class _Block(NamedTuple):
+    """Part of a file of rows, and where it is to lie."""
+
+    path: Path
+    at: int
+    """First byte in the file."""
+    room: memoryview
+    sha256: str
+
+
+def _blocks(path: Path, rows: memoryview, digests: list[str]) -> list[_Block]:
+    """The blocks of one layer's file, whose header must be that of such rows and nothing else."""
     if not path.is_file():
         raise ValueError(f"{path} is missing. {REMEDY}")
-    digest, view = hashlib.sha256(), rows.numpy().data.cast("B")
-    with path.open("rb", buffering=0) as file:
+    with path.open("rb") as file:
         start = file.read(8)
-        header = file.read(int.from_bytes(start, "little") if len(start) == 8 else 0)
-        digest.update(start + header)
-        is_whole = _describes(header, rows)
-        at = 0
-        while is_whole and at < len(view):
-            count = file.readinto(view[at : at + READ_BYTES]) or 0
-            digest.update(view[at : at + count])
-            tick(count)
-            is_whole, at = count > 0, at + count
-        is_whole = is_whole and not file.read(1)
-    if not is_whole or digest.hexdigest() != sha256:
-        raise ValueError(f"{path} is damaged: it is not what the manifest says. {REMEDY}")
+        size = int.from_bytes(start, "little")
+        header = file.read(size) if size <= MOST_HEADER_BYTES else b""
+    starts = range(0, len(rows), BLOCK_BYTES)
+    is_whole = path.stat().st_size == len(start) + len(header) + len(rows)
+    if not is_whole or not _describes(header, len(rows)) or len(starts) != len(digests):
+        raise _damaged(path)
+    begin = len(start) + len(header)
+    return [
+        _Block(path, begin + at, rows[at : at + BLOCK_BYTES], digest)
+        for at, digest in zip(starts, digests, strict=True)
+    ]
 
 
-def _describes(header: bytes, rows: Tensor) -> bool:
-    """Whether a safetensors header is that of such rows and nothing else."""
+def _describes(header: bytes, num_bytes: int) -> bool:
+    """Whether a safetensors header is that of rows of so many bytes."""
     try:
         entry = json.loads(header)[ROWS]
+        is_so = entry["dtype"] == "U8" and math.prod(entry["shape"]) == num_bytes
     except (ValueError, KeyError, TypeError):
         return False
-    place = {"dtype": "U8", "shape": list(rows.shape), "data_offsets": [0, rows.nbytes]}
-    return bool(entry == place)
+    return bool(is_so and entry["data_offsets"] == [0, num_bytes])
+
+
+def _read_block(block: _Block, tick: Callable[[int], None]) -> None:
+    """A block, straight into its memory; hashed while it is in the core's cache."""
+    digest, at = hashlib.sha256(), 0
+    with block.path.open("rb", buffering=0) as file:
+        file.seek(block.at)
+        while at < len(block.room):
+            piece = block.room[at : at + PIECE_BYTES]
+            count = file.readinto(piece) or 0
+            if not count:
+                break
+            digest.update(piece[:count])
+            at += count
+    if digest.hexdigest() != block.sha256:
+        raise _damaged(block.path)
+    tick(at)
+
+
+def _damaged(path: Path) -> ValueError:
+    return ValueError(f"{path} is damaged: it is not what the manifest says. {REMEDY}")
