@@ -89,7 +89,7 @@ class Lossless(Encoding):
             for shape, dtype in self.parts().values()
         )
         if flat.device.type == "cpu":
-            self.encode_into(flat, {"": data, "_lines": lines})
+            self.encode_into(flat, {"": list(data), "_lines": list(lines)})
         else:
             padded = torch.nn.functional.pad(flat, (0, self.words * PLANES - self.columns))
             bits = padded.contiguous().view(torch.int16)  # [n, rows, 8 N]
