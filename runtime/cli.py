@@ -208,16 +208,23 @@ def doctor(
 ) -> None:
     """Say what was found in a model and what can be done with it, from its config alone.
 
+    Where the weights are here too, some are read, to say how much of them 12 bits hold.
+
     Args:
         model: `bundled`, a local folder with at least a config.json, or a Hub id.
         revision: Branch, tag or commit of a Hub id.
         dtype: In which sizes are given: auto, float32, bfloat16 or float16.
         trust_remote_code: Run code that came with the checkpoint.
     """
+    from foreroute.data.adapters.loading import HubSettings
     from foreroute.runtime.planning.doctor import diagnose, report
+    from foreroute.runtime.planning.packed_share import packed_share
+    from foreroute.runtime.store.checkpoint import Checkpoint
 
     found = diagnose(model, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
-    plain_console().print(report(found))
+    hub: HubSettings = {"revision": revision, "trust_remote_code": trust_remote_code}
+    packed = packed_share(Checkpoint.open(model, dtype=dtype, **hub))
+    plain_console().print(report(found, packed))
 
 
 def _sequences(
