@@ -265,6 +265,8 @@ def simulate(
     warm_start: str = "prompt",
     layer_slots: str = "equal",
     expert_bytes: str | None = None,
+    model: str | None = None,
+    expert_dtype: str = "auto",
     layer_ms: float | None = None,
     num_experts: int | None = None,
     prompt_tokens: int = 0,
@@ -287,6 +289,9 @@ def simulate(
         warm_start: What fills the slots before: prompt, none, or another recording.
         layer_slots: equal, or by-misses: layers that missed more before get more.
         expert_bytes: Size of an expert as copied (9.44MB, 3MiB); the profile's model unless said.
+        model: Whose experts' size counts, by its config: a folder, a config.json or a Hub id.
+        expert_dtype: How that model's experts are stored: auto (what a GPU does), lossless, bf16,
+            fp8, int8 or int4.
         layer_ms: Compute of a layer; the profile's model unless said.
         num_experts: Experts of a layer, where the recording does not say.
         prompt_tokens: Tokens of the prompt at the start, where the recording does not say.

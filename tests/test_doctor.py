@@ -187,7 +187,7 @@ def test_what_12_bits_hold_is_what_packing_makes_of_it(tmp_path, model_type):
 
 def test_of_a_large_model_a_sample_of_every_layer_is_counted(tmp_path, monkeypatch):
     tiny_model("qwen3_moe", dtype=torch.bfloat16, **SIZES).save_pretrained(tmp_path)
-    monkeypatch.setattr("foreroute.runtime.planning.packed_share.SAMPLE_BYTES", 1 << 20)
+    monkeypatch.setattr("foreroute.runtime.planning.packing_survey.SAMPLE_BYTES", 1 << 20)
     assert "(sampled: 9 of 24 experts)" in share_of(tmp_path)
 
 

@@ -31,7 +31,7 @@ from foreroute.runtime.store.checkpoint import Checkpoint
 from foreroute.runtime.store.encodings import Encoder, TooManyExceptions, without
 from foreroute.runtime.store.expert_reader import ExpertReader
 from foreroute.runtime.store.host_store import HostExpertStore, RowLayout
-from foreroute.runtime.store.prepared import read_rows
+from foreroute.runtime.store.prepared_rows import read_rows
 from foreroute.runtime.store.row_writer import RowWriter
 
 logger = logging.getLogger(__name__)

@@ -27,14 +27,8 @@ from foreroute.runtime.store.encodings import Lossless, TooManyExceptions, witho
 from foreroute.runtime.store.encodings.lossless import count_exceptions
 from foreroute.runtime.store.host_store import HostExpertStore
 from foreroute.runtime.store.loading import LayerReader, load_the_rest, places_of
-from foreroute.runtime.store.prepared import (
-    FORMAT_VERSION,
-    ROWS,
-    PreparedModel,
-    block_digests,
-    bytes_of,
-    describe_layout,
-)
+from foreroute.runtime.store.prepared import FORMAT_VERSION, PreparedModel, describe_layout
+from foreroute.runtime.store.prepared_rows import ROWS, block_digests, bytes_of
 from foreroute.runtime.store.publish import push_prepared
 
 logger = logging.getLogger(__name__)

@@ -65,7 +65,7 @@ def _take_up(bits: Any, first: int, room: Any) -> int:
 
 @compiled
 def _largest_exponent(row: Any, tops: Any) -> int:
-    """Of a row; `tops` is room for `LANES` numbers."""
+    """The largest of a row; `tops` is room for `LANES` numbers."""
     tops[:] = 0
     whole = len(row) // LANES * LANES
     for start in range(0, whole, LANES):
