@@ -14,6 +14,7 @@ from typing import Any
 
 from foreroute.data.columns import Row, RowReading, row_documents
 from foreroute.data.document import Document, NoTextError, TokenRow
+from foreroute.estimators.artifacts import first_line
 
 BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jsonl": ("json", {}),
@@ -163,8 +164,7 @@ def _named(problem: str) -> Iterator[None]:
     except (StopIteration, MemoryError):
         raise
     except Exception as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{problem}: {first_line}") from error
+        raise ValueError(f"{problem}: {first_line(error)}") from error
 
 
 def _require_shallow(file: Path, url: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from foreroute.estimators.artifacts import first_line
+
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 BUNDLE_FILES = ("manifest.json", "estimators.safetensors")
 
@@ -85,6 +87,5 @@ def upload(folder: Path, repo_id: str, *, repo_type: str, is_private: bool) -> s
             commit_message="Upload from foreroute",
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"The Hub refused {repo_id}: {line}") from error
+        raise ValueError(f"The Hub refused {repo_id}: {first_line(error)}") from error
     return str(commit.commit_url)
