@@ -118,10 +118,9 @@ def tiny_store() -> HostExpertStore:
 
 def read_prepared(folder: Path) -> None:
     """Read the rows into a store."""
-    prepared = PreparedModel.find(str(folder))
-    assert prepared is not None
+    prepared = PreparedModel.read(folder / PREPARED_MANIFEST)
     prepared.encoder("auto", None)
-    read_rows(prepared, str(folder), tiny_store(), lambda _: None)
+    read_rows(prepared, folder, tiny_store(), lambda _: None)
 
 
 def repair_prepared(folder: Path) -> None:

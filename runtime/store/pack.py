@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,6 +34,7 @@ from foreroute.runtime.store.prepared import (
     RowFile,
     describe_layout,
 )
+from foreroute.runtime.store.publish import push_prepared
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +89,7 @@ def pack_model(
 class _Progress:
     """What is packed so far, as a stopped run leaves it."""
 
-    asked: dict[str, str | None]
+    asked: dict[str, Any]
     """The source, and how it is to be packed."""
     stays: list[str] = field(default_factory=list)
     """Parameters that 12 bits do not pay for."""
@@ -107,13 +109,8 @@ class _Packing:
         device: torch.device,
     ) -> None:
         self._checkpoint, self._moe, self._folder, self._device = checkpoint, moe, folder, device
-        self._asked = {
-            "source": checkpoint.name,
-            "revision": _revision(checkpoint),
-            "router_fingerprint": moe.geometry.router_fingerprint,
-            "dtype": str(checkpoint.dtype).removeprefix("torch."),
-            "expert_dtype": checkpoint.expert_dtype,
-        }
+        fingerprint = moe.geometry.router_fingerprint
+        self._asked = _asked(checkpoint) | {"router_fingerprint": fingerprint}
         self._done = self._begun()
 
     def _begun(self) -> _Progress:
@@ -141,7 +138,7 @@ class _Packing:
         self._copy_small_files()
         rest = self._write_rest()
         return PreparedModel(
-            **self._asked,  # type: ignore[arg-type]  # only the revision may be None
+            **self._asked,
             stays=tuple(self._done.stays),
             shards=tuple(self._done.shards),
             exceptions=self._done.exceptions,
@@ -199,9 +196,15 @@ class _Packing:
             shutil.copytree(source, self._folder, ignore=ignored, dirs_exist_ok=True)
 
 
-def _revision(checkpoint: Checkpoint) -> str | None:
+def _asked(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a manifest says of a request, known before a weight is read."""
     commit = getattr(checkpoint.config, "_commit_hash", None)
-    return commit or checkpoint.hub.get("revision")
+    return {
+        "source": checkpoint.name,
+        "revision": commit or checkpoint.hub.get("revision"),
+        "dtype": str(checkpoint.dtype).removeprefix("torch."),
+        "expert_dtype": checkpoint.expert_dtype,
+    }
 
 
 @contextmanager
@@ -224,6 +227,8 @@ def run_pack(
     dtype: str,
     device: str,
     revision: str | None,
+    push_to_hub: str | None,
+    private: bool,
     overwrite: bool,
     trust_remote_code: bool,
 ) -> None:
@@ -240,11 +245,26 @@ def run_pack(
     checkpoint = Checkpoint.open(
         model, dtype=dtype, expert_dtype=expert_dtype, device=on_a_gpu, **hub
     )
-    prepared = pack_model(checkpoint, out, device=device, overwrite=overwrite)
+    is_there = push_to_hub is not None and not overwrite and _holds(out, checkpoint)
+    if is_there:  # an upload that failed needs no second packing
+        prepared = PreparedModel.read(out / PREPARED_MANIFEST)
+    else:
+        prepared = pack_model(checkpoint, out, device=device, overwrite=overwrite)
     console = plain_console()
     for line in summary(prepared):
         console.print(line, soft_wrap=True)
+    if push_to_hub is not None:
+        url = push_prepared(out, push_to_hub, is_private=private)
+        console.print(url, soft_wrap=True)
     console.print(str(out), soft_wrap=True)
+
+
+def _holds(out: Path, checkpoint: Checkpoint) -> bool:
+    """Whether a folder is the prepared model that packing a checkpoint would make."""
+    if not (out / PREPARED_MANIFEST).is_file():
+        return False
+    found, asked = PreparedModel.read(out / PREPARED_MANIFEST), _asked(checkpoint.settled())
+    return all(getattr(found, name) == value for name, value in asked.items())
 
 
 def summary(prepared: PreparedModel) -> list[str]:
