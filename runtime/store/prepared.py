@@ -39,7 +39,7 @@ class RowPart:
     """Where a parameter, or a part of its encoding, lies in a row."""
 
     shape: list[Count]
-    """Of one expert."""
+    """One expert's."""
     dtype: str
     """In torch's word."""
     offset_bytes: Count
@@ -52,11 +52,11 @@ class RowFile:
 
     file: FileName
     sha256: str
-    """Hex, of the file."""
+    """The file's, in hex."""
     experts: Count
     """How many rows."""
     row_bytes: Count
-    """Of each."""
+    """Size of one row."""
     parameters: dict[str, RowPart]
     """What lies in a row, by name."""
 
@@ -67,7 +67,7 @@ class RestFile:
 
     file: FileName
     sha256: str
-    """Hex, of the file."""
+    """The file's, in hex."""
 
 
 @dataclass(frozen=True, kw_only=True)
