@@ -22,7 +22,7 @@ def generate(
     max_new_tokens: int = 128,
     expert_slots: str = "25%",
     on_miss: str = "fetch",
-    weights: str = "true",
+    exact_layers: str = "",
     budget: int | None = None,
     prefetch: str | None = None,
     eviction: str = "default",
@@ -45,8 +45,9 @@ def generate(
         bundle: Folder that export-estimator wrote; without it, prefetch uses the next router.
         max_new_tokens: Stop after so many tokens.
         expert_slots: Slots per MoE layer on the device: a number, a share such as 25%, or auto.
-        on_miss: fetch (exact), or speculative execution: skip, predicted.
-        weights: Gate weights of predicted experts: true or predicted.
+        on_miss: fetch (exact), or speculative execution by a rule: skip, substitute:0.5,
+            substitute+threshold:0.15, bonus:0.1, budget:20MB, predicted; docs/speculation.md.
+        exact_layers: Layers that fetch whatever the rule: decoder layer indices, 0 or 0-1,7.
         budget: Experts prefetched per token and layer; the model's top-k unless said.
         prefetch: What is fetched early: none, auto (what pays) or all (each prediction); auto
             where there is a bundle, unless said.

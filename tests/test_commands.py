@@ -79,7 +79,7 @@ def test_from_text_to_a_bench_by_commands(
             assert out.strip().splitlines()[-1] == f"{here}/{last}"
     bench = json.loads((here / "bench.json").read_text())
     assert bench["exact_tokens_equal"] is True
-    assert {"stock", "all-resident", "on-demand", "prefetch", "speculative"} <= set(bench["modes"])
+    assert {"stock", "all-resident", "on-demand", "prefetch", "predicted"} <= set(bench["modes"])
 
 
 def test_a_trained_bundle_is_refused_by_another_model(
