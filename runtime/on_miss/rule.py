@@ -77,7 +77,7 @@ class MissRule:
 
     @property
     def needs_predictions(self) -> bool:
-        """Whether every prediction is fetched: nothing else brings experts, or they are what runs."""
+        """Whether each prediction is fetched: nothing else brings experts, or they are what runs."""
         return self.predicted is not None or self.waits_for_none
 
     @property
@@ -171,7 +171,7 @@ def _number(text: str, what: str, value: str | None, *, most: float) -> float:
 def _weights(text: str, value: str | None) -> Weights:
     for known in ("true-weights", "predicted-weights"):
         if (value or "true-weights") == known:
-            return known  # type: ignore[return-value]
+            return known
     raise ValueError(
         f"on_miss={text}: predicted takes true-weights or predicted-weights, not {value}."
     )
