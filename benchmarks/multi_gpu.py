@@ -32,7 +32,7 @@ from replayed_routing import (
 from foreroute.estimators.artifacts import package_versions, read_json, write_json
 from foreroute.runtime import Engine, EngineConfig
 from foreroute.runtime.device.driver import DeviceDriver
-from foreroute.runtime.parallel import Ranks
+from foreroute.runtime.parallel import SliceRanks
 
 SHAPE, RECALL = "qwen3-30b-a3b", 0.89
 
@@ -47,12 +47,12 @@ class MultiGpuBenchmark:
             args: The command line.
         """
         self.args = args
-        self.device = torch.device(Ranks.local_device(args.device))
+        self.device = torch.device(SliceRanks.local_device(args.device))
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        self.ranks = Ranks.join(self.device)
+        self.ranks = SliceRanks.join(self.device)
         settings = settings_of(SHAPE, layers=args.layers, is_tiny=args.tiny)
-        pool = HostPool(args.pool_gib * 2**30 // self.ranks.size, self.device)
+        pool = HostPool(args.pool_gib * 2**30 // self.ranks.num_ranks, self.device)
         self.offloaded = build(settings, SHAPE, pool, str(self.device), self.ranks)
         geometry = self.offloaded.moe.geometry
         recorded = (
@@ -69,7 +69,7 @@ class MultiGpuBenchmark:
         """All resident, then on demand and prefetch at every share."""
         self._measure("resident", EngineConfig(expert_slots="100%"), 100.0)
         for share in self.args.shares:
-            slots = min(100.0, share * self.ranks.size)
+            slots = min(100.0, share * self.ranks.num_ranks)
             for arm, prefetch in (("on-demand", "none"), (f"prefetch-{RECALL}", "auto")):
                 config = EngineConfig(expert_slots=f"{slots}%", prefetch=prefetch)
                 self._measure(arm, config, slots)
@@ -104,7 +104,7 @@ class MultiGpuBenchmark:
         geometry = self.offloaded.moe.geometry
         num_slots = round(slots / 100 * geometry.num_experts) * geometry.num_layers
         row = {
-            "gpus": self.ranks.size,
+            "gpus": self.ranks.num_ranks,
             "slots": slots,
             "arm": arm,
             "tpot_ms_median": statistics.median(times),
@@ -123,7 +123,7 @@ class MultiGpuBenchmark:
             print(row, flush=True)
 
     def _are_ranks_equal(self, logits: torch.Tensor) -> bool:
-        if self.ranks.size == 1:
+        if self.ranks.is_alone:
             return True
         first = logits.clone()
         dist.broadcast(first, 0)

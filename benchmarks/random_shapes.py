@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from foreroute.data.adapters import discover
 from foreroute.data.adapters.seam import is_experts_module
-from foreroute.runtime.parallel import ALONE, Ranks, cut, narrowed
+from foreroute.runtime.parallel import UNSLICED, SliceRanks, cut, narrowed
 from foreroute.runtime.store.encodings import Encoder, Lossless, encoder_named, native_encoder
 from foreroute.runtime.store.host_store import HostExpertStore, RowLayout, allocate_host
 from foreroute.runtime.store.offload import OffloadedModel
@@ -218,7 +218,7 @@ def label_of(shape: str, *, layers: int | None = None, is_tiny: bool = False) ->
 
 
 def build(
-    settings: dict[str, Any], name: str, pool: HostPool, device: str, ranks: Ranks = ALONE
+    settings: dict[str, Any], name: str, pool: HostPool, device: str, ranks: SliceRanks = UNSLICED
 ) -> OffloadedModel:
     """A model of those sizes with random weights, all but its experts on the device.
 
@@ -235,7 +235,7 @@ def build(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     experts = [module for module in model.modules() if is_experts_module(module)]
-    with narrowed(cut(experts, ranks) if ranks.size > 1 else ()):
+    with narrowed(cut(experts, ranks)):
         layouts = [RowLayout.of(module, _encoder(expert_dtype)) for module in experts]
     num_experts = next(iter(experts[0].parameters())).shape[0]
     for module in experts:

@@ -88,18 +88,22 @@ class Ranks:
 ALONE = Ranks()
 
 
+def are_ranks_started() -> bool:
+    """Whether torchrun started several processes, this one among them."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 @contextlib.contextmanager
 def joined_ranks() -> Iterator[Ranks]:
     """Join the processes that torchrun has started; alone without it."""
-    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if num_ranks == 1 or "MASTER_ADDR" not in os.environ:
+    if not are_ranks_started() or "MASTER_ADDR" not in os.environ:
         yield ALONE
         return
     has_begun = dist.is_initialized()
     if not has_begun:
         dist.init_process_group("gloo", timeout=LONGEST_WAIT)
     try:
-        yield Ranks(dist.get_rank(), num_ranks, int(os.environ.get("LOCAL_RANK", "0")))
+        yield Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
     finally:
         if not has_begun:
             dist.destroy_process_group()

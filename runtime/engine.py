@@ -22,7 +22,7 @@ from foreroute.runtime.config import EngineConfig
 from foreroute.runtime.driver import Driver
 from foreroute.runtime.host.driver import HostDriver
 from foreroute.runtime.look_ahead import LookAhead
-from foreroute.runtime.parallel import ALONE, Ranks
+from foreroute.runtime.parallel import UNSLICED, SliceRanks
 from foreroute.runtime.planning.slot_plan import plan_slots, read_recording
 from foreroute.runtime.stats import RuntimeStats
 from foreroute.runtime.store.offload import OffloadedModel, load_offloaded
@@ -94,9 +94,9 @@ class Engine:
         """Load a model with its experts in host memory, and estimators if there is a bundle.
 
         Args:
-            model: `bundled`, a local folder or a Hub id; or a causal language model of
-                transformers, whose experts are taken over (it runs in this engine only).
-            bundle: Folder that `export-estimator` wrote.
+            model: `bundled`, a local folder or a Hub id, prepared or not; or a causal language
+                model of transformers, whose experts are taken over (it runs in this engine only).
+            bundle: Folder that `export-estimator` wrote, or a Hub id, `@` a revision.
             expert_slots: Slots per MoE layer, `8` or `25%`.
             prefetch: `none`, `auto` or `all`; unless said, auto if there is a bundle.
             on_miss: `fetch` (exact), or a speculative rule such as `substitute:0.5`; see
@@ -109,8 +109,9 @@ class Engine:
             **settings: Other fields of `EngineConfig`; of `HubSettings` (`revision`, `token`,
                 `cache_dir`, `local_files_only`, `subfolder`, `trust_remote_code`);
                 `attn_implementation`; and `expert_dtype`: how experts are stored and copied,
-                `auto` (as the checkpoint has them), `bf16`, `fp8`, `int8` or `int4` (fewer bits
-                than the checkpoint's change the output).
+                `lossless` (bfloat16 in 12 bits, every bit given back), `auto` (that on a GPU, else
+                as the checkpoint has them), `bf16`, `fp8`, `int8` or `int4` (fewer bits than the
+                checkpoint's change the output).
 
         Raises:
             ValueError: If the model, the bundle and the settings do not fit together, or an
@@ -118,7 +119,7 @@ class Engine:
             FileNotFoundError: If the model or the bundle is missing.
         """
         if is_sliced:
-            device = Ranks.local_device(str(device or "auto"))
+            device = SliceRanks.local_device(str(device or "auto"))
         names = [field.name for field in fields(EngineConfig)]
         given = sort_arguments(settings, names, device=device, dtype=dtype)
         config = EngineConfig(
@@ -128,7 +129,7 @@ class Engine:
             **given.config,
         )
         loaded = load_bundle(Path(bundle)) if bundle else None
-        ranks = Ranks.join(resolve_device(given.device)) if is_sliced else ALONE
+        ranks = SliceRanks.join(resolve_device(given.device)) if is_sliced else UNSLICED
         if isinstance(model, nn.Module):
             if is_sliced:
                 raise ValueError("Slices are cut while a model is loaded: give its name instead.")
@@ -208,7 +209,7 @@ class Engine:
         given.setdefault("disable_compile", True)  # the host decides between layers
         with self.turns.call(), self._must_really_run():
             asked = _asked_of(self.model, given)
-            if self.ranks.size > 1:
+            if not self.ranks.is_alone:
                 self.ranks.share_random_state(self.device)
                 given["streamer"] = given.get("streamer") if self.ranks.is_first else None
             if asked.get("num_beams", 1) == 1:

@@ -12,7 +12,7 @@ import torch
 from sliced_worker import observe
 
 from foreroute.data.adapters.weightless import ParameterShape
-from foreroute.runtime.parallel import ExpertSlice, Ranks, SlicedWriter
+from foreroute.runtime.parallel import ExpertSlice, SlicedWriter, SliceRanks
 
 WORKER = Path(__file__).parent / "sliced_worker.py"
 LIMIT_S = 240
@@ -123,7 +123,7 @@ def test_slices_add_up_to_the_whole_expert(
     hidden = torch.randn(4).double()
     total = torch.zeros(4).double()
     for rank in range(3):
-        cuts = ExpertSlice(module, Ranks(rank, 3))
+        cuts = ExpertSlice(module, SliceRanks(rank, 3))
         local = Local(cuts.shapes())
         writer = SlicedWriter(local, cuts)
         for name, value in whole.items():
@@ -140,4 +140,4 @@ def test_slices_add_up_to_the_whole_expert(
 def test_sizes_that_do_not_divide_are_refused_with_those_that_do() -> None:
     module = Experts(is_transposed=False, is_concatenated=True)
     with pytest.raises(ValueError, match=r"4 processes do not divide the experts' 6 .* 2, 3, 6"):
-        ExpertSlice(module, Ranks(0, 4))
+        ExpertSlice(module, SliceRanks(0, 4))

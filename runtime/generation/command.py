@@ -14,8 +14,8 @@ from foreroute.data.adapters import load_tokenizer
 from foreroute.data.adapters.chat import encode_chat
 from foreroute.data.adapters.loading import HubSettings
 from foreroute.data.adapters.vocabulary import require_known, vocabulary_size
+from foreroute.estimators.ranks import are_ranks_started
 from foreroute.runtime.engine import Engine
-from foreroute.runtime.parallel import Ranks
 from foreroute.runtime.store.checkpoint import Checkpoint
 
 EMPTY_PROMPT = "The prompt is empty; give at least one token of text."
@@ -63,7 +63,7 @@ def run_generate(
     text = read_prompt(prompt)
     hub: HubSettings = {"revision": revision, "trust_remote_code": trust_remote_code}
     token_ids = encode_prompt(tokenizer := _tokenizer(model, hub), text, is_chat=chat)
-    settings["is_sliced"] = Ranks.are_started()
+    settings["is_sliced"] = are_ranks_started()
     with Engine.from_pretrained(model, bundle=bundle, **hub, **settings) as engine:
         require_known(token_ids.flatten().tolist(), vocabulary_size(engine.model), "The prompt")
         set_seed(seed)

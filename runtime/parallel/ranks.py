@@ -5,29 +5,23 @@ from __future__ import annotations
 import atexit
 import datetime
 import os
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from foreroute.data.adapters.seam import ExpertsFunction
+from foreroute.estimators.ranks import Ranks, are_ranks_started
 
 TIMEOUT = datetime.timedelta(minutes=2)
 """How long a process waits for the others; one that dies is noticed at once."""
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """This process among those that torchrun started."""
-
-    rank: int = 0
-    """0..size-1."""
-    size: int = 1
-    """Processes, each with a slice of every expert."""
+class SliceRanks(Ranks):
+    """This process among those that share one model, each with a slice of every expert."""
 
     @classmethod
-    def join(cls, device: torch.device | None = None) -> Ranks:
+    def join(cls, device: torch.device | None = None) -> SliceRanks:
         """Join the processes that torchrun started beside this one; alone without torchrun.
 
         Args:
@@ -36,10 +30,9 @@ class Ranks:
         Raises:
             ValueError: If torchrun runs on several hosts.
         """
-        size = int(os.environ.get("WORLD_SIZE", "1"))
-        if size == 1:
-            return ALONE
-        if int(os.environ.get("LOCAL_WORLD_SIZE", size)) != size:
+        if not are_ranks_started():
+            return UNSLICED
+        if os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]) != os.environ["WORLD_SIZE"]:
             raise ValueError("One model runs on one host's GPUs: start torchrun with --nnodes 1.")
         if not dist.is_initialized():
             is_gpu = device is not None and device.type == "cuda"
@@ -47,12 +40,7 @@ class Ranks:
                 "nccl" if is_gpu else "gloo", timeout=TIMEOUT, device_id=device if is_gpu else None
             )
             atexit.register(_leave)
-        return cls(dist.get_rank(), size)
-
-    @staticmethod
-    def are_started() -> bool:
-        """Whether torchrun started several processes, this one among them."""
-        return int(os.environ.get("WORLD_SIZE", "1")) > 1
+        return cls(dist.get_rank(), dist.get_world_size(), dist.get_rank())
 
     @staticmethod
     def local_device(asked: str) -> str:
@@ -65,18 +53,13 @@ class Ranks:
         wants_gpu = asked == "cuda" or (asked == "auto" and torch.cuda.is_available())
         return f"cuda:{local}" if local is not None and wants_gpu else asked
 
-    @property
-    def is_first(self) -> bool:
-        """Whether this process speaks for all."""
-        return self.rank == 0
-
     def adding(self, experts: ExpertsFunction) -> ExpertsFunction:
         """The function whose output is the sum of all processes' outputs.
 
         Args:
             experts: Computes this process' slices of a layer's experts.
         """
-        if self.size == 1:
+        if self.is_alone:
             return experts
 
         def summed(module: nn.Module, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -117,7 +100,7 @@ class Ranks:
             torch.set_rng_state(state)
 
 
-ALONE = Ranks()
+UNSLICED = SliceRanks()
 
 
 def _leave() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from foreroute.data.adapters.weightless import ParameterShape, parameter_shapes
-from foreroute.runtime.parallel.ranks import Ranks
+from foreroute.runtime.parallel.ranks import SliceRanks
 
 FIRST, SECOND = ("gate_up_proj", "gate_proj", "up_proj"), "down_proj"
 
@@ -44,7 +44,7 @@ class _Cut:
 class ExpertSlice:
     """Cuts one layer's experts for one process."""
 
-    def __init__(self, experts: nn.Module, ranks: Ranks) -> None:
+    def __init__(self, experts: nn.Module, ranks: SliceRanks) -> None:
         """Work out the cuts.
 
         Args:
@@ -73,14 +73,14 @@ class ExpertSlice:
         alternates = matrix == "gate_up_proj" and not experts.is_concatenated
         length, halves = shape[axis], 1 + is_halved
         width = length // (2 if matrix == "gate_up_proj" else 1)
-        size, rank = self._ranks.size, self._ranks.rank
-        if width % size:
+        num_ranks, rank = self._ranks.num_ranks, self._ranks.rank
+        if width % num_ranks:
             works = ", ".join(str(n) for n in range(2, min(width, 16) + 1) if width % n == 0)
             raise ValueError(
-                f"{size} processes do not divide the experts' {width} intermediate dimensions; "
-                f"these do: {works}."
+                f"{num_ranks} processes do not divide the experts' {width} intermediate "
+                f"dimensions; these do: {works}."
             )
-        part = width // size * (2 if alternates else 1)
+        part = width // num_ranks * (2 if alternates else 1)
         spans = [
             Span(half * width + rank * part, half * width + (rank + 1) * part)
             for half in range(halves)

@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from foreroute.data.adapters.weightless import SHAPES_ATTRIBUTE
-from foreroute.runtime.parallel.ranks import Ranks
+from foreroute.runtime.parallel.ranks import SliceRanks
 from foreroute.runtime.parallel.slicing import ExpertSlice
 
 
@@ -46,8 +46,8 @@ class SlicedWriter:
             self._writer.put(name, expert_id, at, rows)
 
 
-def cut(all_experts: Sequence[nn.Module], ranks: Ranks) -> list[ExpertSlice]:
-    """Cut the experts of every layer.
+def cut(all_experts: Sequence[nn.Module], ranks: SliceRanks) -> list[ExpertSlice]:
+    """Cut the experts of every layer; no cuts where there is one process.
 
     Args:
         all_experts: The experts modules.
@@ -56,7 +56,7 @@ def cut(all_experts: Sequence[nn.Module], ranks: Ranks) -> list[ExpertSlice]:
     Raises:
         ValueError: If a layer cannot be cut for so many.
     """
-    return [ExpertSlice(experts, ranks) for experts in all_experts]
+    return [] if ranks.is_alone else [ExpertSlice(experts, ranks) for experts in all_experts]
 
 
 @contextlib.contextmanager

@@ -19,7 +19,14 @@ from foreroute.data.adapters.adapted import checkpoint_name
 from foreroute.data.adapters.loading import loading_alone
 from foreroute.data.adapters.weightless import ParameterShape, parameter_shapes, weightless
 from foreroute.estimators.console import plain_console
-from foreroute.runtime.parallel import ALONE, ExpertSlice, Ranks, SlicedWriter, cut, narrowed
+from foreroute.runtime.parallel import (
+    UNSLICED,
+    ExpertSlice,
+    SlicedWriter,
+    SliceRanks,
+    cut,
+    narrowed,
+)
 from foreroute.runtime.store.checkpoint import Checkpoint
 from foreroute.runtime.store.encodings import Encoder, TooManyExceptions, without
 from foreroute.runtime.store.expert_reader import ExpertReader
@@ -31,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_with_host_experts(
-    checkpoint: Checkpoint, device: torch.device, ranks: Ranks = ALONE
+    checkpoint: Checkpoint, device: torch.device, ranks: SliceRanks = UNSLICED
 ) -> tuple[MoEModel, HostExpertStore, HostExpertStore]:
     """Load a model on the CPU; its experts exist once, in stores: its layers', and all others.
 
@@ -58,7 +65,7 @@ def places_of(moe: MoEModel) -> dict[str, nn.Module]:
 
 
 def filled_store(
-    moe: MoEModel, checkpoint: Checkpoint, device: torch.device, ranks: Ranks = ALONE
+    moe: MoEModel, checkpoint: Checkpoint, device: torch.device, ranks: SliceRanks = UNSLICED
 ) -> HostExpertStore:
     """A store of `places_of` a model, each parameter in the checkpoint's encoding if it can be.
 
@@ -72,7 +79,7 @@ def filled_store(
         ValueError: If its experts cannot be cut into slices.
     """
     experts, encoder = list(places_of(moe).values()), checkpoint.encoder
-    slices = cut(experts, ranks) if ranks.size > 1 else []
+    slices = cut(experts, ranks)
     while True:
         with narrowed(slices):
             is_pinned = device.type == "cuda"
@@ -138,8 +145,10 @@ def fill_store(
         ValueError: If the checkpoint lacks part of an expert, or is prepared and damaged.
     """
     if checkpoint.prepared is not None:
+        folder = checkpoint.rows_folder
+        checkpoint.prepared.require_routers(folder, moe.geometry.router_fingerprint)
         with byte_progress("experts", store.num_bytes) as tick:
-            read_rows(checkpoint.prepared, checkpoint.source, store, tick)
+            read_rows(checkpoint.prepared, folder, store, tick)
         return
     reader = LayerReader(checkpoint, moe, device, slices)
     with reader.progress() as tick:

@@ -14,7 +14,7 @@ from foreroute.data.adapters import MoEModel, discover, resolve_device
 from foreroute.data.adapters.loading import HubSettings, loading_alone
 from foreroute.data.adapters.seam import ExpertsFunction
 from foreroute.data.adapters.weightless import load_awaited_adapter
-from foreroute.runtime.parallel import ALONE, Ranks
+from foreroute.runtime.parallel import UNSLICED, SliceRanks
 from foreroute.runtime.store.checkpoint import Checkpoint, default_expert_dtype
 from foreroute.runtime.store.encodings import TooManyExceptions, encoder_named, without
 from foreroute.runtime.store.from_host import FromHost
@@ -38,7 +38,7 @@ class OffloadedModel:
     expert_dtype: str = "auto"
     """How experts are stored; `auto` is as the model has them."""
 
-    ranks: Ranks = ALONE
+    ranks: SliceRanks = UNSLICED
     """The processes that hold a slice of each expert each."""
     lent: tuple[LentWeights, ...] = ()
     """The store's weights as the model shows them."""
@@ -53,7 +53,7 @@ class OffloadedModel:
         others: HostExpertStore,
         device: torch.device,
         expert_dtype: str,
-        ranks: Ranks = ALONE,
+        ranks: SliceRanks = UNSLICED,
     ) -> OffloadedModel:
         """Move the rest of a model to its device, and let it show its experts.
 
@@ -67,7 +67,7 @@ class OffloadedModel:
         """
         _leave_inference_mode(moe.model)
         moe.model.to(device)
-        if ranks.size > 1:
+        if not ranks.is_alone:
             WholeModel(moe.model, (), device, is_sliced=True)
             return cls(moe, store, device, expert_dtype, ranks)
         layers = [layer.experts for layer in moe.layers]
@@ -149,7 +149,7 @@ def load_offloaded(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     expert_dtype: str = "auto",
-    ranks: Ranks = ALONE,
+    ranks: SliceRanks = UNSLICED,
     attn_implementation: str | None = None,
     **hub: Unpack[HubSettings],
 ) -> OffloadedModel:

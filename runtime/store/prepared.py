@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,14 +18,15 @@ from typing import Any
 
 from torch import Tensor
 
-from foreroute.data.adapters.loading import PREPARED_MANIFEST
 from foreroute.estimators.artifacts import read_versioned
+from foreroute.estimators.fingerprint import is_same_checkpoint
 from foreroute.runtime.store.encodings import Encoder, encoder_named, without
 from foreroute.runtime.store.host_store import HostExpertStore, RowLayout
 
 FORMAT_VERSION = 1
 REMEDY = "Pack the model again with foreroute pack."
 ROWS = "rows"
+SHARD = re.compile(r"experts/layer-\d{3,}\.safetensors")
 READ_BYTES = 16 << 20
 MOST_READERS = 8
 
@@ -60,14 +62,46 @@ class PreparedModel:
     """Version of the manifest's form."""
 
     @classmethod
-    def find(cls, folder: str) -> PreparedModel | None:
-        """Read the manifest of a folder; None if it is no prepared model.
+    def read(cls, path: Path) -> PreparedModel:
+        """Read a manifest, of a folder here or of the Hub's cache.
 
         Raises:
-            ValueError: If it is damaged or of another version.
+            ValueError: If it is damaged or of another version, or names files of other folders.
         """
-        path = Path(folder) / PREPARED_MANIFEST
-        return read_versioned(path, FORMAT_VERSION, cls, REMEDY) if path.is_file() else None
+        found = read_versioned(path, FORMAT_VERSION, cls, REMEDY)
+        for shard in found.shards:
+            if not SHARD.fullmatch(str(shard.get("file"))):
+                raise ValueError(f"{path} is damaged: {shard.get('file')!r} is no file of rows.")
+        return found
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the experts are stored without loss."""
+        return self.expert_dtype in ("auto", "lossless") or (
+            self.expert_dtype == "bf16" and self.dtype == "bfloat16"
+        )
+
+    def download_rows(self, manifest: Path, repo_id: str, **hub: Any) -> None:
+        """Have all files of rows in the Hub's cache, beside the manifest that names them.
+
+        Args:
+            manifest: The file, in that cache.
+            repo_id: Where it came from.
+            **hub: See `HubSettings`.
+
+        Raises:
+            ValueError: If the Hub does not give them, or they are not in the cache while offline.
+        """
+        from transformers.utils.hub import cached_files, extract_commit_hash
+
+        commit = extract_commit_hash(str(manifest), None)  # not a later one of the same branch
+        settings = {name: value for name, value in hub.items() if name != "trust_remote_code"}
+        names = [shard["file"] for shard in self.shards]
+        try:
+            cached_files(repo_id, names, **(settings | {"revision": commit}), _commit_hash=commit)
+        except OSError as error:
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"The experts of {repo_id} cannot be downloaded: {line}") from error
 
     def encoder(self, asked: str, native: Encoder | None) -> Encoder | None:
         """How the rows are encoded.
@@ -91,7 +125,19 @@ class PreparedModel:
             encoder = without(encoder, name)
         return encoder
 
-    def require_fits(self, folder: str, store: HostExpertStore) -> None:
+    def require_routers(self, folder: Path, fingerprint: str) -> None:
+        """Refuse rows that were made beside other routers than the model has.
+
+        Raises:
+            ValueError: If the fingerprints differ.
+        """
+        if not is_same_checkpoint(self.router_fingerprint, fingerprint):
+            raise ValueError(
+                f"The rows in {folder} are of another checkpoint than the weights beside them: "
+                f"their routers differ. {REMEDY}"
+            )
+
+    def require_fits(self, folder: Path, store: HostExpertStore) -> None:
         """Refuse rows that are laid out in another way than this program does.
 
         Raises:
@@ -121,7 +167,7 @@ def describe_layout(layout: RowLayout) -> dict[str, Any]:
 
 
 def read_rows(
-    prepared: PreparedModel, folder: str, store: HostExpertStore, tick: Callable[[int], None]
+    prepared: PreparedModel, folder: Path, store: HostExpertStore, tick: Callable[[int], None]
 ) -> None:
     """Read all experts into a store, several layers at once, each checked against its sha256.
 
@@ -138,7 +184,7 @@ def read_rows(
     num_threads = min(MOST_READERS, len(os.sched_getaffinity(0)), len(store.rows))
     with ThreadPoolExecutor(num_threads) as threads:
         jobs = [
-            threads.submit(_read_shard, Path(folder) / shard["file"], rows, shard["sha256"], tick)
+            threads.submit(_read_shard, folder / shard["file"], rows, shard["sha256"], tick)
             for shard, rows in zip(prepared.shards, store.rows, strict=True)
         ]
         try:
