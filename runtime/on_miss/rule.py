@@ -77,7 +77,7 @@ class MissRule:
 
     @property
     def needs_predictions(self) -> bool:
-        """Whether each prediction is fetched: nothing else brings experts, or they are what runs."""
+        """Whether each prediction is fetched: nothing else brings experts, or those run."""
         return self.predicted is not None or self.waits_for_none
 
     @property
