@@ -61,7 +61,7 @@ class Frontier:
     """Rules of one model on one kind of device."""
 
     geometry: MoEGeometry
-    """Of the model."""
+    """The model's."""
     device: str
     """What it was measured on."""
     settings: dict[str, Any]

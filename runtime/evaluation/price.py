@@ -26,7 +26,7 @@ EXACT = "fetch"
 POSITIONS = 8
 """Parts of a continuation that are reported apart."""
 MOST_REFERENCE_BYTES = 8 * 2**30
-"""Of exact logits, which are kept in host memory while the rules run."""
+"""Exact logits are kept in host memory while the rules run."""
 
 
 @dataclass(frozen=True, kw_only=True)
