@@ -126,7 +126,7 @@ def bench(
     )
     from foreroute.export.bundle import load_bundle
     from foreroute.runtime.bench import measure
-    from foreroute.runtime.bench.tables import print_results
+    from foreroute.runtime.bench.tables import notes, print_results
     from foreroute.runtime.config import EngineConfig
     from foreroute.runtime.planning.slot_plan import plan_slots
     from foreroute.runtime.policies.slots import parse_slots
@@ -182,7 +182,8 @@ def bench(
         results += measure.measure_modes(modes, offloaded, stack, work, tick)
     results = measure.with_perplexity_change(results)
     title = f"{model} on {target}, {slots} slots for the {geometry.num_experts} experts of a layer"
-    print_results(console, results, title, is_cpu=target.type == "cpu")
+    is_cpu = target.type == "cpu"
+    print_results(console, results, title, is_cpu=is_cpu)
     settings = {
         "device": str(target),
         "versions": package_versions(),
@@ -190,7 +191,8 @@ def bench(
         "expert_slots": slots,
         "expert_bytes": offloaded.expert_bytes,
     }
-    found = settings | measure.to_json(results)
+    found = settings | measure.to_json(results, is_cpu=is_cpu)
+    found["notes"] = notes(results, is_cpu=is_cpu)
     if json is not None:
         write_json(json, found)
         console.print(str(json), soft_wrap=True)
