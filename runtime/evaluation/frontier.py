@@ -43,7 +43,7 @@ class PriceRow:
     agreement: float
     """Share of the router's experts that ran where the rule decided, 0..1."""
     hit_rate: float
-    """Of the experts that ran, those that were resident, 0..1."""
+    """Share of the experts that ran which were resident, 0..1."""
     bytes_per_token: float
     tpot_ms: float
     """Median time of a decode step."""
