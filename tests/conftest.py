@@ -1,15 +1,23 @@
 """Fixtures shared by all tests: a tiny MoE on disk, and traces recorded from it."""
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in one process per core
+
 import torch
 
 if not torch.cuda.is_available():  # before anything imports triton: it decides at import
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton"):
+        from quick_interpreter import patch_the_language_once
+
+        patch_the_language_once()
 
 import huggingface_hub
 from hub_stub import StubHub, stub_hub

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from foreroute.runtime.bench.measure import ModeResult
 
 SPECULATIVE_NOTE = (
-    "speculative runs the predicted experts with the true router's gate weights, speculative-paper "
-    "with predicted weights too (as the paper's engine does), skip leaves missing experts out: "
-    "these three change the output."
+    "predicted runs the predicted experts with the true router's gate weights or, as the paper's "
+    "engine does, with predicted ones; substitute puts residents in the place of light missing "
+    "experts, skip leaves missing ones out: these change the output."
 )
 ALL_NOTE = "prefetch-all fetches each prediction, whether or not that pays."
 CPU_NOTE = (
@@ -35,9 +35,19 @@ def print_results(console: Console, results: list[ModeResult], title: str, *, is
     """
     console.print(time_table(results, title))
     console.print(traffic_table(results))
-    for note in (gave_up_note(results), ALL_NOTE, SPECULATIVE_NOTE, CPU_NOTE if is_cpu else ""):
-        if note:
-            console.print(note)
+    for note in notes(results, is_cpu=is_cpu):
+        console.print(note)
+
+
+def notes(results: list[ModeResult], *, is_cpu: bool) -> list[str]:
+    """What to know about the figures, a paragraph each.
+
+    Args:
+        results: Of all modes.
+        is_cpu: Whether it ran on a CPU.
+    """
+    lines = (gave_up_note(results), ALL_NOTE, SPECULATIVE_NOTE, CPU_NOTE if is_cpu else "")
+    return [line for line in lines if line]
 
 
 def time_table(results: list[ModeResult], title: str) -> Table:
