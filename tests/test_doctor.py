@@ -174,8 +174,8 @@ def test_what_12_bits_hold_is_what_packing_makes_of_it(tmp_path, model_type):
     model.save_pretrained(source)
     counted = share_of(source)
     prepared = pack_model(Checkpoint.open(str(source), expert_dtype="lossless"), out, device="cpu")
-    num_experts = sum(shard["experts"] for shard in prepared.shards)
-    stored = sum(shard["experts"] * shard["row_bytes"] for shard in prepared.shards)
+    num_experts = sum(shard.experts for shard in prepared.shards)
+    stored = sum(shard.experts * shard.row_bytes for shard in prepared.shards)
     assert counted.startswith(f"{stored / prepared.plain_bytes:.3f} of ")
     assert "down_proj as it was; " in counted
     assert counted.endswith(f" (exact: all {num_experts} experts)")

@@ -93,7 +93,7 @@ def test_a_prepared_model_is_planned_with_its_own_bytes(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(str(tmp_path / "source"), expert_dtype="int8")
     prepared = pack_model(checkpoint, tmp_path / "out", device="cpu")
     planned = measure_model(str(tmp_path / "out")).expert_bytes
-    assert planned == {"auto": prepared.shards[0]["row_bytes"]}
+    assert planned == {"auto": prepared.shards[0].row_bytes}
 
 
 def test_auto_slots_fills_what_is_free() -> None:

@@ -71,7 +71,7 @@ def test_checkpoints_in_fewer_bits_are_packed_as_they_are(tmp_path, how):
     assert all(layout.is_native for layout in read.store.layouts)
     assert all(map(torch.equal, read.store.rows, made.store.rows))
     assert torch.equal(same_logits, logits)
-    stored = sum(shard["experts"] * shard["row_bytes"] for shard in prepared.shards)
+    stored = sum(shard.experts * shard.row_bytes for shard in prepared.shards)
     assert stored == made.store.num_bytes
     with pytest.raises(ValueError, match=r"comes in \w+ already, which is kept"):
         packed(source, tmp_path / "other", "int8")

@@ -52,12 +52,12 @@ def _as_prepared(checkpoint: Checkpoint) -> str:
     assert prepared is not None  # the caller looked
     if prepared.expert_dtype != "lossless":
         return f"no: they are prepared as {prepared.expert_dtype}"
-    num_experts = sum(shard["experts"] for shard in prepared.shards)
+    num_experts = sum(shard.experts for shard in prepared.shards)
     weights = sum(
-        shard["experts"] * sum(coded_weights(RowLayout.of(module, checkpoint.encoder)).values())
+        shard.experts * sum(coded_weights(RowLayout.of(module, checkpoint.encoder)).values())
         for shard, module in zip(prepared.shards, checkpoint.experts.values(), strict=True)
     )
-    stored = sum(shard["experts"] * shard["row_bytes"] for shard in prepared.shards)
+    stored = sum(shard.experts * shard.row_bytes for shard in prepared.shards)
     exceptions = sum(prepared.exceptions.values())
     found = _line(stored, prepared.plain_bytes, exceptions, weights, prepared.stays)
     return f"{found} (exact: all {num_experts:,} experts, when they were packed)"

@@ -56,11 +56,11 @@ def read_rows(
     blocks = [
         block
         for shard, rows in zip(prepared.shards, store.rows, strict=True)
-        for block in _blocks(folder / shard["file"], bytes_of(rows), shard["blocks_sha256"])
+        for block in _blocks(folder / shard.file, bytes_of(rows), shard.blocks_sha256)
     ]
-    rest = folder / prepared.rest["file"]
+    rest = folder / prepared.rest.file
     with ThreadPoolExecutor(min(MOST_READERS, len(os.sched_getaffinity(0)))) as threads:
-        jobs = [threads.submit(require_digest, rest, prepared.rest["sha256"], REMEDY)]
+        jobs = [threads.submit(require_digest, rest, prepared.rest.sha256, REMEDY)]
         jobs += [threads.submit(_read_block, block, tick) for block in blocks]
         try:
             for job in jobs:
@@ -104,7 +104,7 @@ def _describes(header: bytes, num_bytes: int) -> bool:
     try:
         entry = json.loads(header)[ROWS]
         is_so = entry["dtype"] == "U8" and math.prod(entry["shape"]) == num_bytes
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False
     return bool(is_so and entry["data_offsets"] == [0, num_bytes])
 
