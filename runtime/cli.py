@@ -5,14 +5,8 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from foreroute.estimators.console import one_line_errors, plain_console, run_command
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from foreroute.data.columns import RowReading
 
 
 def generate(
@@ -22,7 +16,9 @@ def generate(
     max_new_tokens: int = 128,
     expert_slots: str = "25%",
     on_miss: str = "fetch",
-    weights: str = "true",
+    exact_layers: str = "",
+    quality_budget: str | None = None,
+    frontier: Path | None = None,
     budget: int | None = None,
     prefetch: str | None = None,
     eviction: str = "default",
@@ -46,8 +42,12 @@ def generate(
             prefetch uses the next router.
         max_new_tokens: Stop after so many tokens.
         expert_slots: Slots per MoE layer on the device: a number, a share such as 25%, or auto.
-        on_miss: fetch (exact), or speculative execution: skip, predicted.
-        weights: Gate weights of predicted experts: true or predicted.
+        on_miss: fetch (exact), or speculative execution by a rule: skip, substitute:0.5,
+            substitute+threshold:0.15, bonus:0.1, budget:20MB, predicted; docs/speculation.md.
+        exact_layers: Layers that fetch whatever the rule: decoder layer indices, 0 or 0-1,7.
+        quality_budget: How far perplexity may rise, such as 1%: in place of --on-miss, the rule
+            that takes least among those measured to stay within it.
+        frontier: What foreroute evaluate --rules measured on this model; the bundle's unless said.
         budget: Experts prefetched per token and layer; the model's top-k unless said.
         prefetch: What is fetched early: none, auto (what pays) or all (each prediction); auto
             where there is a bundle, unless said.
@@ -116,6 +116,7 @@ def bench(
     from foreroute.data.adapters.loading import HubSettings
     from foreroute.data.adapters.vocabulary import vocabulary_size
     from foreroute.data.columns import RowReading
+    from foreroute.data.held_out import held_out_sequences
     from foreroute.estimators.artifacts import require_file_place, write_json, write_text
     from foreroute.runtime.bench.command import run_bench
     from foreroute.runtime.store.checkpoint import Checkpoint
@@ -134,7 +135,7 @@ def bench(
     num_known = vocabulary_size(checkpoint.outline)
     found, title = run_bench(
         checkpoint,
-        _sequences(reading, dataset, num_prompts, length, num_known),
+        held_out_sequences(reading, dataset, num_prompts, length, num_known),
         prompt_tokens=prompt_tokens,
         repeats=repeats,
         device=target,
@@ -162,38 +163,23 @@ def doctor(
 ) -> None:
     """Say what was found in a model and what can be done with it, from its config alone.
 
+    Where the weights are here too, some are read, to say how much of them 12 bits hold.
+
     Args:
         model: `bundled`, a local folder with at least a config.json, or a Hub id.
         revision: Branch, tag or commit of a Hub id.
         dtype: In which sizes are given: auto, float32, bfloat16 or float16.
         trust_remote_code: Run code that came with the checkpoint.
     """
+    from foreroute.data.adapters.loading import HubSettings
     from foreroute.runtime.planning.doctor import diagnose, report
+    from foreroute.runtime.planning.packed_share import packed_share
+    from foreroute.runtime.store.checkpoint import Checkpoint
 
     found = diagnose(model, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
-    plain_console().print(report(found))
-
-
-def _sequences(
-    reading: RowReading, dataset: str, count: int, length: int, num_known: int
-) -> list[Tensor]:
-    """The first tokens of held-out documents, [1, length] each."""
-    import torch
-
-    from foreroute.data.corpus import contents
-    from foreroute.data.packing import first_tokens
-
-    sequences: list[Tensor] = []
-    for document in contents(dataset, "held-out", reading):
-        ids = first_tokens(document, reading.tokenizer, length, num_known)
-        if len(ids) == length:
-            sequences.append(torch.tensor([ids]))
-        if len(sequences) == count:
-            return sequences
-    raise ValueError(
-        f"{dataset} has only {len(sequences)} held-out documents of {length} tokens; bench needs "
-        f"{count}. Lower --num-prompts, --prompt-tokens or --new-tokens."
-    )
+    hub: HubSettings = {"revision": revision, "trust_remote_code": trust_remote_code}
+    packed = packed_share(Checkpoint.open(model, dtype=dtype, **hub))
+    plain_console().print(report(found, packed))
 
 
 def simulate(
@@ -210,6 +196,8 @@ def simulate(
     warm_start: str = "prompt",
     layer_slots: str = "equal",
     expert_bytes: str | None = None,
+    model: str | None = None,
+    expert_dtype: str = "auto",
     layer_ms: float | None = None,
     num_experts: int | None = None,
     prompt_tokens: int = 0,
@@ -233,6 +221,9 @@ def simulate(
         warm_start: What fills the slots before: prompt, none, or another recording.
         layer_slots: equal, or by-misses: layers that missed more before get more.
         expert_bytes: Size of an expert as copied (9.44MB, 3MiB); the profile's model unless said.
+        model: Whose experts' size counts, by its config: a folder, a config.json or a Hub id.
+        expert_dtype: How that model's experts are stored: auto (what a GPU does), lossless, bf16,
+            fp8, int8 or int4.
         layer_ms: Compute of a layer; the profile's model unless said.
         num_experts: Experts of a layer, where the recording does not say.
         prompt_tokens: Tokens of the prompt at the start, where the recording does not say.

@@ -66,7 +66,7 @@ def test_a_model_that_has_no_stock_form_is_measured_without_it(tiny_moe, text_da
 
 def test_a_bundle_predicts_where_the_routers_copies_cannot():
     modes = names(has_bundle=True, has_anchors=False)
-    assert {"prefetch", "prefetch-all", "speculative", "skip"} <= modes
+    assert {"prefetch", "prefetch-all", "predicted", "substitute:0.5", "skip"} <= modes
     assert "prefetch-next-router" not in modes
 
 

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SPECULATIVE_NOTE = (
-    "speculative runs the predicted experts with the true router's gate weights, speculative-paper "
-    "with predicted weights too (as the paper's engine does), skip leaves missing experts out: "
-    "these three change the output."
+    "predicted runs the predicted experts with the true router's gate weights or, as the paper's "
+    "engine does, with predicted ones; substitute puts residents in the place of light missing "
+    "experts, skip leaves missing ones out: these change the output."
 )
 WHOLE_NOTE = (
     "The stock model was left out: the device does not hold it whole, or it is a prepared model."
