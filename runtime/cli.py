@@ -91,6 +91,9 @@ def bench(
 ) -> None:
     """Run every mode on the same prompts and print what each cost.
 
+    Of several processes that torchrun started, each has a slice of every expert; then there is no
+    stock model beside the exact modes.
+
     Args:
         model: `bundled`, a local folder or a Hub id.
         bundle: Folder that export-estimator wrote.
@@ -111,85 +114,42 @@ def bench(
             int8 or int4.
         trust_remote_code: Run code that came with the checkpoint.
     """
-    from rich.progress import Progress
-
-    from foreroute.data.adapters import discover, load_model, load_tokenizer, resolve_device
+    from foreroute.data.adapters import load_tokenizer
     from foreroute.data.adapters.loading import HubSettings
     from foreroute.data.adapters.vocabulary import vocabulary_size
     from foreroute.data.columns import RowReading
-    from foreroute.estimators.artifacts import (
-        package_versions,
-        require_file_place,
-        write_json,
-        write_text,
-    )
-    from foreroute.export.bundle import load_bundle
-    from foreroute.runtime.bench import measure
-    from foreroute.runtime.bench.tables import print_results
-    from foreroute.runtime.config import EngineConfig
-    from foreroute.runtime.planning.slot_plan import plan_slots
-    from foreroute.runtime.policies.slots import parse_slots
+    from foreroute.estimators.artifacts import require_file_place, write_json, write_text
+    from foreroute.estimators.ranks import are_ranks_started
+    from foreroute.runtime.bench.command import run_bench
     from foreroute.runtime.store.checkpoint import Checkpoint
-    from foreroute.runtime.store.offload import offload
 
     if min(num_prompts, prompt_tokens, repeats) < 1 or new_tokens < 8:
         raise ValueError("bench needs at least 1 prompt of 1 token, 1 repeat and 8 new tokens.")
     require_file_place(json)
-    target = resolve_device(device)
-    loaded = load_bundle(bundle) if bundle else None
     hub: HubSettings = {"revision": revision, "trust_remote_code": trust_remote_code}
     checkpoint = Checkpoint.open(model, dtype=dtype, **hub)
-    checkpoint.require_room_for_whole()
-    tokenizer = load_tokenizer(model, **hub)
-    reading, length = RowReading(column=column, tokenizer=tokenizer), prompt_tokens + new_tokens
-    num_known = vocabulary_size(checkpoint.outline)
-    sequences = _sequences(reading, dataset, num_prompts, length, num_known)
-    whole = load_model(model, dtype=dtype, **hub)
-    moe = discover(whole, model)
-    geometry = moe.geometry
-    if loaded is not None:
-        loaded.require_fits(geometry)
-    if expert_slots != "auto":  # refuse impossible ones before anything runs
-        parse_slots(expert_slots, num_experts=geometry.num_experts, top_k=geometry.top_k)
-    work = measure.Workload(
-        prompts=[tokens[:, :prompt_tokens] for tokens in sequences],
-        continuations=[tokens[:, prompt_tokens:] for tokens in sequences],
-        new_tokens=new_tokens,
-        repeats=repeats,
-    )
-    modes = measure.modes_for(
-        expert_slots,
-        has_bundle=loaded is not None,
-        has_anchors=moe.found_anchors is not None,
-        budget=budget,
-        can_speculate=geometry.gate_family != "other",
-    )
+    if not are_ranks_started():
+        checkpoint.require_room_for_whole()
+    reading = RowReading(column=column, tokenizer=load_tokenizer(model, **hub))
+    length, num_known = prompt_tokens + new_tokens, vocabulary_size(checkpoint.outline)
     console = plain_console()
-    with Progress(console=console) as progress:
-        task = progress.add_task("stock", total=measure.num_ticks(modes, work))
-
-        def tick() -> None:
-            progress.advance(task)
-
-        results = [measure.measure_stock(whole.to(target), work, tick)]
-        progress.update(task, description="modes in turn")
-        offloaded = offload(
-            whole.to("cpu"), device=target, model_name=model, expert_dtype=expert_dtype
-        )
-        stack = loaded.stack if loaded else None
-        slots = plan_slots(offloaded, EngineConfig(expert_slots=expert_slots), None)[0]
-        results += measure.measure_modes(modes, offloaded, stack, work, tick)
-    results = measure.with_perplexity_change(results)
-    title = f"{model} on {target}, {slots} slots for the {geometry.num_experts} experts of a layer"
-    print_results(console, results, title, is_cpu=target.type == "cpu")
-    settings = {
-        "device": str(target),
-        "versions": package_versions(),
-        "model": geometry.to_dict(),
-        "expert_slots": slots,
-        "expert_bytes": offloaded.expert_bytes,
-    }
-    found = settings | measure.to_json(results)
+    measured = run_bench(
+        _sequences(reading, dataset, num_prompts, length, num_known),
+        console,
+        model=model,
+        bundle=bundle,
+        expert_slots=expert_slots,
+        budget=budget,
+        prompt_tokens=prompt_tokens,
+        repeats=repeats,
+        device=device,
+        dtype=dtype,
+        expert_dtype=expert_dtype,
+        hub=hub,
+    )
+    if measured is None:  # the first process speaks
+        return
+    found, title = measured
     if json is not None:
         write_json(json, found)
         console.print(str(json), soft_wrap=True)

@@ -22,7 +22,8 @@ def bench_page(bench: Mapping[str, Any], title: str, command: str) -> str:
         command: What was typed.
     """
     modes: dict[str, dict[str, Any]] = bench["modes"]
-    tokens = "the stock model's" if bench["exact_tokens_equal"] else "NOT the stock model's: a bug"
+    first = f"{bench.get('reference', 'stock')}'s"
+    tokens = first if bench["exact_tokens_equal"] else f"NOT {first}: a bug"
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         f"<p>Exact modes gave {tokens} tokens. Ratios within this run only.</p>",

@@ -209,9 +209,9 @@ def needs_perplexity(mode: Mode) -> bool:
     return mode.name == BASELINE or not mode.config.is_exact
 
 
-def num_ticks(modes: list[Mode], work: Workload) -> int:
-    """How often `tick` will be called for the stock model and these modes."""
-    stock = 1 + work.repeats * len(work.prompts)
+def num_ticks(modes: list[Mode], work: Workload, *, has_stock: bool = False) -> int:
+    """How often `tick` will be called for these modes, and for the stock model before them."""
+    stock = has_stock * (1 + work.repeats * len(work.prompts))
     timed = len(modes) * work.repeats * (1 + len(work.prompts))
     return stock + timed + len(work.prompts) * sum(map(needs_perplexity, modes))
 

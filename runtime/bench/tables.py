@@ -35,7 +35,8 @@ def print_results(console: Console, results: list[ModeResult], title: str, *, is
     """
     console.print(time_table(results, title))
     console.print(traffic_table(results))
-    for note in (gave_up_note(results), ALL_NOTE, SPECULATIVE_NOTE, CPU_NOTE if is_cpu else ""):
+    speculative = "" if all(r.is_exact for r in results) else SPECULATIVE_NOTE
+    for note in (gave_up_note(results), ALL_NOTE, speculative, CPU_NOTE if is_cpu else ""):
         if note:
             console.print(note)
 
@@ -44,6 +45,7 @@ def time_table(results: list[ModeResult], title: str) -> Table:
     """What each mode took."""
     table = _table(title, "TPOT ms", "p25-p75", "x on-demand", "TTFT ms", "tokens")
     baseline = next(r.tpot_ms for r in results if r.name == "on-demand")
+    same = "stock's" if results[0].name == "stock" else "same"
     for r in results:
         table.add_row(
             r.name,
@@ -51,7 +53,7 @@ def time_table(results: list[ModeResult], title: str) -> Table:
             f"{r.tpot_ms_p25:.1f}-{r.tpot_ms_p75:.1f}",
             f"{r.tpot_ms / baseline:.2f}",
             f"{r.ttft_ms:.0f}",
-            "stock's" if r.tokens == results[0].tokens else "other",
+            same if r.tokens == results[0].tokens else "other",
         )
     return table
 
