@@ -8,10 +8,9 @@ import torch
 from processes import run_ranks
 from sliced_worker import CASES, logits_in, observe, run_rank
 
-from foreroute.data.adapters.weightless import ParameterShape
 from foreroute.estimators import EstimatorStack
 from foreroute.export.bundle import PairEntry, save_bundle
-from foreroute.runtime.parallel import UNSLICED, ExpertSlice, SlicedWriter, SliceRanks
+from foreroute.runtime.parallel import UNSLICED
 from foreroute.runtime.store.offload import OffloadedModel, load_offloaded
 
 Seen = dict[str, list[Any]]
@@ -81,8 +80,16 @@ def test_slices_are_near_one_process_and_hold_their_share(
     assert torch.equal(ranks[0]["bytes"] * len(ranks), whole["bytes"])
 
 
-def test_slices_are_no_further_from_float32_than_one_process(seen: Seen) -> None:
-    truth, whole = (logits_in(dtype, UNSLICED) for dtype in ("float32", "bfloat16"))
+@pytest.fixture(scope="module")
+def whole_logits() -> list[torch.Tensor]:
+    """Of one process, in float32 and bfloat16."""
+    return [logits_in(dtype, UNSLICED) for dtype in ("float32", "bfloat16")]
+
+
+def test_slices_are_no_further_from_float32_than_one_process(
+    seen: Seen, whole_logits: list[torch.Tensor]
+) -> None:
+    truth, whole = whole_logits
 
     def divergence(logits: torch.Tensor) -> float:
         """Mean over tokens, from float32."""
@@ -106,73 +113,3 @@ def test_a_process_that_dies_ends_all_within_seconds(seen: Seen) -> None:
     for rank in seen["die"]:
         assert rank["line"] == "Another process of this model has ended, so this one ends too."
         assert rank["seconds"] < 10
-
-
-class Experts(torch.nn.Module):
-    """Shapes of an experts module: 2 experts, hidden 4, intermediate 6."""
-
-    def __init__(self, *, is_transposed: bool, is_concatenated: bool) -> None:
-        super().__init__()
-        self.is_transposed, self.is_concatenated = is_transposed, is_concatenated
-        first, second = (2, 12, 4), (2, 4, 6)
-        if is_transposed:
-            first, second = (2, 4, 12), (2, 6, 4)
-        for name, shape in (
-            ("gate_up_proj", first),
-            ("gate_up_proj_bias", (2, 12)),
-            ("down_proj", second),
-            ("down_proj_bias", (2, 4)),
-        ):
-            self.register_parameter(name, torch.nn.Parameter(torch.randn(shape)))
-
-
-class Local:
-    """A writer into tensors of the local shapes."""
-
-    def __init__(self, shapes: dict[str, ParameterShape]) -> None:
-        self.tensors = {name: torch.full(shape, torch.nan) for name, (shape, _) in shapes.items()}
-
-    def put(self, name: str, expert_id: int, row: int, part: torch.Tensor) -> None:
-        self.tensors[name][expert_id][row : row + len(part)] = part
-
-
-def output_of(module: Experts, weights: dict[str, torch.Tensor], hidden: torch.Tensor) -> Any:
-    """The plain computation of expert 1, with any number of intermediate dimensions."""
-    first, second = weights["gate_up_proj"][1], weights["down_proj"][1]
-    if module.is_transposed:
-        first, second = first.T, second.T
-    both = first @ hidden + weights["gate_up_proj_bias"][1]
-    gate, up = both.chunk(2) if module.is_concatenated else (both[0::2], both[1::2])
-    return second @ (torch.sigmoid(gate) * up) + weights["down_proj_bias"][1]
-
-
-@pytest.mark.parametrize("is_transposed", [False, True])
-@pytest.mark.parametrize("is_concatenated", [False, True])
-@pytest.mark.parametrize("chunk", [1, 5, 12])
-def test_slices_add_up_to_the_whole_expert(
-    is_transposed: bool, is_concatenated: bool, chunk: int
-) -> None:
-    torch.manual_seed(0)
-    module = Experts(is_transposed=is_transposed, is_concatenated=is_concatenated).double()
-    whole = {name: value.detach() for name, value in module.named_parameters()}
-    hidden = torch.randn(4).double()
-    total = torch.zeros(4).double()
-    for rank in range(3):
-        cuts = ExpertSlice(module, SliceRanks(rank, 3))
-        local = Local(cuts.shapes())
-        writer = SlicedWriter(local, cuts)
-        for name, value in whole.items():
-            for expert_id, weight in enumerate(value):
-                for row in range(0, len(weight), chunk):  # as a checkpoint's tensors may come
-                    writer.put(name, expert_id, row, weight[row : row + chunk])
-        held = {name: tensor.double() for name, tensor in local.tensors.items()}
-        assert not any(tensor.isnan().any() for tensor in held.values())
-        total += output_of(module, held, hidden)
-    # the writer's tensors are float32
-    assert torch.allclose(total, output_of(module, whole, hidden), atol=1e-5)
-
-
-def test_sizes_that_do_not_divide_are_refused_with_those_that_do() -> None:
-    module = Experts(is_transposed=False, is_concatenated=True)
-    with pytest.raises(ValueError, match=r"4 processes do not divide the experts' 6 .* 2, 3, 6"):
-        ExpertSlice(module, SliceRanks(0, 4))

@@ -2,7 +2,16 @@
 
 from foreroute.runtime.parallel.lockstep import Lockstep
 from foreroute.runtime.parallel.ranks import UNSLICED, SliceRanks
-from foreroute.runtime.parallel.slicing import ExpertSlice
+from foreroute.runtime.parallel.slicing import Cuts, ExpertSlice
 from foreroute.runtime.parallel.writing import SlicedWriter, cut, narrowed
 
-__all__ = ["UNSLICED", "ExpertSlice", "Lockstep", "SliceRanks", "SlicedWriter", "cut", "narrowed"]
+__all__ = [
+    "UNSLICED",
+    "Cuts",
+    "ExpertSlice",
+    "Lockstep",
+    "SliceRanks",
+    "SlicedWriter",
+    "cut",
+    "narrowed",
+]

@@ -130,8 +130,9 @@ class Lockstep:
         except RuntimeError:  # somebody is not there
             endings = []
         if len(set(endings)) != 1:
-            self._break(error := ConnectionError(OUT_OF_STEP))
-            raise error from refusal
+            broken = ConnectionError(OUT_OF_STEP)
+            self._break(broken)
+            raise broken from refusal
         if refusal is not None:
             raise refusal
         return output

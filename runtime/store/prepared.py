@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from torch import Tensor
 
@@ -91,16 +93,22 @@ class PreparedModel:
             encoder = without(encoder, name)
         return encoder
 
-    def require_fits(self, folder: str, store: HostExpertStore) -> None:
+    def require_fits(
+        self, folder: str, layouts: Sequence[RowLayout], num_experts: Sequence[int]
+    ) -> None:
         """Refuse rows that are laid out in another way than this program does.
+
+        Args:
+            folder: Where they are.
+            layouts: Of a row, by layer.
+            num_experts: By layer.
 
         Raises:
             ValueError: If the model, or the way it is to be loaded, does not fit the rows.
         """
         laid_out = [shard["parameters"] for shard in self.shards]
-        is_same = laid_out == [describe_layout(layout) for layout in store.layouts]
-        num_experts = [len(rows) for rows in store.rows]
-        if not is_same or [shard["experts"] for shard in self.shards] != num_experts:
+        is_same = laid_out == [describe_layout(layout) for layout in layouts]
+        if not is_same or [shard["experts"] for shard in self.shards] != list(num_experts):
             raise ValueError(
                 f"The rows in {folder} are of a model in {self.dtype} with {len(self.shards)} MoE "
                 "layers; it is being loaded as another (its config, its transformers, or --dtype). "
@@ -134,12 +142,29 @@ def read_rows(
     Raises:
         ValueError: If a file is missing or damaged; names it.
     """
-    prepared.require_fits(folder, store)
-    num_threads = min(MOST_READERS, len(os.sched_getaffinity(0)), len(store.rows))
+    prepared.require_fits(folder, store.layouts, [len(rows) for rows in store.rows])
+    fillers = [partial(_read_into, rows, tick) for rows in store.rows]
+    read_shards(prepared, folder, fillers)
+
+
+def read_shards(
+    prepared: PreparedModel, folder: str, readers: Sequence[Callable[[Shard], None]]
+) -> None:
+    """Read all layers, several at once, each checked against its sha256.
+
+    Args:
+        prepared: The manifest.
+        folder: Where it was found.
+        readers: By layer; each reads all rows of its shard.
+
+    Raises:
+        ValueError: If a file is missing or damaged; names it.
+    """
+    num_threads = min(MOST_READERS, len(os.sched_getaffinity(0)), len(readers))
     with ThreadPoolExecutor(num_threads) as threads:
         jobs = [
-            threads.submit(_read_shard, Path(folder) / shard["file"], rows, shard["sha256"], tick)
-            for shard, rows in zip(prepared.shards, store.rows, strict=True)
+            threads.submit(_read_shard, Path(folder) / shard["file"], shard, reader)
+            for shard, reader in zip(prepared.shards, readers, strict=True)
         ]
         try:
             for job in jobs:
@@ -149,32 +174,59 @@ def read_rows(
             raise
 
 
-def _read_shard(path: Path, rows: Tensor, sha256: str, tick: Callable[[int], None]) -> None:
-    """One layer's rows, straight into their memory."""
+class Shard:
+    """A layer's file while it is read, front to back."""
+
+    def __init__(self, file: BinaryIO, digest: Any) -> None:
+        """Read on from where the rows begin.
+
+        Args:
+            file: Opened without a buffer.
+            digest: Gets all that is read.
+        """
+        self._file, self._digest = file, digest
+
+    def read_into(self, view: memoryview) -> int:
+        """Fill some bytes of memory with the file's next ones; gives how many there were."""
+        at = 0
+        while at < len(view):
+            count = self._file.readinto(view[at : at + READ_BYTES]) or 0  # type: ignore[attr-defined]
+            self._digest.update(view[at : at + count])
+            at += count
+            if not count:
+                break
+        return at
+
+
+def _read_into(rows: Tensor, tick: Callable[[int], None], shard: Shard) -> None:
+    """All rows of a layer, straight into their memory."""
+    view = rows.numpy().data.cast("B")
+    for at in range(0, len(view), READ_BYTES):
+        tick(shard.read_into(view[at : at + READ_BYTES]))
+
+
+def _read_shard(path: Path, entry: dict[str, Any], reader: Callable[[Shard], None]) -> None:
+    """One layer's rows, as the manifest describes them."""
     if not path.is_file():
         raise ValueError(f"{path} is missing. {REMEDY}")
-    digest, view = hashlib.sha256(), rows.numpy().data.cast("B")
+    digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         start = file.read(8)
         header = file.read(int.from_bytes(start, "little") if len(start) == 8 else 0)
         digest.update(start + header)
-        is_whole = _describes(header, rows)
-        at = 0
-        while is_whole and at < len(view):
-            count = file.readinto(view[at : at + READ_BYTES]) or 0
-            digest.update(view[at : at + count])
-            tick(count)
-            is_whole, at = count > 0, at + count
-        is_whole = is_whole and not file.read(1)
-    if not is_whole or digest.hexdigest() != sha256:
+        is_whole = _describes(header, [entry["experts"], entry["row_bytes"]])
+        if is_whole:
+            reader(Shard(file, digest))
+            is_whole = not file.read(1)
+    if not is_whole or digest.hexdigest() != entry["sha256"]:
         raise ValueError(f"{path} is damaged: it is not what the manifest says. {REMEDY}")
 
 
-def _describes(header: bytes, rows: Tensor) -> bool:
+def _describes(header: bytes, shape: list[int]) -> bool:
     """Whether a safetensors header is that of such rows and nothing else."""
     try:
         entry = json.loads(header)[ROWS]
     except (ValueError, KeyError, TypeError):
         return False
-    place = {"dtype": "U8", "shape": list(rows.shape), "data_offsets": [0, rows.nbytes]}
+    place = {"dtype": "U8", "shape": shape, "data_offsets": [0, math.prod(shape)]}
     return bool(entry == place)
