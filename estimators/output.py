@@ -41,7 +41,10 @@ OWN_NAMES: dict[OutputKind, tuple[str, ...]] = {
     "report": ("index.html", "report.json", "*.png"),
     "comparison": ("*.json", "truth", "rows", "predictions", "traces*", "*.html", "*.png"),
     "trace set": ("README.md", "*.json", "*.safetensors", "*.parquet"),
-    "prepared model": ("experts", "*.json", "*.safetensors", "*.txt", "*.md", "*.model", "*.jinja"),
+    "prepared model": (
+        *("experts", "*.json", "*.safetensors", "*.txt", "*.md", "*.model", "*.jinja"),
+        *("*.tiktoken", "*.py", "*.pdf", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*"),
+    ),
 }
 """What a folder of each kind holds; one that holds anything else is never replaced."""
 COMMAND_FILE = "command.txt"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+LOCAL_PATH = re.compile(r"(?<!\S)(?:/|~|\.{1,2}/|[A-Za-z]:\\|[\w.-]+(?:/[\w.-]+){2,})\S*")
+"""A word that is one: absolute, from home or here, or of three parts and more."""
 BUNDLE_FILES = ("manifest.json", "estimators.safetensors")
 
 
@@ -88,3 +91,14 @@ def upload(folder: Path, repo_id: str, *, repo_type: str, is_private: bool) -> s
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"The Hub refused {repo_id}: {line}") from error
     return str(commit.commit_url)
+
+
+def without_paths(value: Any) -> Any:
+    """A manifest's values as strangers may see them: of each local path its last part alone."""
+    if isinstance(value, dict):
+        return {key: without_paths(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(entry) for entry in value]
+    if not isinstance(value, str):
+        return value
+    return LOCAL_PATH.sub(lambda found: PurePath(found[0]).name, value)

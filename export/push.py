@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
-from pathlib import Path, PurePath
-from typing import Any
+from pathlib import Path
 
 from foreroute.data.manifest import MANIFEST_FILE, TraceManifest
 from foreroute.data.traces import Traces
 from foreroute.estimators.artifacts import from_values, write_json
 from foreroute.export.bundle import TENSORS_NAME, BundleManifest, load_bundle, save_manifest
 from foreroute.export.card import bundle_card, traces_card
-from foreroute.export.hub import upload
+from foreroute.export.hub import upload, without_paths
 
 CARD_FILE = "README.md"
-LOCAL_PATH = re.compile(r"(?<!\S)(?:/|~|\.{1,2}/|[A-Za-z]:\\|[\w.-]+(?:/[\w.-]+){2,})\S*")
-"""A word that is one: absolute, from home or here, or of three parts and more."""
 
 
 def push_bundle(folder: Path, repo_id: str, *, is_private: bool = False) -> str:
@@ -70,14 +66,3 @@ def push_traces(folder: Path, repo_id: str, *, is_private: bool = False) -> str:
         write_json(place / MANIFEST_FILE, manifest.to_dict())
         traces_card(manifest, repo_id).save(place / CARD_FILE)
         return upload(place, repo_id, repo_type="dataset", is_private=is_private)
-
-
-def without_paths(value: Any) -> Any:
-    """A manifest's values as strangers may see them: of each local path its last part alone."""
-    if isinstance(value, dict):
-        return {key: without_paths(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_paths(entry) for entry in value]
-    if not isinstance(value, str):
-        return value
-    return LOCAL_PATH.sub(lambda found: PurePath(found[0]).name, value)

@@ -59,8 +59,8 @@ def generate(
         device: auto, cpu or cuda.
         dtype: auto, float32, bfloat16 or float16.
         revision: Branch, tag or commit of a Hub id.
-        expert_dtype: How experts are stored: auto (as the checkpoint has them, exact), bf16, fp8,
-            int8 or int4.
+        expert_dtype: How experts are stored: auto (exact: on a GPU lossless, else as the checkpoint
+            has them), lossless (bfloat16 in 12 bits), bf16, fp8, int8 or int4.
         trust_remote_code: Run code that came with the checkpoint.
     """
     given = locals().copy()
@@ -110,8 +110,8 @@ def bench(
         device: auto, cpu or cuda.
         dtype: auto, float32, bfloat16 or float16.
         revision: Branch, tag or commit of a Hub id, for weights and tokenizer.
-        expert_dtype: How experts are stored: auto (as the checkpoint has them, exact), bf16, fp8,
-            int8 or int4.
+        expert_dtype: How experts are stored: auto (exact: on a GPU lossless, else as the checkpoint
+            has them), lossless (bfloat16 in 12 bits), bf16, fp8, int8 or int4.
         trust_remote_code: Run code that came with the checkpoint.
     """
     from foreroute.data.adapters import load_tokenizer
@@ -284,6 +284,8 @@ def pack(
     dtype: str = "auto",
     device: str = "auto",
     revision: str | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> None:
@@ -291,18 +293,21 @@ def pack(
 
     Args:
         model: `bundled`, a local folder or a Hub id.
-        out: The folder to write; a run that was stopped goes on where it was.
+        out: The folder to write; a run that was stopped goes on where it was, an upload too.
         expert_dtype: How experts are stored: auto (bfloat16 in 12 bits without loss; others as
             they are), lossless, bf16, fp8, int8 or int4.
         dtype: Of the model: auto, float32, bfloat16 or float16.
         device: Where experts are encoded: auto, cpu or cuda.
         revision: Branch, tag or commit of a Hub id.
+        push_to_hub: Upload it there too, with a card: user/name.
+        private: Whether only its owner sees it there.
         overwrite: Replace a folder that is there already.
         trust_remote_code: Run code that came with the checkpoint.
     """
+    given = locals().copy()
     from foreroute.runtime.store.pack import run_pack
 
-    run_pack(**locals())
+    run_pack(**given)
 
 
 def profile(out: Path, device: str = "auto", name: str = "", overwrite: bool = False) -> None:

@@ -99,9 +99,9 @@ class Engine:
         """Load a model with its experts in host memory, and estimators if there is a bundle.
 
         Args:
-            model: `bundled`, a local folder or a Hub id; or a causal language model of
-                transformers, whose experts are taken over (it runs in this engine only).
-            bundle: Folder that `export-estimator` wrote.
+            model: `bundled`, a local folder or a Hub id, prepared or not; or a causal language
+                model of transformers, whose experts are taken over (it runs in this engine only).
+            bundle: Folder that `export-estimator` wrote, or a Hub id, `@` a revision.
             expert_slots: Slots per MoE layer, `8` or `25%`.
             prefetch: `none`, `auto` or `all`; unless said, auto if there is a bundle.
             on_miss: `fetch` (exact), `skip` or `predicted`.
@@ -113,8 +113,9 @@ class Engine:
             **settings: Other fields of `EngineConfig`; of `HubSettings` (`revision`, `token`,
                 `cache_dir`, `local_files_only`, `subfolder`, `trust_remote_code`);
                 `attn_implementation`; and `expert_dtype`: how experts are stored and copied,
-                `auto` (as the checkpoint has them), `bf16`, `fp8`, `int8` or `int4` (fewer bits
-                than the checkpoint's change the output).
+                `lossless` (bfloat16 in 12 bits, every bit given back), `auto` (that on a GPU, else
+                as the checkpoint has them), `bf16`, `fp8`, `int8` or `int4` (fewer bits than the
+                checkpoint's change the output).
 
         Raises:
             ValueError: If the model, the bundle and the settings do not fit together, or an

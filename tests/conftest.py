@@ -1,16 +1,26 @@
 """Fixtures shared by all tests: a tiny MoE on disk, and traces recorded from it."""
 
+import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in one process per core
+
 import torch
 
 if not torch.cuda.is_available():  # before anything imports triton: it decides at import
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton"):
+        from quick_interpreter import patch_the_language_once
 
+        patch_the_language_once()
+
+import huggingface_hub
+from hub_stub import StubHub, stub_hub
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -94,6 +104,21 @@ def make_tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tin
 def tiny_moe(make_tiny_moe: Callable[..., TinyMoE]) -> TinyMoE:
     """4 MoE layers, 8 experts, top-2, hidden 32; `.folder` serves as `--model`."""
     return make_tiny_moe()
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StubHub]:
+    """A Hub on loopback that the real client talks to, with an empty cache."""
+    constants = huggingface_hub.constants
+    with stub_hub() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", "hf_test")
+        yield hub
 
 
 @pytest.fixture(scope="session")

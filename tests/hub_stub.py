@@ -20,10 +20,22 @@ class StubHub:
 
     def __init__(self) -> None:
         self.repos: dict[str, dict[str, bytes]] = {}
+        self.history: dict[str, dict[str, bytes]] = {}
+        """By commit."""
+        self.large: dict[str, bytes] = {}
+        """Files that came by LFS, by their sha256."""
+        self.downloads: list[str] = []
+        """Paths in repositories, in the order they were asked for."""
         self.url = ""
 
     def commit_of(self, repo: str) -> str:
         return hashlib.sha1(repr(sorted(self.repos[repo].items())).encode()).hexdigest()
+
+    def files_of(self, repo: str, revision: str) -> dict[str, bytes] | None:
+        """A repository at `main` or at a commit; None where there is no such thing."""
+        if revision == "main" or repo not in self.repos:
+            return self.repos.get(repo)
+        return self.history.get(revision)
 
 
 @contextmanager
@@ -83,13 +95,31 @@ class _Handler(BaseHTTPRequestHandler):
         elif re.fullmatch(REPO + r"/preupload/.+", self.path):
             files = json.loads(body)["files"]
             modes = [
-                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files
+                {
+                    "path": f["path"],
+                    "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular",
+                    "shouldIgnore": False,
+                }
+                for f in files
             ]
             self.answer({"files": modes})
         elif found := re.fullmatch(REPO + r"/commit/.+", self.path):
             self.commit(found[1], body)
+        elif self.path.endswith(".git/info/lfs/objects/batch"):
+            self.answer({"objects": [self.lfs_entry(o) for o in json.loads(body)["objects"]]})
         else:
             self.answer({"error": "unknown"}, 404)
+
+    def lfs_entry(self, asked: dict[str, Any]) -> dict[str, Any]:
+        if asked["oid"] in self.hub.large:
+            return asked  # without actions: it is there
+        return asked | {"actions": {"upload": {"href": f"{self.hub.url}/lfs/{asked['oid']}"}}}
+
+    def do_PUT(self) -> None:
+        content = self.body()
+        assert hashlib.sha256(content).hexdigest() == self.path.removeprefix("/lfs/")
+        self.hub.large[self.path.removeprefix("/lfs/")] = content
+        self.answer({})
 
     def commit(self, repo: str, body: bytes) -> None:
         for line in body.decode().splitlines():
@@ -97,7 +127,11 @@ class _Handler(BaseHTTPRequestHandler):
             if step["key"] == "file":
                 content = base64.b64decode(step["value"]["content"])
                 self.hub.repos[repo][step["value"]["path"]] = content
+            if step["key"] == "lfsFile":
+                content = self.hub.large[step["value"]["oid"]]
+                self.hub.repos[repo][step["value"]["path"]] = content
         commit = self.hub.commit_of(repo)
+        self.hub.history[commit] = dict(self.hub.repos[repo])
         url = f"{self.hub.url}/{repo}/commit/{commit}"
         self.answer({"commitOid": commit, "commitUrl": url, "hookOutput": "", "success": True})
 
@@ -106,25 +140,37 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/whoami-v2":
             self.answer({"name": "me", "type": "user"})
         elif (found := re.fullmatch(REPO + r"(/revision/(.+))?", path)) and found[1] in repos:
-            if found[3] not in (None, "main", self.hub.commit_of(found[1])):
+            files = self.hub.files_of(found[1], found[3] or "main")
+            if files is None:
                 self.answer({"error": "no revision"}, 404, X_Error_Code="RevisionNotFound")
                 return
-            names = [{"rfilename": name} for name in repos[found[1]]]
-            head = {"id": found[1], "sha": self.hub.commit_of(found[1]), "private": False}
+            names = [{"rfilename": name} for name in files]
+            commit = found[3] if found[3] in self.hub.history else self.hub.commit_of(found[1])
+            head = {"id": found[1], "sha": commit, "private": False}
             self.answer(head | {"tags": [], "downloads": 0, "siblings": names})
-        elif (found := re.fullmatch(REPO + r"/tree/.*", path)) and found[1] in repos:
-            self.answer([_entry(name, data) for name, data in repos[found[1]].items()])
-        elif found := re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
-            self.file(repos.get(found[1], {}).get(found[2]), found[1])
+        elif (found := re.fullmatch(REPO + r"/tree/([^/]+).*", path)) and found[1] in repos:
+            files = self.hub.files_of(found[1], found[2]) or {}
+            self.answer([_entry(name, data) for name, data in files.items()])
+        elif found := re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            self.file(*found.groups())
         else:
             self.answer({"error": "not found"}, 404, X_Error_Code="RepoNotFound")
 
-    def file(self, data: bytes | None, repo: str) -> None:
-        if data is None:
-            self.answer({"error": "no file"}, 404, X_Error_Code="EntryNotFound")
+    def file(self, repo: str, revision: str, name: str) -> None:
+        files = self.hub.files_of(repo, revision)
+        if files is None:
+            what = "RepoNotFound" if repo not in self.hub.repos else "RevisionNotFound"
+            self.answer({"error": "not there"}, 404, X_Error_Code=what)
             return
-        tag = f'"{hashlib.sha1(data).hexdigest()}"'
-        self.answer(data, ETag=tag, X_Repo_Commit=self.hub.commit_of(repo))
+        commit = revision if revision in self.hub.history else self.hub.commit_of(repo)
+        if name not in files:
+            error = {"error": "no file"}
+            self.answer(error, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
+            return
+        if self.command == "GET":
+            self.hub.downloads.append(name)
+        tag = f'"{hashlib.sha1(files[name]).hexdigest()}"'
+        self.answer(files[name], ETag=tag, X_Repo_Commit=commit)
 
     do_HEAD = do_GET
 

@@ -1,7 +1,6 @@
 """A decode step with its kernels gives the logits of the plain model; interpreted on a CPU."""
 
 import json
-import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,20 +19,19 @@ from foreroute.data.adapters import find_moe_layers
 from foreroute.runtime.device import decode_graph
 from foreroute.runtime.device.decode_graph import DecodeStep
 from foreroute.runtime.device.fusions import find_routers, fuse_attention, fuse_rotary, fuse_routers
+from foreroute.runtime.device.kernels import linear
 from foreroute.runtime.device.sampling import decode_loop
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "models.json"
 ROWS = json.loads(RESULTS.read_text())
 PROMPT, STEPS = 5, 4
 TOLERANCE = 2e-5  # float32, sums in another order
-IN_EVERY_RUN = ("gpt_oss", "granitemoehybrid", "jamba", "mixtral", "olmoe", "phimoe", "qwen3_moe")
-"""Types of the structures that differ; interpreted kernels take up to minutes for some others,
-which run with FOREROUTE_ALL_TYPES=1."""
 
 
 @pytest.fixture(autouse=True)
-def short_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick_under_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_graph, "LENGTH_STEP", 16)
+    monkeypatch.setattr(linear, "TILE", 2**17)  # programs run one after the other
 
 
 def forced_logits(model: Any, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -67,8 +65,6 @@ def capturable_types() -> list[str]:
 def test_decode_steps_give_the_logits_of_one_pass_over_the_text(
     model_type: str, overrides: dict[str, Any]
 ) -> None:
-    if model_type not in IN_EVERY_RUN and not os.environ.get("FOREROUTE_ALL_TYPES"):
-        pytest.skip("takes long under the interpreter: set FOREROUTE_ALL_TYPES=1")
     model = tiny_model(model_type, **overrides).eval()
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(3, 60, (2, PROMPT + STEPS), generator=generator)

@@ -1,12 +1,11 @@
 """Bundles and traces on a Hub on loopback, by the real client: there and back, cards, offline."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
 import pytest
-from hub_stub import StubHub, stub_hub
+from hub_stub import StubHub
 
 from foreroute.data.traces import Traces
 from foreroute.estimators import EstimatorSpec
@@ -17,20 +16,6 @@ from foreroute.train.fit import train_estimator
 from foreroute.train.run import FitConfig
 
 REPO = "me/estimators"
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StubHub]:
-    constants = huggingface_hub.constants
-    with stub_hub() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setenv("HF_TOKEN", "hf_test")
-        yield hub
 
 
 @pytest.fixture(scope="module")

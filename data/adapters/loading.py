@@ -177,6 +177,34 @@ def load_config(name: str, **hub: Unpack[HubSettings]) -> Any:
     return config
 
 
+def find_prepared(name: str, config: Any, **hub: Unpack[HubSettings]) -> Path | None:
+    """The manifest that `foreroute pack` left beside a model's config; None where there is none.
+
+    Args:
+        name: `bundled`, a local folder, or a Hub id, whose manifest is downloaded.
+        config: As `load_config` gave it; says which commit it is of.
+        **hub: See `HubSettings`.
+
+    Raises:
+        ValueError: If the Hub cannot say whether there is one.
+    """
+    from transformers.utils import cached_file
+
+    settings = hub | {"revision": hub.get("revision") or "main"}
+    settings.pop("trust_remote_code", None)
+    try:
+        found = cached_file(
+            resolve_model(name, hub.get("subfolder", "")),
+            PREPARED_MANIFEST,
+            _raise_exceptions_for_missing_entries=False,
+            _commit_hash=getattr(config, "_commit_hash", None),
+            **settings,
+        )
+    except OSError as error:
+        raise ValueError(_unreadable(name, error)) from error
+    return None if found is None else Path(found)
+
+
 def load_model(
     name: str,
     *,
@@ -203,7 +231,7 @@ def load_model(
     weights_dtype = resolve_dtype(dtype)
     source = resolve_model(name, hub.get("subfolder", ""))
     config = load_config(name, **hub)
-    if (Path(source) / PREPARED_MANIFEST).is_file():
+    if find_prepared(name, config, **hub) is not None:
         raise ValueError(
             f"{name} is a prepared model, whose experts lie in the runtime's rows: it cannot be "
             f"loaded whole. Give the model it was made of ({PREPARED_MANIFEST} names it)."

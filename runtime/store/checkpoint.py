@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Unpack
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from foreroute.data.adapters import load_config, resolve_dtype, resolve_model
 from foreroute.data.adapters.discovery import discover
-from foreroute.data.adapters.loading import HubSettings
+from foreroute.data.adapters.loading import HubSettings, find_prepared
 from foreroute.data.adapters.weight_files import WeightFiles, find_weight_files
 from foreroute.data.adapters.weightless import experts_by_path, outline
 from foreroute.estimators.host_memory import require_host_memory
@@ -41,7 +42,9 @@ class Checkpoint:
     encoder: Encoder | None
     """How the experts are stored; None where it is as the model has them."""
     prepared: PreparedModel | None = None
-    """Its manifest, where `foreroute pack` has made it."""
+    """What its manifest says, where `foreroute pack` has made it."""
+    manifest: Path | None = None
+    """That file: in the model's folder, or in the Hub's cache."""
     asked_dtype: torch.dtype | None
     """What the user asked for or the config says; None where only the files can say."""
 
@@ -74,7 +77,8 @@ class Checkpoint:
         if not isinstance(known, torch.dtype):
             known = config.dtype or config.get_text_config().dtype
         quantization = _quantization(config)
-        prepared = PreparedModel.find(resolve_model(name, hub.get("subfolder", "")))
+        manifest = find_prepared(name, config, **hub)
+        prepared = PreparedModel.read(manifest) if manifest is not None else None
         if prepared is not None:
             encoder = prepared.encoder(expert_dtype, _encoder(quantization, "auto"))
             expert_dtype = prepared.expert_dtype
@@ -90,6 +94,7 @@ class Checkpoint:
             expert_dtype=expert_dtype,
             encoder=encoder,
             prepared=prepared,
+            manifest=manifest,
             asked_dtype=known,
         )
 
@@ -107,6 +112,19 @@ class Checkpoint:
     def files(self) -> WeightFiles:
         """The files of weights, downloaded if they are not here."""
         return find_weight_files(self.source, self.config, **self.settings)
+
+    @cached_property
+    def rows_folder(self) -> Path:
+        """A prepared model's folder, its rows in it; they are downloaded if they are not here.
+
+        Raises:
+            ValueError: If they cannot be downloaded, or are not in the cache while offline.
+        """
+        assert self.manifest is not None
+        assert self.prepared is not None
+        if not Path(self.source).is_dir():
+            self.prepared.download_rows(self.manifest, self.source, **self.settings)
+        return self.manifest.parent
 
     @cached_property
     def tensors(self) -> Mapping[str, Any]:

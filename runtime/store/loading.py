@@ -145,11 +145,13 @@ def fill_store(
         ValueError: If the checkpoint lacks part of an expert, or is prepared and damaged.
     """
     if checkpoint.prepared is not None:
+        folder = checkpoint.rows_folder
+        checkpoint.prepared.require_routers(folder, moe.geometry.router_fingerprint)
         with byte_progress("experts", store.num_bytes) as tick:
             if slices:
-                read_slices(checkpoint.prepared, checkpoint.source, store, slices, tick)
+                read_slices(checkpoint.prepared, folder, store, slices, tick)
             else:
-                read_rows(checkpoint.prepared, checkpoint.source, store, tick)
+                read_rows(checkpoint.prepared, folder, store, tick)
         return
     reader = LayerReader(checkpoint, moe, device, slices)
     with reader.progress() as tick:

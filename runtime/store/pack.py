@@ -28,6 +28,7 @@ from foreroute.runtime.store.encodings.lossless import count_exceptions
 from foreroute.runtime.store.host_store import HostExpertStore
 from foreroute.runtime.store.loading import LayerReader, load_the_rest, places_of
 from foreroute.runtime.store.prepared import ROWS, PreparedModel, describe_layout
+from foreroute.runtime.store.publish import push_prepared
 
 logger = logging.getLogger(__name__)
 
@@ -89,13 +90,8 @@ class _Packing:
         device: torch.device,
     ) -> None:
         self._checkpoint, self._moe, self._folder, self._device = checkpoint, moe, folder, device
-        self._asked: dict[str, Any] = {
-            "source": checkpoint.name,
-            "revision": _revision(checkpoint),
-            "router_fingerprint": moe.geometry.router_fingerprint,
-            "dtype": str(checkpoint.dtype).removeprefix("torch."),
-            "expert_dtype": checkpoint.expert_dtype,
-        }
+        fingerprint = moe.geometry.router_fingerprint
+        self._asked = _asked(checkpoint) | {"router_fingerprint": fingerprint}
         self._done = self._begun()
 
     def _begun(self) -> dict[str, Any]:
@@ -180,9 +176,15 @@ class _Packing:
             shutil.copytree(source, self._folder, ignore=ignored, dirs_exist_ok=True)
 
 
-def _revision(checkpoint: Checkpoint) -> str | None:
+def _asked(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a manifest says of a request, known before a weight is read."""
     commit = getattr(checkpoint.config, "_commit_hash", None)
-    return commit or checkpoint.hub.get("revision")
+    return {
+        "source": checkpoint.name,
+        "revision": commit or checkpoint.hub.get("revision"),
+        "dtype": str(checkpoint.dtype).removeprefix("torch."),
+        "expert_dtype": checkpoint.expert_dtype,
+    }
 
 
 @contextmanager
@@ -205,6 +207,8 @@ def run_pack(
     dtype: str,
     device: str,
     revision: str | None,
+    push_to_hub: str | None,
+    private: bool,
     overwrite: bool,
     trust_remote_code: bool,
 ) -> None:
@@ -221,11 +225,26 @@ def run_pack(
     checkpoint = Checkpoint.open(
         model, dtype=dtype, expert_dtype=expert_dtype, device=on_a_gpu, **hub
     )
-    prepared = pack_model(checkpoint, out, device=device, overwrite=overwrite)
+    is_there = push_to_hub is not None and not overwrite and _holds(out, checkpoint)
+    if is_there:  # an upload that failed needs no second packing
+        prepared = PreparedModel.read(out / PREPARED_MANIFEST)
+    else:
+        prepared = pack_model(checkpoint, out, device=device, overwrite=overwrite)
     console = plain_console()
     for line in summary(prepared):
         console.print(line, soft_wrap=True)
+    if push_to_hub is not None:
+        url = push_prepared(out, push_to_hub, is_private=private)
+        console.print(url, soft_wrap=True)
     console.print(str(out), soft_wrap=True)
+
+
+def _holds(out: Path, checkpoint: Checkpoint) -> bool:
+    """Whether a folder is the prepared model that packing a checkpoint would make."""
+    if not (out / PREPARED_MANIFEST).is_file():
+        return False
+    found, asked = PreparedModel.read(out / PREPARED_MANIFEST), _asked(checkpoint.settled())
+    return all(getattr(found, name) == value for name, value in asked.items())
 
 
 def summary(prepared: PreparedModel) -> list[str]:

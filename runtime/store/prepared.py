@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,14 +20,15 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from foreroute.data.adapters.loading import PREPARED_MANIFEST
 from foreroute.estimators.artifacts import read_versioned
+from foreroute.estimators.fingerprint import is_same_checkpoint
 from foreroute.runtime.store.encodings import Encoder, encoder_named, without
 from foreroute.runtime.store.host_store import HostExpertStore, RowLayout
 
 FORMAT_VERSION = 1
 REMEDY = "Pack the model again with foreroute pack."
 ROWS = "rows"
+SHARD = re.compile(r"experts/layer-\d{3,}\.safetensors")
 READ_BYTES = 16 << 20
 MOST_READERS = 8
 
@@ -62,14 +64,46 @@ class PreparedModel:
     """Version of the manifest's form."""
 
     @classmethod
-    def find(cls, folder: str) -> PreparedModel | None:
-        """Read the manifest of a folder; None if it is no prepared model.
+    def read(cls, path: Path) -> PreparedModel:
+        """Read a manifest, of a folder here or of the Hub's cache.
 
         Raises:
-            ValueError: If it is damaged or of another version.
+            ValueError: If it is damaged or of another version, or names files of other folders.
         """
-        path = Path(folder) / PREPARED_MANIFEST
-        return read_versioned(path, FORMAT_VERSION, cls, REMEDY) if path.is_file() else None
+        found = read_versioned(path, FORMAT_VERSION, cls, REMEDY)
+        for shard in found.shards:
+            if not SHARD.fullmatch(str(shard.get("file"))):
+                raise ValueError(f"{path} is damaged: {shard.get('file')!r} is no file of rows.")
+        return found
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the experts are stored without loss."""
+        return self.expert_dtype in ("auto", "lossless") or (
+            self.expert_dtype == "bf16" and self.dtype == "bfloat16"
+        )
+
+    def download_rows(self, manifest: Path, repo_id: str, **hub: Any) -> None:
+        """Have all files of rows in the Hub's cache, beside the manifest that names them.
+
+        Args:
+            manifest: The file, in that cache.
+            repo_id: Where it came from.
+            **hub: See `HubSettings`.
+
+        Raises:
+            ValueError: If the Hub does not give them, or they are not in the cache while offline.
+        """
+        from transformers.utils.hub import cached_files, extract_commit_hash
+
+        commit = extract_commit_hash(str(manifest), None)  # not a later one of the same branch
+        settings = {name: value for name, value in hub.items() if name != "trust_remote_code"}
+        names = [shard["file"] for shard in self.shards]
+        try:
+            cached_files(repo_id, names, **(settings | {"revision": commit}), _commit_hash=commit)
+        except OSError as error:
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"The experts of {repo_id} cannot be downloaded: {line}") from error
 
     def encoder(self, asked: str, native: Encoder | None) -> Encoder | None:
         """How the rows are encoded.
@@ -93,8 +127,20 @@ class PreparedModel:
             encoder = without(encoder, name)
         return encoder
 
+    def require_routers(self, folder: Path, fingerprint: str) -> None:
+        """Refuse rows that were made beside other routers than the model has.
+
+        Raises:
+            ValueError: If the fingerprints differ.
+        """
+        if not is_same_checkpoint(self.router_fingerprint, fingerprint):
+            raise ValueError(
+                f"The rows in {folder} are of another checkpoint than the weights beside them: "
+                f"their routers differ. {REMEDY}"
+            )
+
     def require_fits(
-        self, folder: str, layouts: Sequence[RowLayout], num_experts: Sequence[int]
+        self, folder: Path, layouts: Sequence[RowLayout], num_experts: Sequence[int]
     ) -> None:
         """Refuse rows that are laid out in another way than this program does.
 
@@ -106,9 +152,12 @@ class PreparedModel:
         Raises:
             ValueError: If the model, or the way it is to be loaded, does not fit the rows.
         """
-        laid_out = [shard["parameters"] for shard in self.shards]
-        is_same = laid_out == [describe_layout(layout) for layout in layouts]
-        if not is_same or [shard["experts"] for shard in self.shards] != list(num_experts):
+        names = ("parameters", "row_bytes", "experts")
+        laid_out = [[shard[name] for name in names] for shard in self.shards]
+        if laid_out != [
+            [describe_layout(layout), layout.row_bytes, count]
+            for layout, count in zip(layouts, num_experts, strict=True)
+        ]:
             raise ValueError(
                 f"The rows in {folder} are of a model in {self.dtype} with {len(self.shards)} MoE "
                 "layers; it is being loaded as another (its config, its transformers, or --dtype). "
@@ -129,7 +178,7 @@ def describe_layout(layout: RowLayout) -> dict[str, Any]:
 
 
 def read_rows(
-    prepared: PreparedModel, folder: str, store: HostExpertStore, tick: Callable[[int], None]
+    prepared: PreparedModel, folder: Path, store: HostExpertStore, tick: Callable[[int], None]
 ) -> None:
     """Read all experts into a store, several layers at once, each checked against its sha256.
 
@@ -148,7 +197,7 @@ def read_rows(
 
 
 def read_shards(
-    prepared: PreparedModel, folder: str, readers: Sequence[Callable[[Shard], None]]
+    prepared: PreparedModel, folder: Path, readers: Sequence[Callable[[Shard], None]]
 ) -> None:
     """Read all layers, several at once, each checked against its sha256.
 
@@ -163,7 +212,7 @@ def read_shards(
     num_threads = min(MOST_READERS, len(os.sched_getaffinity(0)), len(readers))
     with ThreadPoolExecutor(num_threads) as threads:
         jobs = [
-            threads.submit(_read_shard, Path(folder) / shard["file"], shard, reader)
+            threads.submit(_read_shard, folder / shard["file"], shard, reader)
             for shard, reader in zip(prepared.shards, readers, strict=True)
         ]
         try:

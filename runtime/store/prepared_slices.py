@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from foreroute.runtime.store.row_writer import RowWriter
 
 def read_slices(
     prepared: PreparedModel,
-    folder: str,
+    folder: Path,
     store: HostExpertStore,
     slices: Sequence[ExpertSlice],
     tick: Callable[[int], None],

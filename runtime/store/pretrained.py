@@ -21,7 +21,7 @@ INSTEAD = {
     "max_memory": "expert_slots says how much of a GPU the experts take: a number, 25% or auto",
     "offload_folder": "experts lie in host memory, none on a disk",
     "offload_buffers": "experts lie in host memory, everything else on the device",
-    "quantization_config": "expert_dtype stores experts in fewer bits: bf16, fp8, int8 or int4",
+    "quantization_config": "give expert_dtype: lossless, bf16, fp8, int8 or int4",
     "load_in_8bit": "give expert_dtype='int8'",
     "load_in_4bit": "give expert_dtype='int4'",
     "experts_implementation": "the engine computes the experts itself",
