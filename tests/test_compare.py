@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pages import loaded_from_elsewhere
 from toys import toy_geometry
 
 from foreroute.data.traces import Traces
@@ -110,7 +111,7 @@ def test_a_row_says_what_its_predictor_saves_on_three_machines(rows) -> None:
 def test_the_page_shows_pictures_first_and_every_predictor(comparison, rows) -> None:
     page = (comparison / "index.html").read_text()
     assert page.index("<img") < page.index("<table")
-    assert 'src="http' not in page
+    assert loaded_from_elsewhere(page) == []
     tables = (comparison / "tables.md").read_text()
     assert len(re.findall(r"^\| (none|quasi|attention|of each)", tables, re.M)) > len(rows)
 

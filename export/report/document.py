@@ -12,6 +12,7 @@ img { max-width: 100% } figure { margin: 2em 0 } figcaption { color: #444 }
 table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums }
 th, td { padding: 2px 9px; text-align: right; border-bottom: 1px solid #ddd }
 th { border-bottom: 2px solid #888 } th:first-child, td:first-child { text-align: left }
+td:first-child:not(:only-child) { min-width: 9em }
 div.wide { overflow-x: auto } pre { background: #f4f4f4; padding: 1em; white-space: pre-wrap }
 """
 

@@ -15,7 +15,7 @@ from foreroute.data.adapters.loading import HubSettings
 from foreroute.estimators.artifacts import package_versions
 from foreroute.export.bundle import load_bundle
 from foreroute.runtime.bench import measure
-from foreroute.runtime.bench.tables import print_results
+from foreroute.runtime.bench.tables import notes, print_results
 from foreroute.runtime.config import EngineConfig
 from foreroute.runtime.parallel import SliceRanks
 from foreroute.runtime.planning.slot_plan import plan_slots
@@ -109,7 +109,8 @@ def run_bench(
         title += f", in slices on {ranks.num_ranks} processes"
     if not ranks.is_first:
         return None
-    print_results(console, results, title, is_cpu=target.type == "cpu")
+    is_cpu = target.type == "cpu"
+    print_results(console, results, title, is_cpu=is_cpu)
     settings = {
         "device": str(target),
         "versions": package_versions(),
@@ -118,7 +119,8 @@ def run_bench(
         "expert_bytes": offloaded.expert_bytes,
         "num_ranks": ranks.num_ranks,
     }
-    return settings | measure.to_json(results), title
+    found = settings | measure.to_json(results, is_cpu=is_cpu)
+    return found | {"notes": notes(results, is_cpu=is_cpu)}, title
 
 
 def _modes(

@@ -35,10 +35,20 @@ def print_results(console: Console, results: list[ModeResult], title: str, *, is
     """
     console.print(time_table(results, title))
     console.print(traffic_table(results))
+    for note in notes(results, is_cpu=is_cpu):
+        console.print(note)
+
+
+def notes(results: list[ModeResult], *, is_cpu: bool) -> list[str]:
+    """What to know about the figures, a paragraph each.
+
+    Args:
+        results: Of all modes.
+        is_cpu: Whether it ran on a CPU.
+    """
     speculative = "" if all(r.is_exact for r in results) else SPECULATIVE_NOTE
-    for note in (gave_up_note(results), ALL_NOTE, speculative, CPU_NOTE if is_cpu else ""):
-        if note:
-            console.print(note)
+    lines = (gave_up_note(results), ALL_NOTE, speculative, CPU_NOTE if is_cpu else "")
+    return [line for line in lines if line]
 
 
 def time_table(results: list[ModeResult], title: str) -> Table:

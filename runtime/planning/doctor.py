@@ -82,7 +82,9 @@ def diagnose(
         name, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
     )
     if checkpoint.asked_dtype is None:  # only the files say it, and they may not be here
-        checkpoint = replace(checkpoint, asked_dtype=torch.float32)
+        # what is quantised keeps the rest in bfloat16 (gpt-oss, whose config is silent)
+        usual = torch.float32 if checkpoint.quantization is None else torch.bfloat16
+        checkpoint = replace(checkpoint, asked_dtype=usual)
     experts = checkpoint.experts
     sizes = _sizes(checkpoint.outline, experts)
     sizes["graph"] = _graph(checkpoint.outline, experts.values())  # before layers are dropped

@@ -62,6 +62,11 @@ class OneModel(ModelManager):  # type: ignore[misc]
         self._loaded = _parsed_or_not(model, processor), processor
         self.force_model = name
 
+    @staticmethod
+    def process_model_name(model_id: str) -> str:
+        """What answers call the model: as clients do, without transformers' `@main`."""
+        return model_id
+
     def load_model_and_processor(self, *_: Any, **__: Any) -> tuple[Any, Any]:
         """The model and its tokenizer, whatever is asked for; `_resolve_model` checks the name."""
         return self._loaded
