@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from foreroute.data.adapters import MoEModel, discover, load_model, resolve_device
+from foreroute.data.adapters import discover, load_model, resolve_device
 from foreroute.data.adapters.loading import HubSettings
 from foreroute.estimators.artifacts import package_versions
 from foreroute.export.bundle import load_bundle
@@ -53,9 +53,9 @@ def run_bench(
         budget: Experts prefetched per token and layer; the model's top-k if None.
         prompt_tokens: How many of a sequence are prompt; as many as are left are generated.
         repeats: Times every prompt is run.
-        device: auto, cpu or cuda.
-        dtype: auto, float32, bfloat16 or float16.
-        expert_dtype: How experts are stored.
+        device: As `load_offloaded` takes it, and the next two.
+        dtype: Of the model.
+        expert_dtype: Of its experts.
         hub: Where the model's files come from.
 
     Returns:
@@ -68,12 +68,7 @@ def run_bench(
     target = resolve_device(SliceRanks.local_device(device))
     ranks = SliceRanks.join(target)
     loaded = load_bundle(bundle) if bundle else None
-    work = measure.Workload(
-        prompts=[tokens[:, :prompt_tokens] for tokens in sequences],
-        continuations=[tokens[:, prompt_tokens:] for tokens in sequences],
-        new_tokens=sequences[0].shape[1] - prompt_tokens,
-        repeats=repeats,
-    )
+    work = measure.Workload.cut(sequences, prompt_tokens, repeats)
     whole: Any = None
     offloaded: OffloadedModel | None = None
     if ranks.is_alone:
@@ -84,57 +79,49 @@ def run_bench(
             model, device=target, dtype=dtype, expert_dtype=expert_dtype, ranks=ranks, **hub
         )
         moe = offloaded.moe
+    geometry = moe.geometry
     if loaded is not None:
-        loaded.require_fits(moe.geometry)
-    modes = _modes(moe, expert_slots, budget, has_bundle=loaded is not None, ranks=ranks)
+        loaded.require_fits(geometry)
+    if expert_slots != "auto":  # refuse impossible ones before anything runs
+        parse_slots(expert_slots, num_experts=geometry.num_experts, top_k=geometry.top_k)
+    modes = measure.modes_for(
+        expert_slots,
+        has_bundle=loaded is not None,
+        has_anchors=moe.found_anchors is not None,
+        budget=budget,
+        can_speculate=geometry.gate_family != "other",
+    )
+    modes = [mode for mode in modes if ranks.is_alone or mode.config.is_exact]
     with Progress(console=console, disable=not ranks.is_first) as progress:
-        task = progress.add_task("modes in turn", total=measure.num_ticks(modes, work))
+        total = measure.num_ticks(modes, work, has_stock=ranks.is_alone)
+        task = progress.add_task("modes in turn", total=total)
 
         def tick() -> None:
             progress.advance(task)
 
         results = []
         if offloaded is None:
-            progress.update(task, total=measure.num_ticks(modes, work, has_stock=True))
             results.append(measure.measure_stock(whole.to(target), work, tick))
             offloaded = offload(
                 whole.to("cpu"), device=target, model_name=model, expert_dtype=expert_dtype
             )
-        stack = loaded.stack if loaded else None
+        stack = loaded and loaded.stack
         results += measure.measure_modes(modes, offloaded, stack, work, tick)
     results = measure.with_perplexity_change(results)
     slots = plan_slots(offloaded, EngineConfig(expert_slots=expert_slots), None)[0]
-    title = f"{model} on {target}, {slots} slots for the {moe.geometry.num_experts} experts a layer"
-    if not ranks.is_alone:
-        title += f", in slices on {ranks.num_ranks} processes"
+    title = f"{model} on {target}, {slots} slots for the {geometry.num_experts} experts a layer"
+    title += f", in slices on {ranks.num_ranks} processes" * (not ranks.is_alone)
     if not ranks.is_first:
         return None
     is_cpu = target.type == "cpu"
     print_results(console, results, title, is_cpu=is_cpu)
-    settings = {
+    found = {
         "device": str(target),
         "versions": package_versions(),
-        "model": moe.geometry.to_dict(),
+        "model": geometry.to_dict(),
         "expert_slots": slots,
         "expert_bytes": offloaded.expert_bytes,
         "num_ranks": ranks.num_ranks,
+        "notes": notes(results, is_cpu=is_cpu),
     }
-    found = settings | measure.to_json(results, is_cpu=is_cpu)
-    return found | {"notes": notes(results, is_cpu=is_cpu)}, title
-
-
-def _modes(
-    moe: MoEModel, expert_slots: str, budget: int | None, *, has_bundle: bool, ranks: SliceRanks
-) -> list[measure.Mode]:
-    """What can be measured with a model; refuses impossible slots before anything runs."""
-    geometry = moe.geometry
-    if expert_slots != "auto":
-        parse_slots(expert_slots, num_experts=geometry.num_experts, top_k=geometry.top_k)
-    modes = measure.modes_for(
-        expert_slots,
-        has_bundle=has_bundle,
-        has_anchors=moe.found_anchors is not None,
-        budget=budget,
-        can_speculate=geometry.gate_family != "other",
-    )
-    return modes if ranks.is_alone else [mode for mode in modes if mode.config.is_exact]
+    return found | measure.to_json(results, is_cpu=is_cpu), title

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -47,6 +47,16 @@ class Workload:
     """Tokens generated per prompt (greedy, no early stop)."""
     repeats: int
     """Rounds: how often every mode runs every prompt, after a warm-up that is thrown away."""
+
+    @classmethod
+    def cut(cls, sequences: Sequence[Tensor], prompt_tokens: int, repeats: int) -> Workload:
+        """Cut sequences of one length, [1, T], into prompts and continuations."""
+        return cls(
+            prompts=[tokens[:, :prompt_tokens] for tokens in sequences],
+            continuations=[tokens[:, prompt_tokens:] for tokens in sequences],
+            new_tokens=sequences[0].shape[1] - prompt_tokens,
+            repeats=repeats,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

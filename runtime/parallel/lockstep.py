@@ -9,12 +9,11 @@ import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
 from foreroute.estimators.ranks import LONGEST_WAIT
+from foreroute.runtime.parallel.going_on import CarefulStreamer, GoingOn
 from foreroute.runtime.parallel.ranks import SliceRanks, noticing_the_dead
 
 Generate = Callable[..., Any]
@@ -83,9 +82,9 @@ class Lockstep:
             raise ConnectionError(OUT_OF_STEP)
         only_here = settings.pop("stopping_criteria", None) or ()
         self._order((args, settings))
-        going_on = _GoingOn(self._orders, only_here)
+        going_on = GoingOn(self._orders, only_here)
         settings["stopping_criteria"] = StoppingCriteriaList([going_on])
-        settings["streamer"] = _Careful(streamer, going_on) if streamer is not None else None
+        settings["streamer"] = CarefulStreamer(streamer, going_on) if streamer is not None else None
         output = self._run(args, settings)
         if going_on.failure is not None:
             raise going_on.failure
@@ -103,7 +102,7 @@ class Lockstep:
             signal.signal(number, signal.SIG_IGN)
         while (order := self._order(None)) is not None:
             args, settings = order
-            settings["stopping_criteria"] = StoppingCriteriaList([_GoingOn(self._orders)])
+            settings["stopping_criteria"] = StoppingCriteriaList([GoingOn(self._orders)])
             with contextlib.suppress(*REFUSALS):  # all refuse the same, and the first says so
                 self._run(args, settings)
 
@@ -142,48 +141,3 @@ class Lockstep:
         self._broken_by = error
         if self._ranks.is_first:
             os.kill(os.getpid(), signal.SIGTERM)
-
-
-class _GoingOn(StoppingCriteria):  # type: ignore[misc]
-    """Ends sequences where the first process does, by what only it knows."""
-
-    def __init__(self, group: Any, only_here: Any = ()) -> None:
-        self._group, self._only_here = group, StoppingCriteriaList(only_here)
-        self.failure: Exception | None = None
-        """What was raised on the first process while others computed."""
-
-    def __call__(self, input_ids: Tensor, scores: Any, **settings: Any) -> Tensor:
-        """Whether each sequence ends here, [B]."""
-        is_over = torch.zeros(len(input_ids), dtype=torch.uint8)
-        if self._only_here and self.failure is None:
-            try:
-                is_over = self._only_here(input_ids, scores, **settings).cpu().to(torch.uint8)
-            except Exception as error:
-                self.failure = error
-        if self.failure is not None:
-            is_over.fill_(1)
-        with noticing_the_dead():
-            dist.broadcast(is_over, 0, group=self._group)
-        return is_over.bool().to(input_ids.device)
-
-
-class _Careful:
-    """Hands tokens on until that fails, which ends the call at the next step."""
-
-    def __init__(self, inner: Any, going_on: _GoingOn) -> None:
-        self._inner, self._going_on = inner, going_on
-
-    def put(self, tokens: Tensor) -> None:
-        """Hand on."""
-        self._try(lambda: self._inner.put(tokens))
-
-    def end(self) -> None:
-        """Hand on."""
-        self._try(self._inner.end)
-
-    def _try(self, hand_on: Callable[[], None]) -> None:
-        if self._going_on.failure is None:
-            try:
-                hand_on()
-            except Exception as error:
-                self._going_on.failure = error

@@ -6,14 +6,12 @@ sum over them; the outputs of all slices add up to the expert's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from foreroute.data.adapters.weightless import ParameterShape, parameter_shapes
+from foreroute.runtime.parallel.cuts import Cut, Cuts, Span
 from foreroute.runtime.parallel.ranks import SliceRanks
 from foreroute.runtime.store.encodings import EncodedParameter, Encoder
 from foreroute.runtime.store.host_store import RowLayout
@@ -21,65 +19,6 @@ from foreroute.runtime.store.host_store import RowLayout
 FIRST, SECOND = ("gate_up_proj", "gate_proj", "up_proj"), "down_proj"
 MOST_PROCESSES = 16
 """Of which a refusal says whether they would work."""
-
-
-class Span(NamedTuple):
-    """Neighbouring rows or columns."""
-
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """How one tensor of an expert is cut."""
-
-    axis: int
-    """Which axis; -1 where it is whole and the first process' alone."""
-    spans: tuple[Span, ...]
-    """What this process keeps, in order."""
-
-    @property
-    def length(self) -> int:
-        """Rows or columns that this process keeps."""
-        return sum(span.stop - span.start for span in self.spans)
-
-
-class Cuts:
-    """Takes this process' share of tensors that hold an expert."""
-
-    def __init__(self, cuts: dict[str, _Cut], *, is_first: bool) -> None:
-        """Cut so.
-
-        Args:
-            cuts: By the tensors' names.
-            is_first: Whether this process keeps what is not cut.
-        """
-        self._cuts, self._is_first = cuts, is_first
-
-    def take(self, name: str, row: int, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """This process' share of part of one expert's tensor.
-
-        Args:
-            name: Of the tensor.
-            row: First row that the part covers.
-            rows: Some rows of it.
-
-        Yields:
-            First row in this process' tensor, and rows of it.
-        """
-        cut = self._cuts[name]
-        if cut.axis == 1:
-            yield row, torch.cat([rows[:, start:stop] for start, stop in cut.spans], dim=1)
-        elif cut.axis < 0:
-            yield row, rows if self._is_first else torch.zeros_like(rows)
-        else:
-            kept = 0
-            for start, stop in cut.spans:
-                first, last = max(start, row), min(stop, row + len(rows))
-                if first < last:
-                    yield kept + first - start, rows[first - row : last - row]
-                kept += stop - start
 
 
 class ExpertSlice:
@@ -166,14 +105,14 @@ class ExpertSlice:
                 return False
         return True
 
-    def _cut(self, name: str) -> _Cut:
+    def _cut(self, name: str) -> Cut:
         """How a parameter is cut, as the module has it."""
         matrix = name.removesuffix("_bias")
         is_bias = name != matrix
         if matrix == SECOND and is_bias:
-            return _Cut(-1, ())
+            return Cut(-1, ())
         axis = 0 if is_bias or (matrix != SECOND) != bool(self.experts.is_transposed) else 1
-        return _Cut(axis, self._spans(matrix))
+        return Cut(axis, self._spans(matrix))
 
     def _spans(self, matrix: str) -> tuple[Span, ...]:
         """Which intermediate dimensions of a matrix are this process'."""
@@ -184,7 +123,7 @@ class ExpertSlice:
         halves = range(0, self._width * (1 + is_halved), self._width)
         return tuple(Span(half + start, half + start + part) for half in halves)
 
-    def _part_cuts(self, name: str, parameter: EncodedParameter) -> dict[str, _Cut]:
+    def _part_cuts(self, name: str, parameter: EncodedParameter) -> dict[str, Cut]:
         """How the parts are cut that a matrix is stored in; their rows are its outputs."""
         axis, encoding = int(name == SECOND), parameter.encoding
         extent, cuts = (encoding.rows, encoding.columns)[axis], {}
@@ -195,7 +134,7 @@ class ExpertSlice:
             else:
                 ratio = extent // shape[axis]
                 spans = tuple(Span(start // ratio, stop // ratio) for start, stop in spans)
-            cuts[name + suffix] = _Cut(axis, spans)
+            cuts[name + suffix] = Cut(axis, spans)
         return cuts
 
     def shapes(self) -> dict[str, ParameterShape]:

@@ -9,8 +9,9 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from foreroute.data.adapters.weightless import SHAPES_ATTRIBUTE
+from foreroute.runtime.parallel.cuts import Cuts
 from foreroute.runtime.parallel.ranks import SliceRanks
-from foreroute.runtime.parallel.slicing import Cuts, ExpertSlice
+from foreroute.runtime.parallel.slicing import ExpertSlice
 from foreroute.runtime.store.encodings import Encoder
 
 
