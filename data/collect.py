@@ -326,6 +326,6 @@ def _command(manifest: TraceManifest) -> str:
     if manifest.speculation:
         name = ["foreroute", "collect"]
         given = dataclasses.asdict(manifest.speculation)
-        shown = ("bundle", "on_miss", "weights", "expert_slots")
+        shown = ("bundle", "on_miss", "expert_slots")
         typed += [(flag.replace("_", "-"), given[flag]) for flag in shown]
     return shlex.join([*name, *[part for n, v in typed for part in (f"--{n}", v)]])

@@ -10,6 +10,8 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 LOCAL_PATH = re.compile(r"(?<!\S)(?:/|~|\.{1,2}/|[A-Za-z]:\\|[\w.-]+(?:/[\w.-]+){2,})\S*")
 """A word that is one: absolute, from home or here, or of three parts and more."""
 BUNDLE_FILES = ("manifest.json", "estimators.safetensors")
+FRONTIER_NAME = "frontier.json"
+"""What `foreroute evaluate` measured of rules on a miss; a bundle may carry it."""
 
 
 def find_bundle(name: str | Path) -> Path:
@@ -43,7 +45,9 @@ def _download(repo_id: str, revision: str) -> Path:
 
     try:
         found = Path(
-            snapshot_download(repo_id, revision=revision or None, allow_patterns=list(BUNDLE_FILES))
+            snapshot_download(
+                repo_id, revision=revision or None, allow_patterns=[*BUNDLE_FILES, FRONTIER_NAME]
+            )
         )
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise FileNotFoundError(

@@ -5,14 +5,8 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from foreroute.estimators.console import one_line_errors, plain_console, run_command
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from foreroute.data.columns import RowReading
 
 
 def generate(
@@ -22,7 +16,9 @@ def generate(
     max_new_tokens: int = 128,
     expert_slots: str = "25%",
     on_miss: str = "fetch",
-    weights: str = "true",
+    exact_layers: str = "",
+    quality_budget: str | None = None,
+    frontier: Path | None = None,
     budget: int | None = None,
     prefetch: str | None = None,
     eviction: str = "default",
@@ -45,8 +41,12 @@ def generate(
         bundle: Folder that export-estimator wrote; without it, prefetch uses the next router.
         max_new_tokens: Stop after so many tokens.
         expert_slots: Slots per MoE layer on the device: a number, a share such as 25%, or auto.
-        on_miss: fetch (exact), or speculative execution: skip, predicted.
-        weights: Gate weights of predicted experts: true or predicted.
+        on_miss: fetch (exact), or speculative execution by a rule: skip, substitute:0.5,
+            substitute+threshold:0.15, bonus:0.1, budget:20MB, predicted; docs/speculation.md.
+        exact_layers: Layers that fetch whatever the rule: decoder layer indices, 0 or 0-1,7.
+        quality_budget: How far perplexity may rise, such as 1%: in place of --on-miss, the rule
+            that takes least among those measured to stay within it.
+        frontier: What foreroute evaluate --rules measured on this model; the bundle's unless said.
         budget: Experts prefetched per token and layer; the model's top-k unless said.
         prefetch: What is fetched early: none, auto (what pays) or all (each prediction); auto
             where there is a bundle, unless said.
@@ -118,6 +118,7 @@ def bench(
     from foreroute.data.adapters.loading import HubSettings
     from foreroute.data.adapters.vocabulary import vocabulary_size
     from foreroute.data.columns import RowReading
+    from foreroute.data.held_out import held_out_sequences
     from foreroute.estimators.artifacts import require_file_place, write_json, write_text
     from foreroute.estimators.ranks import are_ranks_started
     from foreroute.runtime.bench.command import run_bench
@@ -134,7 +135,7 @@ def bench(
     length, num_known = prompt_tokens + new_tokens, vocabulary_size(checkpoint.outline)
     console = plain_console()
     measured = run_bench(
-        _sequences(reading, dataset, num_prompts, length, num_known),
+        held_out_sequences(reading, dataset, num_prompts, length, num_known),
         console,
         model=model,
         bundle=bundle,
@@ -178,28 +179,6 @@ def doctor(
 
     found = diagnose(model, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
     plain_console().print(report(found))
-
-
-def _sequences(
-    reading: RowReading, dataset: str, count: int, length: int, num_known: int
-) -> list[Tensor]:
-    """The first tokens of held-out documents, [1, length] each."""
-    import torch
-
-    from foreroute.data.corpus import contents
-    from foreroute.data.packing import first_tokens
-
-    sequences: list[Tensor] = []
-    for document in contents(dataset, "held-out", reading):
-        ids = first_tokens(document, reading.tokenizer, length, num_known)
-        if len(ids) == length:
-            sequences.append(torch.tensor([ids]))
-        if len(sequences) == count:
-            return sequences
-    raise ValueError(
-        f"{dataset} has only {len(sequences)} held-out documents of {length} tokens; bench needs "
-        f"{count}. Lower --num-prompts, --prompt-tokens or --new-tokens."
-    )
 
 
 def simulate(

@@ -104,7 +104,8 @@ class Engine:
             bundle: Folder that `export-estimator` wrote, or a Hub id, `@` a revision.
             expert_slots: Slots per MoE layer, `8` or `25%`.
             prefetch: `none`, `auto` or `all`; unless said, auto if there is a bundle.
-            on_miss: `fetch` (exact), `skip` or `predicted`.
+            on_miss: `fetch` (exact), or a speculative rule such as `substitute:0.5`; see
+                `EngineConfig.on_miss`.
             device: `auto`, `cpu` or `cuda`; `device_map` may name it too.
             dtype: `auto`, `float32`, `bfloat16`, `float16`, or one of torch's; `torch_dtype` is
                 taken as another name for it.
@@ -129,7 +130,7 @@ class Engine:
         config = EngineConfig(
             expert_slots=str(expert_slots),
             prefetch=prefetch or ("auto" if bundle else "none"),  # type: ignore[arg-type]
-            on_miss=on_miss,  # type: ignore[arg-type]
+            on_miss=on_miss,
             **given.config,
         )
         loaded = load_bundle(Path(bundle)) if bundle else None

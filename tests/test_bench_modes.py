@@ -23,7 +23,7 @@ def test_without_predictions_only_modes_on_demand_are_measured():
 
 def test_a_bundle_predicts_where_the_routers_copies_cannot():
     modes = names(has_bundle=True, has_anchors=False)
-    assert {"prefetch", "prefetch-all", "speculative", "skip"} <= modes
+    assert {"prefetch", "prefetch-all", "predicted", "substitute:0.5", "skip"} <= modes
     assert "prefetch-next-router" not in modes
 
 

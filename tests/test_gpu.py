@@ -121,7 +121,7 @@ def test_exact_mode_matches_stock_transformers(offloaded: OffloadedModel, stock:
     [
         {"on_miss": "skip"},
         {"on_miss": "predicted"},
-        {"on_miss": "predicted", "weights": "predicted"},
+        {"on_miss": "predicted:predicted-weights"},
     ],
 )
 def test_speculative_modes_run_and_keep_the_slots_right(

@@ -20,7 +20,7 @@ from foreroute.runtime.config import EngineConfig
 from foreroute.runtime.parallel import SliceRanks
 from foreroute.runtime.planning.slot_plan import plan_slots
 from foreroute.runtime.policies.slots import parse_slots
-from foreroute.runtime.store.offload import OffloadedModel, load_offloaded, offload
+from foreroute.runtime.store.offload import load_offloaded, offload
 
 
 def run_bench(
@@ -69,8 +69,6 @@ def run_bench(
     ranks = SliceRanks.join(target)
     loaded = load_bundle(bundle) if bundle else None
     work = measure.Workload.cut(sequences, prompt_tokens, repeats)
-    whole: Any = None
-    offloaded: OffloadedModel | None = None
     if ranks.is_alone:
         whole = load_model(model, dtype=dtype, **hub)
         moe = discover(whole, model)
@@ -100,12 +98,12 @@ def run_bench(
             progress.advance(task)
 
         results = []
-        if offloaded is None:
+        if ranks.is_alone:
             results.append(measure.measure_stock(whole.to(target), work, tick))
             offloaded = offload(
                 whole.to("cpu"), device=target, model_name=model, expert_dtype=expert_dtype
             )
-        stack = loaded and loaded.stack
+        stack = loaded.stack if loaded else None
         results += measure.measure_modes(modes, offloaded, stack, work, tick)
     results = measure.with_perplexity_change(results)
     slots = plan_slots(offloaded, EngineConfig(expert_slots=expert_slots), None)[0]

@@ -16,12 +16,15 @@ from torch import Tensor
 from foreroute.estimators.stack import EstimatorStack
 from foreroute.runtime.config import EngineConfig
 from foreroute.runtime.engine import Engine
+from foreroute.runtime.on_miss import find_rule
 from foreroute.runtime.stats import RuntimeStats
 from foreroute.runtime.store.offload import OffloadedModel
 from foreroute.runtime.streamer import TimingStreamer
 
 STOCK = "stock"
 BASELINE = "on-demand"
+SPECULATIVE = ("predicted", "predicted:predicted-weights", "substitute:0.5", "skip")
+"""Rules on a miss that are measured beside the exact modes, which are named by them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +110,7 @@ def modes_for(
         has_anchors: Whether the routers' copies predict without training; where they do not, modes
             that need predictions are left out unless there is a bundle.
         budget: Experts prefetched per token and layer; top-k if None.
-        can_speculate: Whether gate weights of predicted experts can be had on this model.
+        can_speculate: Whether experts can be weighed that this model's routers did not choose.
     """
     demand = EngineConfig(expert_slots=expert_slots)
     prefetch = EngineConfig(expert_slots=expert_slots, prefetch="auto", budget=budget)
@@ -124,19 +127,10 @@ def modes_for(
         modes.append(Mode(name="prefetch", config=prefetch, uses_bundle=True))
     whole = replace(prefetch, prefetch="all")
     modes.append(Mode(name="prefetch-all", config=whole, uses_bundle=has_bundle))
-    if can_speculate:
-        speculative = replace(prefetch, on_miss="predicted")
-        modes += [
-            Mode(name="speculative", config=speculative, uses_bundle=has_bundle),
-            Mode(
-                name="speculative-paper",
-                config=replace(speculative, weights="predicted"),
-                uses_bundle=has_bundle,
-            ),
-        ]
-    modes.append(
-        Mode(name="skip", config=replace(prefetch, on_miss="skip"), uses_bundle=has_bundle)
-    )
+    for rule in SPECULATIVE:
+        if can_speculate or not find_rule(rule).needs_scores:
+            config = replace(prefetch, on_miss=rule)
+            modes.append(Mode(name=rule, config=config, uses_bundle=has_bundle))
     return modes
 
 

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from foreroute.runtime.bench.measure import ModeResult
 
 SPECULATIVE_NOTE = (
-    "speculative runs the predicted experts with the true router's gate weights, speculative-paper "
-    "with predicted weights too (as the paper's engine does), skip leaves missing experts out: "
-    "these three change the output."
+    "predicted runs the predicted experts with the true router's gate weights or, as the paper's "
+    "engine does, with predicted ones; substitute puts residents in the place of light missing "
+    "experts, skip leaves missing ones out: these change the output."
 )
 ALL_NOTE = "prefetch-all fetches each prediction, whether or not that pays."
 CPU_NOTE = (
