@@ -18,6 +18,7 @@ from foreroute.data.adapters import MoEModel, discover
 from foreroute.data.adapters.adapted import checkpoint_name
 from foreroute.data.adapters.loading import loading_alone
 from foreroute.data.adapters.weightless import ParameterShape, parameter_shapes, weightless
+from foreroute.estimators.artifacts import first_line
 from foreroute.estimators.console import plain_console
 from foreroute.runtime.parallel import (
     UNSLICED,
@@ -116,8 +117,7 @@ def load_the_rest(checkpoint: Checkpoint) -> Any:
             checkpoint.source, config=config, dtype=checkpoint.dtype, **checkpoint.settings
         )
     except (OSError, RuntimeError, ValueError, ImportError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"Model {checkpoint.name} cannot be read: {first_line}") from error
+        raise ValueError(f"Model {checkpoint.name} cannot be read: {first_line(error)}") from error
     model.__class__ = model_class
     # Parameters keep requires_grad as stock's do: torch's matmul looks at it to decide whether to
     # fold a batch into rows, and the two ways round differently (jamba's projections).

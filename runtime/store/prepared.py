@@ -10,17 +10,17 @@ import hashlib
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
+import msgspec
 from torch import Tensor
 
-from foreroute.estimators.artifacts import read_versioned
+from foreroute.estimators.artifacts import Count, first_line, read_versioned
 from foreroute.estimators.fingerprint import is_same_checkpoint
 from foreroute.runtime.store.encodings import Encoder, encoder_named, without
 from foreroute.runtime.store.host_store import HostExpertStore, RowLayout
@@ -28,9 +28,48 @@ from foreroute.runtime.store.host_store import HostExpertStore, RowLayout
 FORMAT_VERSION = 1
 REMEDY = "Pack the model again with foreroute pack."
 ROWS = "rows"
-SHARD = re.compile(r"experts/layer-\d{3,}\.safetensors")
 READ_BYTES = 16 << 20
 MOST_READERS = 8
+MOST_HEADER_BYTES = 1 << 16
+"""A file of rows has one tensor, which is soon described."""
+FileName = Annotated[str, msgspec.Meta(pattern=r"^(experts/layer-[0-9]{3,}|model)\.safetensors$")]
+"""What a manifest may name; nothing else is opened."""
+
+
+@dataclass(frozen=True)
+class RowPart:
+    """Where a parameter, or a part of its encoding, lies in a row."""
+
+    shape: list[Count]
+    """One expert's."""
+    dtype: str
+    """In torch's word."""
+    offset_bytes: Count
+    """From the row's beginning."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowFile:
+    """The experts of one MoE layer."""
+
+    file: FileName
+    sha256: str
+    """The file's, in hex."""
+    experts: Count
+    """How many rows."""
+    row_bytes: Count
+    """Size of one row."""
+    parameters: dict[str, RowPart]
+    """What lies in a row, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestFile:
+    """All weights that are no experts."""
+
+    file: FileName
+    sha256: str
+    """The file's, in hex."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +88,14 @@ class PreparedModel:
     """How the experts are stored."""
     stays: tuple[str, ...]
     """Parameters that this did not pay for: as the model has them."""
-    plain_bytes: int
+    plain_bytes: Count
     """Size of all experts, as the model has them."""
-    exceptions: dict[str, int]
+    exceptions: dict[str, Count]
     """Weights that 12 bits do not reach, and that are listed, by parameter."""
-    shards: tuple[dict[str, Any], ...]
-    """By MoE layer: file, sha256, experts, bytes of a row, and what lies in it (`parameters`)."""
-    rest: dict[str, Any]
-    """File of all other weights, and its sha256."""
+    shards: tuple[RowFile, ...]
+    """By MoE layer."""
+    rest: RestFile
+    """All other weights."""
 
     versions: dict[str, str]
     """Versions of Python and packages when it was written."""
@@ -70,11 +109,7 @@ class PreparedModel:
         Raises:
             ValueError: If it is damaged or of another version, or names files of other folders.
         """
-        found = read_versioned(path, FORMAT_VERSION, cls, REMEDY)
-        for shard in found.shards:
-            if not SHARD.fullmatch(str(shard.get("file"))):
-                raise ValueError(f"{path} is damaged: {shard.get('file')!r} is no file of rows.")
-        return found
+        return read_versioned(path, FORMAT_VERSION, cls, REMEDY)
 
     @property
     def is_exact(self) -> bool:
@@ -98,12 +133,13 @@ class PreparedModel:
 
         commit = extract_commit_hash(str(manifest), None)  # not a later one of the same branch
         settings = {name: value for name, value in hub.items() if name != "trust_remote_code"}
-        names = [shard["file"] for shard in self.shards]
+        names = [shard.file for shard in self.shards]
         try:
             cached_files(repo_id, names, **(settings | {"revision": commit}), _commit_hash=commit)
         except OSError as error:
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"The experts of {repo_id} cannot be downloaded: {line}") from error
+            raise ValueError(
+                f"The experts of {repo_id} cannot be downloaded: {first_line(error)}"
+            ) from error
 
     def encoder(self, asked: str, native: Encoder | None) -> Encoder | None:
         """How the rows are encoded.
@@ -152,10 +188,9 @@ class PreparedModel:
         Raises:
             ValueError: If the model, or the way it is to be loaded, does not fit the rows.
         """
-        names = ("parameters", "row_bytes", "experts")
-        laid_out = [[shard[name] for name in names] for shard in self.shards]
+        laid_out = [(shard.parameters, shard.row_bytes, shard.experts) for shard in self.shards]
         if laid_out != [
-            [describe_layout(layout), layout.row_bytes, count]
+            (describe_layout(layout), layout.row_bytes, count)
             for layout, count in zip(layouts, num_experts, strict=True)
         ]:
             raise ValueError(
@@ -165,14 +200,10 @@ class PreparedModel:
             )
 
 
-def describe_layout(layout: RowLayout) -> dict[str, Any]:
+def describe_layout(layout: RowLayout) -> dict[str, RowPart]:
     """What a manifest says of a row, by parameter."""
     return {
-        name: {
-            "shape": list(spec.shape),
-            "dtype": str(spec.dtype).removeprefix("torch."),
-            "offset_bytes": spec.offset_bytes,
-        }
+        name: RowPart(list(spec.shape), str(spec.dtype).removeprefix("torch."), spec.offset_bytes)
         for name, spec in layout.parameters.items()
     }
 
@@ -197,7 +228,7 @@ def read_rows(
 
 
 def read_shards(
-    prepared: PreparedModel, folder: Path, readers: Sequence[Callable[[Shard], None]]
+    prepared: PreparedModel, folder: Path, readers: Sequence[Callable[[RowStream], None]]
 ) -> None:
     """Read all layers, several at once, each checked against its sha256.
 
@@ -212,7 +243,7 @@ def read_shards(
     num_threads = min(MOST_READERS, len(os.sched_getaffinity(0)), len(readers))
     with ThreadPoolExecutor(num_threads) as threads:
         jobs = [
-            threads.submit(_read_shard, folder / shard["file"], shard, reader)
+            threads.submit(_read_shard, folder / shard.file, shard, reader)
             for shard, reader in zip(prepared.shards, readers, strict=True)
         ]
         try:
@@ -223,7 +254,7 @@ def read_shards(
             raise
 
 
-class Shard:
+class RowStream:
     """A layer's file while it is read, front to back."""
 
     def __init__(self, file: BinaryIO, digest: Any) -> None:
@@ -247,27 +278,27 @@ class Shard:
         return at
 
 
-def _read_into(rows: Tensor, tick: Callable[[int], None], shard: Shard) -> None:
+def _read_into(rows: Tensor, tick: Callable[[int], None], stream: RowStream) -> None:
     """All rows of a layer, straight into their memory."""
     view = rows.numpy().data.cast("B")
     for at in range(0, len(view), READ_BYTES):
-        tick(shard.read_into(view[at : at + READ_BYTES]))
+        tick(stream.read_into(view[at : at + READ_BYTES]))
 
 
-def _read_shard(path: Path, entry: dict[str, Any], reader: Callable[[Shard], None]) -> None:
+def _read_shard(path: Path, entry: RowFile, reader: Callable[[RowStream], None]) -> None:
     """One layer's rows, as the manifest describes them."""
     if not path.is_file():
         raise ValueError(f"{path} is missing. {REMEDY}")
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         start = file.read(8)
-        header = file.read(int.from_bytes(start, "little") if len(start) == 8 else 0)
+        header = file.read(min(int.from_bytes(start, "little"), MOST_HEADER_BYTES))
         digest.update(start + header)
-        is_whole = _describes(header, [entry["experts"], entry["row_bytes"]])
+        is_whole = _describes(header, [entry.experts, entry.row_bytes])
         if is_whole:
-            reader(Shard(file, digest))
+            reader(RowStream(file, digest))
             is_whole = not file.read(1)
-    if not is_whole or digest.hexdigest() != entry["sha256"]:
+    if not is_whole or digest.hexdigest() != entry.sha256:
         raise ValueError(f"{path} is damaged: it is not what the manifest says. {REMEDY}")
 
 
@@ -275,7 +306,7 @@ def _describes(header: bytes, shape: list[int]) -> bool:
     """Whether a safetensors header is that of such rows and nothing else."""
     try:
         entry = json.loads(header)[ROWS]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False
     place = {"dtype": "U8", "shape": shape, "data_offsets": [0, math.prod(shape)]}
     return bool(entry == place)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foreroute.runtime.parallel import ExpertSlice, SlicedWriter
 from foreroute.runtime.store.host_store import HostExpertStore, RowLayout
-from foreroute.runtime.store.prepared import READ_BYTES, PreparedModel, Shard, read_shards
+from foreroute.runtime.store.prepared import READ_BYTES, PreparedModel, RowStream, read_shards
 from foreroute.runtime.store.row_writer import RowWriter
 
 
@@ -60,7 +60,11 @@ class _StoredWriter:
 
 
 def _read_layer(
-    part: ExpertSlice, layout: RowLayout, rows: Tensor, tick: Callable[[int], None], shard: Shard
+    part: ExpertSlice,
+    layout: RowLayout,
+    rows: Tensor,
+    tick: Callable[[int], None],
+    stream: RowStream,
 ) -> None:
     """A few whole experts at a time: what is this process' of them goes into its rows."""
     stored = SlicedWriter(_StoredWriter(layout, rows), part.stored)
@@ -69,7 +73,7 @@ def _read_layer(
     at_once = max(1, READ_BYTES // row_bytes)
     for begin in range(0, len(rows), at_once):
         some = torch.empty(min(at_once, len(rows) - begin), row_bytes, dtype=torch.uint8)
-        if shard.read_into(some.numpy().data.cast("B")) < some.nbytes:
+        if stream.read_into(some.numpy().data.cast("B")) < some.nbytes:
             return  # the file ends here, which its reader refuses
         _put(part, some, begin, stored, parameters)
         tick(len(some) * layout.row_bytes)
