@@ -18,7 +18,7 @@ from foreroute.runtime.store.host_store import RowLayout
 
 FIRST, SECOND = ("gate_up_proj", "gate_proj", "up_proj"), "down_proj"
 MOST_PROCESSES = 16
-"""Of which a refusal says whether they would work."""
+"""Numbers up to this one are tried for what a refusal says would work."""
 
 
 class ExpertSlice:
@@ -56,13 +56,13 @@ class ExpertSlice:
         cuts = {name: self._cut(name) for name in self.whole}
         self._cuts, is_first = cuts, ranks.is_first
         self.parameters = Cuts(cuts, is_first=is_first)
-        """Of the module's parameters."""
+        """Cuts the module's parameters."""
         stored = {name: cut for name, cut in cuts.items() if name not in self.layout.encoded}
         for name, parameter in self.layout.encoded.items():
             if self.is_cut_as_stored(parameter):
                 stored |= self._part_cuts(name, parameter)
         self.stored = Cuts(stored, is_first=is_first)
-        """Of what a row holds, where it is cut as it is stored."""
+        """Cuts what a row holds, where that is cut as it is stored."""
 
     def is_cut_as_stored(self, parameter: EncodedParameter) -> bool:
         """Whether what is stored is cut; if not, it is decoded, cut, and encoded without loss."""
