@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from low_bit_checkpoints import add_quantization, save_fp8, save_mxfp4
+from low_bit import add_quantization, save_fp8, save_mxfp4
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config

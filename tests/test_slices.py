@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from low_bit_checkpoints import save_fp8, save_mxfp4
+from low_bit import save_fp8, save_mxfp4
 from tiny_models import tiny_model
 
 from foreroute.data.adapters.weightless import ParameterShape

@@ -6,32 +6,20 @@ its rows are read straight into the store's memory. docs/formats.md says what is
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any
 
 import msgspec
-from torch import Tensor
 
 from foreroute.estimators.artifacts import Count, first_line, read_versioned
 from foreroute.estimators.fingerprint import is_same_checkpoint
 from foreroute.runtime.store.encodings import Encoder, encoder_named, without
-from foreroute.runtime.store.host_store import HostExpertStore, RowLayout
+from foreroute.runtime.store.host_store import RowLayout
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 REMEDY = "Pack the model again with foreroute pack."
-ROWS = "rows"
-READ_BYTES = 16 << 20
-MOST_READERS = 8
-MOST_HEADER_BYTES = 1 << 16
-"""A file of rows has one tensor, which is soon described."""
 FileName = Annotated[str, msgspec.Meta(pattern=r"^(experts/layer-[0-9]{3,}|model)\.safetensors$")]
 """What a manifest may name; nothing else is opened."""
 
@@ -55,6 +43,8 @@ class RowFile:
     file: FileName
     sha256: str
     """The file's, in hex."""
+    blocks_sha256: list[str]
+    """Those of its rows in blocks, see `prepared_rows`."""
     experts: Count
     """How many rows."""
     row_bytes: Count
@@ -182,17 +172,15 @@ class PreparedModel:
 
         Args:
             folder: Where they are.
-            layouts: Of a row, by layer.
-            num_experts: By layer.
+            layouts: How this program lays them out, by layer.
+            num_experts: How many it expects, by layer.
 
         Raises:
             ValueError: If the model, or the way it is to be loaded, does not fit the rows.
         """
-        laid_out = [(shard.parameters, shard.row_bytes, shard.experts) for shard in self.shards]
-        if laid_out != [
-            (describe_layout(layout), layout.row_bytes, count)
-            for layout, count in zip(layouts, num_experts, strict=True)
-        ]:
+        laid_out = [shard.parameters for shard in self.shards]
+        is_same = laid_out == [describe_layout(layout) for layout in layouts]
+        if not is_same or [shard.experts for shard in self.shards] != list(num_experts):
             raise ValueError(
                 f"The rows in {folder} are of a model in {self.dtype} with {len(self.shards)} MoE "
                 "layers; it is being loaded as another (its config, its transformers, or --dtype). "
@@ -206,107 +194,3 @@ def describe_layout(layout: RowLayout) -> dict[str, RowPart]:
         name: RowPart(list(spec.shape), str(spec.dtype).removeprefix("torch."), spec.offset_bytes)
         for name, spec in layout.parameters.items()
     }
-
-
-def read_rows(
-    prepared: PreparedModel, folder: Path, store: HostExpertStore, tick: Callable[[int], None]
-) -> None:
-    """Read all experts into a store, several layers at once, each checked against its sha256.
-
-    Args:
-        prepared: The manifest.
-        folder: Where it was found.
-        store: Allocated, not filled.
-        tick: Called with the bytes that were read.
-
-    Raises:
-        ValueError: If a file is missing or damaged; names it.
-    """
-    prepared.require_fits(folder, store.layouts, [len(rows) for rows in store.rows])
-    fillers = [partial(_read_into, rows, tick) for rows in store.rows]
-    read_shards(prepared, folder, fillers)
-
-
-def read_shards(
-    prepared: PreparedModel, folder: Path, readers: Sequence[Callable[[RowStream], None]]
-) -> None:
-    """Read all layers, several at once, each checked against its sha256.
-
-    Args:
-        prepared: The manifest.
-        folder: Where it was found.
-        readers: By layer; each reads all rows of its shard.
-
-    Raises:
-        ValueError: If a file is missing or damaged; names it.
-    """
-    num_threads = min(MOST_READERS, len(os.sched_getaffinity(0)), len(readers))
-    with ThreadPoolExecutor(num_threads) as threads:
-        jobs = [
-            threads.submit(_read_shard, folder / shard.file, shard, reader)
-            for shard, reader in zip(prepared.shards, readers, strict=True)
-        ]
-        try:
-            for job in jobs:
-                job.result()
-        except BaseException:
-            threads.shutdown(cancel_futures=True)
-            raise
-
-
-class RowStream:
-    """A layer's file while it is read, front to back."""
-
-    def __init__(self, file: BinaryIO, digest: Any) -> None:
-        """Read on from where the rows begin.
-
-        Args:
-            file: Opened without a buffer.
-            digest: Gets all that is read.
-        """
-        self._file, self._digest = file, digest
-
-    def read_into(self, view: memoryview) -> int:
-        """Fill some bytes of memory with the file's next ones; gives how many there were."""
-        at = 0
-        while at < len(view):
-            count = self._file.readinto(view[at : at + READ_BYTES]) or 0  # type: ignore[attr-defined]
-            self._digest.update(view[at : at + count])
-            at += count
-            if not count:
-                break
-        return at
-
-
-def _read_into(rows: Tensor, tick: Callable[[int], None], stream: RowStream) -> None:
-    """All rows of a layer, straight into their memory."""
-    view = rows.numpy().data.cast("B")
-    for at in range(0, len(view), READ_BYTES):
-        tick(stream.read_into(view[at : at + READ_BYTES]))
-
-
-def _read_shard(path: Path, entry: RowFile, reader: Callable[[RowStream], None]) -> None:
-    """One layer's rows, as the manifest describes them."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing. {REMEDY}")
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        start = file.read(8)
-        header = file.read(min(int.from_bytes(start, "little"), MOST_HEADER_BYTES))
-        digest.update(start + header)
-        is_whole = _describes(header, [entry.experts, entry.row_bytes])
-        if is_whole:
-            reader(RowStream(file, digest))
-            is_whole = not file.read(1)
-    if not is_whole or digest.hexdigest() != entry.sha256:
-        raise ValueError(f"{path} is damaged: it is not what the manifest says. {REMEDY}")
-
-
-def _describes(header: bytes, shape: list[int]) -> bool:
-    """Whether a safetensors header is that of such rows and nothing else."""
-    try:
-        entry = json.loads(header)[ROWS]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return False
-    place = {"dtype": "U8", "shape": shape, "data_offsets": [0, math.prod(shape)]}
-    return bool(entry == place)

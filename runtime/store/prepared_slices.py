@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from foreroute.estimators.artifacts import require_digest
 from foreroute.runtime.parallel import ExpertSlice, SlicedWriter
+from foreroute.runtime.store.encodings import EncodedWeights
 from foreroute.runtime.store.host_store import HostExpertStore, RowLayout
-from foreroute.runtime.store.prepared import READ_BYTES, PreparedModel, RowStream, read_shards
+from foreroute.runtime.store.prepared import REMEDY, PreparedModel
+from foreroute.runtime.store.prepared_rows import read_layer
 from foreroute.runtime.store.row_writer import RowWriter
 
 
@@ -25,27 +27,27 @@ def read_slices(
     """Read this process' slices of all experts, each file checked against its sha256.
 
     What is stored rounded is cut as it is stored; what is stored without loss is decoded, cut and
-    encoded again.
+    encoded again. One layer's whole rows are in memory at a time.
 
     Args:
         prepared: The manifest.
         folder: Where it was found.
         store: Allocated for the slices, not filled.
         slices: By layer.
-        tick: Called with the bytes that were kept.
+        tick: Called with the bytes that were read.
 
     Raises:
         TooManyExceptions: If a slice of a parameter must be stored as it is.
         ValueError: If a file is missing or damaged; names it.
     """
-    prepared.require_fits(
-        folder, [part.layout for part in slices], [len(rows) for rows in store.rows]
-    )
-    readers = [
-        partial(_read_layer, part, layout, rows, tick)
-        for part, layout, rows in zip(slices, store.layouts, store.rows, strict=True)
-    ]
-    read_shards(prepared, folder, readers)
+    layouts = [part.layout for part in slices]
+    prepared.require_fits(folder, layouts, [len(rows) for rows in store.rows])
+    require_digest(folder / prepared.rest.file, prepared.rest.sha256, REMEDY)
+    for number, (part, shard) in enumerate(zip(slices, prepared.shards, strict=True)):
+        layout, rows = store.layouts[number], store.rows[number]
+        whole = torch.empty(len(rows), part.layout.row_bytes, dtype=torch.uint8)
+        read_layer(folder, shard, whole, tick)
+        _put(part, whole, layout, rows)
 
 
 class _StoredWriter:
@@ -59,36 +61,19 @@ class _StoredWriter:
         self._views[name][expert_id][row : row + len(part)].copy_(part)
 
 
-def _read_layer(
-    part: ExpertSlice,
-    layout: RowLayout,
-    rows: Tensor,
-    tick: Callable[[int], None],
-    stream: RowStream,
-) -> None:
-    """A few whole experts at a time: what is this process' of them goes into its rows."""
+def _put(part: ExpertSlice, whole: Tensor, layout: RowLayout, rows: Tensor) -> None:
+    """Write this process' share of whole experts' rows into its rows."""
     stored = SlicedWriter(_StoredWriter(layout, rows), part.stored)
     parameters = SlicedWriter(RowWriter(layout, rows), part.parameters)
-    row_bytes = part.layout.row_bytes
-    at_once = max(1, READ_BYTES // row_bytes)
-    for begin in range(0, len(rows), at_once):
-        some = torch.empty(min(at_once, len(rows) - begin), row_bytes, dtype=torch.uint8)
-        if stream.read_into(some.numpy().data.cast("B")) < some.nbytes:
-            return  # the file ends here, which its reader refuses
-        _put(part, some, begin, stored, parameters)
-        tick(len(some) * layout.row_bytes)
-
-
-def _put(
-    part: ExpertSlice, some: Tensor, begin: int, stored: SlicedWriter, parameters: SlicedWriter
-) -> None:
-    tensors = part.layout.views(some)
+    tensors = part.layout.views(whole)
     for name, parameter in part.layout.encoded.items():
         if part.is_cut_as_stored(parameter):
             continue
         parts = {suffix: tensors.pop(name + suffix) for suffix in parameter.encoding.parts()}
-        for number, weight in enumerate(parameter.decode(parts)):
-            parameters.put(name, begin + number, 0, weight)
+        weights = EncodedWeights(parameter, parts)
+        for expert_id in range(len(whole)):
+            weight = weights[expert_id : expert_id + 1][0]
+            parameters.put(name, expert_id, 0, weight)
     for name, values in tensors.items():
-        for number, value in enumerate(values):
-            stored.put(name, begin + number, 0, value)
+        for expert_id, value in enumerate(values):
+            stored.put(name, expert_id, 0, value)

@@ -1,4 +1,4 @@
-"""Tiny checkpoints whose experts come in few bits, as those that are published do."""
+"""Checkpoints in fewer bits as others publish them, of tiny random models."""
 
 import json
 
@@ -7,9 +7,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 
 
-def save_fp8(folder, model_type, block=32, **overrides):
+def save_fp8(folder, model_type, block=32, **sizes):
     """A checkpoint as DeepSeek and Qwen publish them: e4m3 matrices and factors of blocks."""
-    model = tiny_model(model_type, dtype=torch.bfloat16, **overrides)
+    model = tiny_model(model_type, dtype=torch.bfloat16, **sizes)
     model.save_pretrained(folder)
     tensors = {}
     for name, tensor in load_file(folder / "model.safetensors").items():
@@ -45,10 +45,9 @@ def add_quantization(folder, settings):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def save_mxfp4(folder, **overrides):
-    """A checkpoint as GPT-OSS publishes it: random codes and exponents."""
-    model = tiny_model("gpt_oss", dtype=torch.bfloat16, **overrides)
-    model.save_pretrained(folder)
+def save_mxfp4(folder, **sizes):
+    """A checkpoint as GPT-OSS is published: random codes of four bits, and exponents of groups."""
+    tiny_model("gpt_oss", dtype=torch.bfloat16, **sizes).save_pretrained(folder)
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, tensor in load_file(folder / "model.safetensors").items():
