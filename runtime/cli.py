@@ -211,16 +211,23 @@ def doctor(
 ) -> None:
     """Say what was found in a model and what can be done with it, from its config alone.
 
+    Where the weights are here too, some are read, to say how much of them 12 bits hold.
+
     Args:
         model: `bundled`, a local folder with at least a config.json, or a Hub id.
         revision: Branch, tag or commit of a Hub id.
         dtype: In which sizes are given: auto, float32, bfloat16 or float16.
         trust_remote_code: Run code that came with the checkpoint.
     """
+    from foreroute.data.adapters.loading import HubSettings
     from foreroute.runtime.planning.doctor import diagnose, report
+    from foreroute.runtime.planning.packed_share import packed_share
+    from foreroute.runtime.store.checkpoint import Checkpoint
 
     found = diagnose(model, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
-    plain_console().print(report(found))
+    hub: HubSettings = {"revision": revision, "trust_remote_code": trust_remote_code}
+    packed = packed_share(Checkpoint.open(model, dtype=dtype, **hub))
+    plain_console().print(report(found, packed))
 
 
 def simulate(
@@ -237,6 +244,8 @@ def simulate(
     warm_start: str = "prompt",
     layer_slots: str = "equal",
     expert_bytes: str | None = None,
+    model: str | None = None,
+    expert_dtype: str = "auto",
     layer_ms: float | None = None,
     num_experts: int | None = None,
     prompt_tokens: int = 0,
@@ -259,6 +268,9 @@ def simulate(
         warm_start: What fills the slots before: prompt, none, or another recording.
         layer_slots: equal, or by-misses: layers that missed more before get more.
         expert_bytes: Size of an expert as copied (9.44MB, 3MiB); the profile's model unless said.
+        model: Whose experts' size counts, by its config: a folder, a config.json or a Hub id.
+        expert_dtype: How that model's experts are stored: auto (what a GPU does), lossless, bf16,
+            fp8, int8 or int4.
         layer_ms: Compute of a layer; the profile's model unless said.
         num_experts: Experts of a layer, where the recording does not say.
         prompt_tokens: Tokens of the prompt at the start, where the recording does not say.

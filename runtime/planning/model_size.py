@@ -10,17 +10,13 @@ from typing import Any, Unpack
 import torch
 from torch import nn
 
-from foreroute.data.adapters import discover, load_config
+from foreroute.data.adapters import discover
 from foreroute.data.adapters.loading import HubSettings
 from foreroute.data.adapters.seam import is_experts_module
 from foreroute.data.adapters.weightless import outline
 from foreroute.runtime.policies.slots import cache_values
-from foreroute.runtime.store.encodings import (
-    EXPERT_DTYPES,
-    Encoder,
-    encoder_named,
-    native_encoder,
-)
+from foreroute.runtime.store.checkpoint import Checkpoint
+from foreroute.runtime.store.encodings import EXPERT_DTYPES, Encoder, encoder_named
 from foreroute.runtime.store.host_store import RowLayout
 
 
@@ -41,8 +37,8 @@ class ModelSize:
     expert_params: int
     """Parameters of one expert."""
     expert_bytes: Mapping[str, int]
-    """One expert as copied, by what `--expert-dtype` can be: the checkpoint's own way (`auto`),
-    then what is smaller."""
+    """One expert as copied, by what `--expert-dtype` can be: what it is on a GPU unless said
+    (`auto`), then the other ones that are no larger than the checkpoint's."""
     other_params: int
     """Parameters of everything but the experts; they stay on the device."""
     layer_params: int
@@ -53,6 +49,19 @@ class ModelSize:
     """Keys and values kept per token of context, in all layers."""
     dtype_bytes: int
     """Per value, as the checkpoint has it."""
+
+    def bytes_as(self, expert_dtype: str) -> int:
+        """One expert as copied, stored that way.
+
+        Raises:
+            ValueError: If that makes this model's experts no smaller; lists what does.
+        """
+        if expert_dtype not in self.expert_bytes:
+            known = ", ".join(self.expert_bytes)
+            raise ValueError(
+                f"Experts of {self.name} are not counted as {expert_dtype!r}; known: {known}."
+            )
+        return self.expert_bytes[expert_dtype]
 
 
 def measure_model(name: str, **hub: Unpack[HubSettings]) -> ModelSize:
@@ -66,7 +75,8 @@ def measure_model(name: str, **hub: Unpack[HubSettings]) -> ModelSize:
         FileNotFoundError: If there is no such model.
         ValueError: If it cannot be read, or has no experts that can be taken over.
     """
-    config = load_config(model_folder(name), **hub)
+    checkpoint = Checkpoint.open(model_folder(name), device=torch.device("cuda"), **hub)
+    config = checkpoint.config
     dtype = config.dtype or config.get_text_config().dtype or torch.bfloat16
     model = outline(config, dtype, trust_remote_code=hub.get("trust_remote_code", False))
     text = config.get_text_config()
@@ -94,7 +104,7 @@ def measure_model(name: str, **hub: Unpack[HubSettings]) -> ModelSize:
         num_experts=num_experts,
         top_k=_top_k(text),
         expert_params=expert_params,
-        expert_bytes=_expert_bytes(stacked, config),
+        expert_bytes=_expert_bytes(stacked, checkpoint),
         other_params=other,
         layer_params=max(0, other - outside) // layers,
         output_head_params=output_head_params,
@@ -103,19 +113,18 @@ def measure_model(name: str, **hub: Unpack[HubSettings]) -> ModelSize:
     )
 
 
-def _expert_bytes(modules: Sequence[nn.Module], config: Any) -> dict[str, int]:
+def _expert_bytes(modules: Sequence[nn.Module], checkpoint: Checkpoint) -> dict[str, int]:
     """Bytes of one expert by expert dtype; the largest layer's."""
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:  # it keeps its own way
-        known = quantization if isinstance(quantization, dict) else quantization.to_dict()
-        return {"auto": _row_bytes(modules, native_encoder(known))}
-    sizes = {"auto": _row_bytes(modules, None)}
+    sizes = {"auto": _row_bytes(modules, checkpoint.encoder)}
+    if checkpoint.quantization is not None or checkpoint.prepared is not None:
+        return sizes  # it keeps its own way
+    plain = _row_bytes(modules, None)
     for name in EXPERT_DTYPES:
         try:
             size = _row_bytes(modules, encoder_named(name))
         except ValueError:  # it has no form for matrices of this shape
             continue
-        if size < sizes["auto"]:
+        if size <= plain:
             sizes[name] = size
     return sizes
 

@@ -78,6 +78,8 @@ def plan_choices(
     choices = []
     fixed = (model.other_params + context * model.cache_values) * model.dtype_bytes
     for dtype, size in model.expert_bytes.items():
+        if dtype != "auto" and size == model.expert_bytes["auto"]:
+            continue  # it is what auto stands for
         total = size * model.num_layers * model.num_experts
         shape = {
             "expert_bytes": size,
@@ -149,6 +151,8 @@ def assumptions(model: ModelSize, profile: MachineProfile, context: int) -> list
         f"Prefetch takes {PREFETCH_OF_STALL:.0%} off the stall, but at most "
         f"{PREFETCH_OF_COMPUTE:.0%} of compute, as measured on an H100 with predictions of recall "
         ".89 (simulated; random weights, replayed routing): experts too large for that gain less.",
+        "auto is what a GPU stores unless told otherwise: bfloat16 in 12 bits without loss (with "
+        "room for exceptions), checkpoints in fewer bits as they are.",
         "fp8, int8 and int4 experts change the output; unpacking takes no time here.",
     ]
 

@@ -32,7 +32,7 @@ from foreroute.runtime.store.checkpoint import Checkpoint
 from foreroute.runtime.store.encodings import Encoder, TooManyExceptions, without
 from foreroute.runtime.store.expert_reader import ExpertReader
 from foreroute.runtime.store.host_store import HostExpertStore, RowLayout
-from foreroute.runtime.store.prepared import read_rows
+from foreroute.runtime.store.prepared_rows import read_rows
 from foreroute.runtime.store.row_writer import RowWriter
 
 logger = logging.getLogger(__name__)
@@ -179,7 +179,7 @@ class LayerReader:
         """
         self._places, self._slices = places_of(moe), slices
         self._gpu = device if device.type == "cuda" else None
-        self._targets = [_targets(*place, checkpoint.encoder) for place in self._places.items()]
+        self._targets = [targets_of(*place, checkpoint.encoder) for place in self._places.items()]
         every = {path: shape for targets in self._targets for path, (_, shape) in targets.items()}
         self._reader = ExpertReader(moe.model, checkpoint.expert_tensors, every)
         self._num_bytes = sum(math.prod(t.shape) * t.dtype.itemsize for t in every.values())
@@ -226,10 +226,16 @@ class LayerReader:
             )
 
 
-def _targets(
+def targets_of(
     path: str, experts: nn.Module, encoder: Encoder | None
 ) -> dict[str, tuple[str, ParameterShape]]:
-    """What the checkpoint is asked for: by its path there, a parameter or a stored part of one."""
+    """What a checkpoint is asked for: by its path there, a parameter or a stored part of one.
+
+    Args:
+        path: Of the experts module.
+        experts: The module; it needs no weights.
+        encoder: How its matrices will be stored.
+    """
     shapes, layout = parameter_shapes(experts), RowLayout.of(experts, encoder)
     if layout.is_native:  # the checkpoint has the stored parts themselves
         num_experts = next(iter(shapes.values())).shape[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -50,6 +50,20 @@ class Encoding(ABC):
             ValueError: If the encoding only exists in checkpoints.
         """
         raise ValueError(f"{type(self).__name__} is read from checkpoints only.")
+
+    def encode_into(self, matrices: Tensor, parts: Mapping[str, Sequence[Tensor]]) -> None:
+        """Encode matrices on a CPU to where they will lie.
+
+        Args:
+            matrices: [n, rows, columns] in any float dtype.
+            parts: By suffix, room for each matrix's part; written.
+
+        Raises:
+            ValueError: As `encode`.
+        """
+        for suffix, encoded in self.encode(matrices).items():
+            for room, part in zip(parts[suffix], encoded, strict=True):
+                room.copy_(part)
 
 
 Encoder = Callable[[str, int, int], Encoding]
