@@ -92,6 +92,9 @@ def bench(
 ) -> None:
     """Run every mode on the same prompts and print what each cost.
 
+    Of several processes that torchrun started, each has a slice of every expert; then there is no
+    stock model beside the exact modes.
+
     Args:
         model: `bundled`, a local folder or a Hub id.
         bundle: Folder that export-estimator wrote, or a Hub id, `@` a revision.
@@ -130,21 +133,24 @@ def bench(
     checkpoint = Checkpoint.open(
         model, dtype=dtype, expert_dtype=expert_dtype, device=target, **hub
     )
-    tokenizer = load_tokenizer(model, **hub)
-    reading, length = RowReading(column=column, tokenizer=tokenizer), prompt_tokens + new_tokens
-    num_known = vocabulary_size(checkpoint.outline)
-    found, title = run_bench(
+    reading = RowReading(column=column, tokenizer=load_tokenizer(model, **hub))
+    length, num_known = prompt_tokens + new_tokens, vocabulary_size(checkpoint.outline)
+    console = plain_console()
+    measured = run_bench(
         checkpoint,
         held_out_sequences(reading, dataset, num_prompts, length, num_known),
+        console,
+        bundle=bundle,
+        expert_slots=expert_slots,
+        budget=budget,
         prompt_tokens=prompt_tokens,
         repeats=repeats,
-        device=target,
+        device=device,
         expert_dtype=expert_dtype,
-        expert_slots=expert_slots,
-        bundle=bundle,
-        budget=budget,
     )
-    console = plain_console()
+    if measured is None:  # the first process speaks
+        return
+    found, title = measured
     if json is not None:
         write_json(json, found)
         console.print(str(json), soft_wrap=True)

@@ -63,6 +63,11 @@ class Engine:
         self.device = offloaded.device
         self.ranks = offloaded.ranks
         """The processes that share the model, each with a slice of every expert."""
+        if not self.ranks.is_alone and not config.is_exact:
+            raise ValueError(
+                f"on_miss={config.on_miss} is for one process: several may have other experts "
+                "resident, and would leave out, or put in, slices of different ones."
+            )
         recording = read_recording(offloaded, config)
         self.slots_per_layer = plan_slots(offloaded, config, recording)
         self.driver = _make_driver(offloaded, config, self.slots_per_layer, stack)

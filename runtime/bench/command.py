@@ -1,4 +1,4 @@
-"""Runs a bench: loads the model, measures every mode on the same prompts, prints and returns it."""
+"""The command `foreroute bench`, but for its flags and where its prompts come from."""
 
 from __future__ import annotations
 
@@ -6,147 +6,125 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from foreroute.data.adapters import MoEModel, discover, load_model
+from foreroute.data.adapters import discover, load_model, resolve_device
 from foreroute.estimators.artifacts import package_versions
-from foreroute.estimators.console import plain_console
-from foreroute.export.bundle import Bundle, load_bundle
+from foreroute.export.bundle import load_bundle
 from foreroute.runtime.bench import measure
 from foreroute.runtime.bench.tables import notes, print_results
 from foreroute.runtime.config import EngineConfig
+from foreroute.runtime.parallel import SliceRanks
 from foreroute.runtime.planning.slot_plan import plan_slots
 from foreroute.runtime.policies.slots import parse_slots
 from foreroute.runtime.store.checkpoint import Checkpoint
-from foreroute.runtime.store.offload import OffloadedModel, load_offloaded, offload
+from foreroute.runtime.store.offload import load_offloaded, offload
 
 
 def run_bench(
     checkpoint: Checkpoint,
     sequences: Sequence[Tensor],
+    console: Console,
     *,
+    bundle: Path | None,
+    expert_slots: str,
+    budget: int | None,
     prompt_tokens: int,
     repeats: int,
-    device: torch.device,
+    device: str,
     expert_dtype: str,
-    expert_slots: str,
-    bundle: Path | None,
-    budget: int | None,
-) -> tuple[dict[str, Any], str]:
-    """Measure every mode and print the tables.
+) -> tuple[dict[str, Any], str] | None:
+    """Measure every mode on the same prompts and print what each cost.
 
-    Where the device does not hold the whole model, the stock model and the all-resident mode are
-    left out, and the model is loaded as an engine loads it.
+    Where the device does not hold the whole model, the stock model is left out, and the mode with
+    all experts resident if those do not fit either; the model is loaded as an engine loads it. So
+    is a prepared one.
+
+    Several processes that torchrun started share the model, each with a slice of every expert.
+    Then there is no stock model beside the modes, which no process could hold, and no speculative
+    one; only the first process prints.
 
     Args:
-        checkpoint: The model; how its experts are stored is `expert_dtype`'s.
-        sequences: Prompt and continuation, [1, T] token ids each, all of one length.
-        prompt_tokens: Of each sequence, the prompt's.
-        repeats: Times every prompt is run, after one warm-up.
-        device: Where to run.
-        expert_dtype: How experts are stored.
-        expert_slots: Slots per MoE layer: a number, a share such as 25%, or auto.
-        bundle: Trained estimators, a folder or a Hub id.
+        checkpoint: The model, opened with that `expert_dtype` for that device.
+        sequences: Token ids, [1, prompt and continuation] each.
+        console: Where to print.
+        bundle: Folder that export-estimator wrote, or a Hub id.
+        expert_slots: Slots per MoE layer.
         budget: Experts prefetched per token and layer; the model's top-k if None.
+        prompt_tokens: How many of a sequence are prompt; as many as are left are generated.
+        repeats: Times every prompt is run.
+        device: As `load_offloaded` takes it.
+        expert_dtype: How experts are stored.
 
     Returns:
-        JSON-ready: device, versions, model, slots, every mode and what to know; and its title.
+        Everything that was found, JSON-ready, and a title for it; None on processes that are not
+        the first.
 
     Raises:
-        FileNotFoundError: If the bundle is missing.
         ValueError: If model, bundle and slots do not fit together, or the host lacks memory.
     """
+    target = resolve_device(SliceRanks.local_device(device))
+    ranks = SliceRanks.join(target)
     loaded = load_bundle(bundle) if bundle else None
-    subject = _Subject(checkpoint, device, expert_dtype)
-    geometry = subject.moe.geometry
+    work = measure.Workload.cut(sequences, prompt_tokens, repeats)
+    model, hub, dtype = checkpoint.name, checkpoint.hub, checkpoint.asked_dtype or "auto"
+    has_stock = ranks.is_alone and checkpoint.prepared is None
+    has_stock = has_stock and checkpoint.is_held_by(target, is_stock=True)
+    if has_stock:
+        checkpoint.require_room_for_whole()
+        whole = load_model(model, dtype=dtype, **hub)
+        moe = discover(whole, model)
+    else:
+        offloaded = load_offloaded(
+            model, device=target, dtype=dtype, expert_dtype=expert_dtype, ranks=ranks, **hub
+        )
+        moe = offloaded.moe
+    geometry = moe.geometry
     if loaded is not None:
         loaded.require_fits(geometry)
     if expert_slots != "auto":  # refuse impossible ones before anything runs
         parse_slots(expert_slots, num_experts=geometry.num_experts, top_k=geometry.top_k)
-    work = measure.Workload(
-        prompts=[tokens[:, :prompt_tokens] for tokens in sequences],
-        continuations=[tokens[:, prompt_tokens:] for tokens in sequences],
-        new_tokens=sequences[0].shape[1] - prompt_tokens,
-        repeats=repeats,
-    )
     modes = measure.modes_for(
         expert_slots,
         has_bundle=loaded is not None,
-        has_anchors=subject.moe.found_anchors is not None,
+        has_anchors=moe.found_anchors is not None,
         budget=budget,
         can_speculate=geometry.gate_family != "other",
-        has_room_for_all=subject.has_room_for_all,
+        has_room_for_all=not ranks.is_alone or checkpoint.is_held_by(target),
     )
-    results = measure.with_perplexity_change(_measure(subject, modes, loaded, work))
-    offloaded = subject.offloaded
-    slots = plan_slots(offloaded, EngineConfig(expert_slots=expert_slots), None)[0]
-    is_cpu, console = device.type == "cpu", plain_console()
-    title = (
-        f"{checkpoint.name} on {device}, {slots} slots for the {geometry.num_experts} experts of a "
-        "layer"
-    )
-    print_results(console, results, title, is_cpu=is_cpu)
-    settings = {
-        "device": str(device),
-        "versions": package_versions(),
-        "model": geometry.to_dict(),
-        "expert_slots": slots,
-        "expert_bytes": offloaded.expert_bytes,
-        "notes": notes(results, is_cpu=is_cpu),
-    }
-    return settings | measure.to_json(results, is_cpu=is_cpu), title
-
-
-class _Subject:
-    """The model that is measured: stock first where the device holds it, then offloaded."""
-
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, expert_dtype: str) -> None:
-        self._checkpoint, self._device, self._expert_dtype = checkpoint, device, expert_dtype
-        self.has_room_for_all = checkpoint.is_held_by(device)
-        self.stock: Any = None
-        if checkpoint.prepared is None and checkpoint.is_held_by(device, is_stock=True):
-            checkpoint.require_room_for_whole()
-            hub, dtype = checkpoint.hub, checkpoint.asked_dtype or "auto"
-            self.stock = load_model(checkpoint.name, dtype=dtype, **hub)
-            self.moe: MoEModel = discover(self.stock, checkpoint.name)
-        else:
-            self.offloaded: OffloadedModel = load_offloaded(
-                checkpoint.name,
-                device=device,
-                dtype=checkpoint.asked_dtype or "auto",
-                expert_dtype=expert_dtype,
-                **checkpoint.hub,
-            )
-            self.moe = self.offloaded.moe
-
-    def measure_stock(self, work: measure.Workload, tick: Any) -> list[measure.ModeResult]:
-        """Measure the stock model, if there is one, and take its experts out of it."""
-        if self.stock is None:
-            return []
-        results = [measure.measure_stock(self.stock.to(self._device), work, tick)]
-        self.offloaded = offload(
-            self.stock.to("cpu"),
-            device=self._device,
-            model_name=self._checkpoint.name,
-            expert_dtype=self._expert_dtype,
-        )
-        return results
-
-
-def _measure(
-    subject: _Subject, modes: list[measure.Mode], loaded: Bundle | None, work: measure.Workload
-) -> list[measure.ModeResult]:
-    """The stock model, then all modes, with a progress bar."""
-    with Progress(console=plain_console()) as progress:
-        num_ticks = measure.num_ticks(modes, work, has_stock=subject.stock is not None)
-        task = progress.add_task("stock", total=num_ticks)
+    modes = [mode for mode in modes if ranks.is_alone or mode.config.is_exact]
+    with Progress(console=console, disable=not ranks.is_first) as progress:
+        total = measure.num_ticks(modes, work, has_stock=has_stock)
+        task = progress.add_task("modes in turn", total=total)
 
         def tick() -> None:
             progress.advance(task)
 
-        results = subject.measure_stock(work, tick)
-        progress.update(task, description="modes in turn")
+        results = []
+        if has_stock:
+            results.append(measure.measure_stock(whole.to(target), work, tick))
+            offloaded = offload(
+                whole.to("cpu"), device=target, model_name=model, expert_dtype=expert_dtype
+            )
         stack = loaded.stack if loaded else None
-        return results + measure.measure_modes(modes, subject.offloaded, stack, work, tick)
+        results += measure.measure_modes(modes, offloaded, stack, work, tick)
+    results = measure.with_perplexity_change(results)
+    slots = plan_slots(offloaded, EngineConfig(expert_slots=expert_slots), None)[0]
+    title = f"{model} on {target}, {slots} slots for the {geometry.num_experts} experts a layer"
+    title += f", in slices on {ranks.num_ranks} processes" * (not ranks.is_alone)
+    if not ranks.is_first:
+        return None
+    is_cpu = target.type == "cpu"
+    print_results(console, results, title, is_cpu=is_cpu)
+    found = {
+        "device": str(target),
+        "versions": package_versions(),
+        "model": geometry.to_dict(),
+        "expert_slots": slots,
+        "expert_bytes": offloaded.expert_bytes,
+        "num_ranks": ranks.num_ranks,
+        "notes": notes(results, is_cpu=is_cpu),
+    }
+    return found | measure.to_json(results, is_cpu=is_cpu), title

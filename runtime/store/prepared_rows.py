@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from foreroute.estimators.artifacts import require_digest
 from foreroute.runtime.store.host_store import HostExpertStore
-from foreroute.runtime.store.prepared import REMEDY, PreparedModel
+from foreroute.runtime.store.prepared import REMEDY, PreparedModel, RowFile
 
 ROWS = "rows"
 BLOCK_BYTES = 32 << 20
@@ -52,16 +53,35 @@ def read_rows(
     Raises:
         ValueError: If a file is missing or damaged; names it.
     """
-    prepared.require_fits(folder, store)
-    blocks = [
-        block
-        for shard, rows in zip(prepared.shards, store.rows, strict=True)
-        for block in _blocks(folder / shard.file, bytes_of(rows), shard.blocks_sha256)
-    ]
+    prepared.require_fits(folder, store.layouts, [len(rows) for rows in store.rows])
     rest = folder / prepared.rest.file
+    jobs = [partial(require_digest, rest, prepared.rest.sha256, REMEDY)]
+    for shard, rows in zip(prepared.shards, store.rows, strict=True):
+        blocks = _blocks(folder / shard.file, bytes_of(rows), shard.blocks_sha256)
+        jobs += [partial(_read_block, block, tick) for block in blocks]
+    _run(jobs)
+
+
+def read_layer(folder: Path, shard: RowFile, rows: Tensor, tick: Callable[[int], None]) -> None:
+    """Read the experts of one layer, each block checked against its sha256.
+
+    Args:
+        folder: Where the prepared model was found.
+        shard: The manifest's entry.
+        rows: Written, [E, row_bytes] uint8.
+        tick: Called with the bytes that were read.
+
+    Raises:
+        ValueError: If the file is missing or damaged; names it.
+    """
+    blocks = _blocks(folder / shard.file, bytes_of(rows), shard.blocks_sha256)
+    _run([partial(_read_block, block, tick) for block in blocks])
+
+
+def _run(calls: Sequence[Callable[[], None]]) -> None:
+    """Run all of them on all cores; the first that raises ends the others."""
     with ThreadPoolExecutor(min(MOST_READERS, len(os.sched_getaffinity(0)))) as threads:
-        jobs = [threads.submit(require_digest, rest, prepared.rest.sha256, REMEDY)]
-        jobs += [threads.submit(_read_block, block, tick) for block in blocks]
+        jobs = [threads.submit(call) for call in calls]
         try:
             for job in jobs:
                 job.result()
