@@ -160,7 +160,8 @@ class CollectRequest:
         """Try the place now: refuse a folder that holds anything but traces to go on with.
 
         Raises:
-            ValueError: If it does, or they are damaged, and `overwrite` is off; or somebody else writes there.
+            ValueError: If it does, or they are damaged, and `overwrite` is off; or somebody else
+                writes there.
             OSError: If nothing can be written there.
         """
         with claim(self.out):
