@@ -38,7 +38,8 @@ def generate(
     Args:
         prompt: Text to continue; `-` reads it from standard input.
         model: `bundled`, a local folder or a Hub id.
-        bundle: Folder that export-estimator wrote; without it, prefetch uses the next router.
+        bundle: Folder that export-estimator wrote, or a Hub id, `@` a revision; without it,
+            prefetch uses the next router.
         max_new_tokens: Stop after so many tokens.
         expert_slots: Slots per MoE layer on the device: a number, a share such as 25%, or auto.
         on_miss: fetch (exact), or speculative execution by a rule: skip, substitute:0.5,
@@ -96,7 +97,7 @@ def bench(
 
     Args:
         model: `bundled`, a local folder or a Hub id.
-        bundle: Folder that export-estimator wrote.
+        bundle: Folder that export-estimator wrote, or a Hub id, `@` a revision.
         expert_slots: Slots per MoE layer on the device: a number, a share such as 25%, or auto.
         budget: Experts prefetched per token and layer; the model's top-k unless said.
         dataset: Where prompts come from (its held-out split); as collect-traces takes it.
@@ -114,39 +115,38 @@ def bench(
             has them), lossless (bfloat16 in 12 bits), bf16, fp8, int8 or int4.
         trust_remote_code: Run code that came with the checkpoint.
     """
-    from foreroute.data.adapters import load_tokenizer
+    from foreroute.data.adapters import load_tokenizer, resolve_device
     from foreroute.data.adapters.loading import HubSettings
     from foreroute.data.adapters.vocabulary import vocabulary_size
     from foreroute.data.columns import RowReading
     from foreroute.data.held_out import held_out_sequences
     from foreroute.estimators.artifacts import require_file_place, write_json, write_text
-    from foreroute.estimators.ranks import are_ranks_started
     from foreroute.runtime.bench.command import run_bench
     from foreroute.runtime.store.checkpoint import Checkpoint
 
     if min(num_prompts, prompt_tokens, repeats) < 1 or new_tokens < 8:
         raise ValueError("bench needs at least 1 prompt of 1 token, 1 repeat and 8 new tokens.")
     require_file_place(json)
+    require_file_place(html)
+    target = resolve_device(device)
     hub: HubSettings = {"revision": revision, "trust_remote_code": trust_remote_code}
-    checkpoint = Checkpoint.open(model, dtype=dtype, **hub)
-    if not are_ranks_started():
-        checkpoint.require_room_for_whole()
+    checkpoint = Checkpoint.open(
+        model, dtype=dtype, expert_dtype=expert_dtype, device=target, **hub
+    )
     reading = RowReading(column=column, tokenizer=load_tokenizer(model, **hub))
     length, num_known = prompt_tokens + new_tokens, vocabulary_size(checkpoint.outline)
     console = plain_console()
     measured = run_bench(
+        checkpoint,
         held_out_sequences(reading, dataset, num_prompts, length, num_known),
         console,
-        model=model,
         bundle=bundle,
         expert_slots=expert_slots,
         budget=budget,
         prompt_tokens=prompt_tokens,
         repeats=repeats,
         device=device,
-        dtype=dtype,
         expert_dtype=expert_dtype,
-        hub=hub,
     )
     if measured is None:  # the first process speaks
         return
@@ -219,7 +219,8 @@ def simulate(
         eviction: lru, lfu, lrfu, default, predicted, static, belady; a comma list.
         prefetch: none, all, head, pieces; a comma list.
         horizon: Layers ahead to predict; 1, 2, 4, ... up to it are tried.
-        bundle: Real predictions of this bundle on traces, in place of a simulated predictor.
+        bundle: Real predictions of this bundle (a folder or a Hub id) on traces, in place of a
+            simulated predictor.
         recall: Of the simulated predictor, one layer ahead.
         errors: Its wrong guesses: near-miss or uniform.
         concentration: How little it knows which guesses are wrong; calibrated for any value.

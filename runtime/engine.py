@@ -214,6 +214,11 @@ class Engine:
         given.setdefault("disable_compile", True)  # the host decides between layers
         with self.turns.call(), self._must_really_run():
             asked = _asked_of(self.model, given)
+            if asked.get("assistant_early_exit"):
+                raise ValueError(
+                    "assistant_early_exit leaves layers out, which an engine does not: give an "
+                    "assistant_model or prompt_lookup_num_tokens."
+                )
             if not self.ranks.is_alone:
                 self.ranks.share_random_state(self.device)
                 given["streamer"] = given.get("streamer") if self.ranks.is_first else None

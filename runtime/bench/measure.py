@@ -101,6 +101,7 @@ def modes_for(
     has_anchors: bool,
     budget: int | None,
     can_speculate: bool,
+    has_room_for_all: bool = True,
 ) -> list[Mode]:
     """All modes, baselines first.
 
@@ -111,11 +112,15 @@ def modes_for(
             that need predictions are left out unless there is a bundle.
         budget: Experts prefetched per token and layer; top-k if None.
         can_speculate: Whether experts can be weighed that this model's routers did not choose.
+        has_room_for_all: Whether the device holds all experts at once.
     """
     demand = EngineConfig(expert_slots=expert_slots)
     prefetch = EngineConfig(expert_slots=expert_slots, prefetch="auto", budget=budget)
-    modes = [
-        Mode(name="all-resident", config=EngineConfig(expert_slots="100%"), is_filled=True),
+    modes = []
+    if has_room_for_all:
+        every = EngineConfig(expert_slots="100%")
+        modes.append(Mode(name="all-resident", config=every, is_filled=True))
+    modes += [
         Mode(name="on-demand-no-cache", config=replace(demand, cache="none")),
         Mode(name=BASELINE, config=demand),
     ]

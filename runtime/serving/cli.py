@@ -29,7 +29,7 @@ def serve(
 
     Args:
         model: `bundled`, a local folder or a Hub id.
-        bundle: Estimators that export-estimator wrote.
+        bundle: Folder that export-estimator wrote, or a Hub id, `@` a revision.
         port: To listen on; 0 takes a free one.
         host: Address to listen on; others than this machine reach the server only if it says so.
         api_key: What clients must send as a bearer token; nothing unless said.
