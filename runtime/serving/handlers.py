@@ -14,6 +14,7 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerationState, get_response_template
 
+from foreroute.estimators.artifacts import first_line
 from foreroute.runtime.serving.answers import CURRENT, AnswerQueue
 
 DONE = "data: [DONE]\n\n"
@@ -138,9 +139,8 @@ class Chat(_Sampling, ChatCompletionHandler):  # type: ignore[misc]
         except HTTPException:
             raise
         except Exception as error:  # templates raise what they like
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise HTTPException(
-                400, f"The messages do not fit the chat template: {line}"
+                400, f"The messages do not fit the chat template: {first_line(error)}"
             ) from error
 
     def _build_completion(self, request_id: str, content: str, *args: Any, **settings: Any) -> Any:

@@ -12,7 +12,7 @@ from foreroute.data.adapters.loading import PREPARED_MANIFEST
 from foreroute.estimators.artifacts import read_json, sha256_of, write_json
 from foreroute.estimators.byte_sizes import format_bytes
 from foreroute.export.hub import HUB_NAME, upload, without_paths
-from foreroute.runtime.store.prepared import REMEDY, PreparedModel
+from foreroute.runtime.store.prepared import REMEDY, PreparedModel, RestFile, RowFile
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -49,12 +49,12 @@ def push_prepared(folder: Path, repo_id: str, *, is_private: bool = False) -> st
         ValueError: If a file is damaged, or the Hub refuses.
     """
     prepared = PreparedModel.read(folder / PREPARED_MANIFEST)
-    weights = (*prepared.shards, prepared.rest)
+    weights: tuple[RowFile | RestFile, ...] = (*prepared.shards, prepared.rest)
     for entry in weights:
-        _require_whole(folder / entry["file"], entry["sha256"])
+        _require_whole(folder / entry.file, entry.sha256)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".push-") as name:
         place = Path(name)
-        for file in (*(entry["file"] for entry in weights), *_small_files(folder)):
+        for file in (*(entry.file for entry in weights), *_small_files(folder)):
             (place / file).parent.mkdir(parents=True, exist_ok=True)
             (place / file).symlink_to((folder / file).resolve())
         _leave_paths_out(place / PREPARED_MANIFEST, without_paths)
@@ -145,8 +145,8 @@ def _licence(card: Path) -> dict[str, Any]:
 
 
 def _table(prepared: PreparedModel) -> str:
-    num_experts = sum(shard["experts"] for shard in prepared.shards)
-    stored = sum(shard["experts"] * shard["row_bytes"] for shard in prepared.shards)
+    num_experts = sum(shard.experts for shard in prepared.shards)
+    stored = sum(shard.experts * shard.row_bytes for shard in prepared.shards)
     rows = {
         "experts": f"{num_experts:,} in {len(prepared.shards)} layers",
         "stored as": prepared.expert_dtype,
