@@ -63,6 +63,11 @@ class Engine:
         self.device = offloaded.device
         self.ranks = offloaded.ranks
         """The processes that share the model, each with a slice of every expert."""
+        if not self.ranks.is_alone and not config.is_exact:
+            raise ValueError(
+                f"on_miss={config.on_miss} is for one process: several may have other experts "
+                "resident, and would leave out, or put in, slices of different ones."
+            )
         recording = read_recording(offloaded, config)
         self.slots_per_layer = plan_slots(offloaded, config, recording)
         self.driver = _make_driver(offloaded, config, self.slots_per_layer, stack)
@@ -209,6 +214,11 @@ class Engine:
         given.setdefault("disable_compile", True)  # the host decides between layers
         with self.turns.call(), self._must_really_run():
             asked = _asked_of(self.model, given)
+            if asked.get("assistant_early_exit"):
+                raise ValueError(
+                    "assistant_early_exit leaves layers out, which an engine does not: give an "
+                    "assistant_model or prompt_lookup_num_tokens."
+                )
             if not self.ranks.is_alone:
                 self.ranks.share_random_state(self.device)
                 given["streamer"] = given.get("streamer") if self.ranks.is_first else None

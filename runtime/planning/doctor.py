@@ -95,14 +95,19 @@ def diagnose(
         return replace(found, dtype=dtype_name + (f", decoded from {method}" if method else ""))
     return replace(
         found,
-        dtype=str(method),
+        dtype=str(method or checkpoint.expert_dtype),
         expert_bytes=RowLayout.of(next(iter(experts.values())), checkpoint.encoder).row_bytes,
         all_experts_bytes=checkpoint.stored_bytes,
     )
 
 
-def report(found: Diagnosis) -> Table:
-    """The diagnosis as a table."""
+def report(found: Diagnosis, packed: str = "") -> Table:
+    """The diagnosis as a table.
+
+    Args:
+        found: The diagnosis.
+        packed: What `packed_share` says of the weights.
+    """
     table = Table(title=found.name, box=box.SIMPLE_HEAD, title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -123,6 +128,8 @@ def report(found: Diagnosis) -> Table:
         "speculative": found.speculative,
         "CUDA graph": found.graph,
     }
+    if packed:
+        rows["in 12 bits"] = packed
     for name, value in rows.items():
         table.add_row(name, value)
     return table

@@ -24,9 +24,12 @@ def serve(
 ) -> None:
     """Serve a model to OpenAI clients: /v1/chat/completions, /v1/completions, /health, /metrics.
 
+    Of several processes that torchrun started, each with a slice of every expert, the first one
+    answers.
+
     Args:
         model: `bundled`, a local folder or a Hub id.
-        bundle: Estimators that export-estimator wrote.
+        bundle: Folder that export-estimator wrote, or a Hub id, `@` a revision.
         port: To listen on; 0 takes a free one.
         host: Address to listen on; others than this machine reach the server only if it says so.
         api_key: What clients must send as a bearer token; nothing unless said.
@@ -55,7 +58,9 @@ def serve(
             'pip install "foreroute[serve]".'
         ) from error
     from foreroute.data.adapters import load_tokenizer
+    from foreroute.estimators.ranks import are_ranks_started
     from foreroute.runtime.engine import Engine
+    from foreroute.runtime.parallel import Lockstep
 
     tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
     with Engine.from_pretrained(
@@ -69,6 +74,12 @@ def serve(
         expert_dtype=expert_dtype,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        is_sliced=are_ranks_started(),
     ) as engine:
+        lockstep = Lockstep(engine.ranks, engine.generate)
+        if not engine.ranks.is_first:
+            lockstep.follow()
+            return
         app = make_app(engine, tokenizer, name or model, api_key=api_key, max_waiting=max_waiting)
-        run_server(app, host, port)
+        with lockstep.leading(engine.model):
+            run_server(app, host, port)

@@ -48,6 +48,8 @@ class SimulateRequest:
     warm_start: str
     layer_slots: str
     expert_bytes: str | None
+    model: str | None
+    expert_dtype: str
     layer_ms: float | None
     num_experts: int | None
     prompt_tokens: int
@@ -110,7 +112,7 @@ def run_simulate(request: SimulateRequest) -> None:
     )
     needs_predictions = set(sweep.prefetch) != {"none"}
     told = _foretold(route, request) if needs_predictions else Foretold(route=route)
-    size = parse_bytes(request.expert_bytes) if request.expert_bytes else profile.expert_bytes
+    size = _expert_bytes(request, profile)
     times = LinkTimes.of(
         profile, top_k=told.route.top_k, expert_bytes=size, layer_ms=request.layer_ms
     )
@@ -132,6 +134,21 @@ def run_simulate(request: SimulateRequest) -> None:
     if request.json is not None:
         _write(request.json, rows, told, profile, request)
         console.print(str(request.json), soft_wrap=True)
+
+
+def _expert_bytes(request: SimulateRequest, profile: MachineProfile) -> int:
+    """One expert as copied: as said, as the model stores it, or the profile's."""
+    if request.expert_bytes is not None and request.model is not None:
+        raise ValueError("Give --expert-bytes or --model, not both: each says an expert's size.")
+    if request.expert_bytes is not None:
+        return parse_bytes(request.expert_bytes)
+    if request.model is None:
+        if request.expert_dtype != "auto":
+            raise ValueError("--expert-dtype needs --model, whose experts' shape says their size.")
+        return profile.expert_bytes
+    from foreroute.runtime.planning.model_size import measure_model
+
+    return measure_model(request.model).bytes_as(request.expert_dtype)
 
 
 def _foretold(route: Route, request: SimulateRequest) -> Foretold:

@@ -17,6 +17,7 @@ from foreroute.data.adapters.loading import HubSettings, find_prepared
 from foreroute.data.adapters.weight_files import WeightFiles, find_weight_files
 from foreroute.data.adapters.weightless import experts_by_path, outline
 from foreroute.estimators.host_memory import require_host_memory
+from foreroute.runtime.policies.slots import RESERVE_BYTES
 from foreroute.runtime.store.encodings import Encoder, encoder_named, native_encoder
 from foreroute.runtime.store.host_store import RowLayout
 from foreroute.runtime.store.prepared import PreparedModel
@@ -189,6 +190,19 @@ class Checkpoint:
         """Size of everything but the experts."""
         whole: int = sum(p.nbytes for p in self.outline.parameters())
         return whole - self.expert_bytes
+
+    def is_held_by(self, device: torch.device, *, is_stock: bool = False) -> bool:
+        """Whether a device holds the whole model, as far as its size tells.
+
+        Args:
+            device: A CPU holds what the host does, which is asked elsewhere.
+            is_stock: With experts as stock transformers has them, in place of how they are stored.
+        """
+        if device.type != "cuda":
+            return True
+        experts = self.expert_bytes if is_stock else self.stored_bytes
+        total: int = torch.cuda.mem_get_info(device)[1]
+        return experts + self.other_bytes + RESERVE_BYTES <= total
 
     def require_host_memory(self) -> None:
         """Refuse a model whose experts the host cannot hold.

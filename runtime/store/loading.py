@@ -32,7 +32,8 @@ from foreroute.runtime.store.checkpoint import Checkpoint
 from foreroute.runtime.store.encodings import Encoder, TooManyExceptions, without
 from foreroute.runtime.store.expert_reader import ExpertReader
 from foreroute.runtime.store.host_store import HostExpertStore, RowLayout
-from foreroute.runtime.store.prepared import read_rows
+from foreroute.runtime.store.prepared_rows import read_rows
+from foreroute.runtime.store.prepared_slices import read_slices
 from foreroute.runtime.store.row_writer import RowWriter
 
 logger = logging.getLogger(__name__)
@@ -80,17 +81,16 @@ def filled_store(
         ValueError: If its experts cannot be cut into slices.
     """
     experts, encoder = list(places_of(moe).values()), checkpoint.encoder
-    slices = cut(experts, ranks)
+    if moe.others and not ranks.is_alone:
+        raise ValueError(
+            f"{checkpoint.name} has experts beside its layers' own, which are not cut into slices; "
+            "run it on one GPU."
+        )
+    slices = cut(experts, ranks, encoder, is_stored=checkpoint.prepared is not None)
     while True:
         with narrowed(slices):
             is_pinned = device.type == "cuda"
             store = HostExpertStore(experts, is_pinned=is_pinned, encoder=encoder)
-        is_native = any(layout.is_native for layout in store.layouts)
-        if slices and (checkpoint.prepared is not None or moe.others or is_native):
-            raise ValueError(
-                "Experts that are prepared, stored in fewer bits by their checkpoint, or beside a "
-                "layer's own cannot be cut into slices yet; run this model on one GPU."
-            )
         try:
             fill_store(store, moe, replace(checkpoint, encoder=encoder), device, slices)
         except TooManyExceptions as error:
@@ -148,7 +148,10 @@ def fill_store(
         folder = checkpoint.rows_folder
         checkpoint.prepared.require_routers(folder, moe.geometry.router_fingerprint)
         with byte_progress("experts", store.num_bytes) as tick:
-            read_rows(checkpoint.prepared, folder, store, tick)
+            if slices:
+                read_slices(checkpoint.prepared, folder, store, slices, tick)
+            else:
+                read_rows(checkpoint.prepared, folder, store, tick)
         return
     reader = LayerReader(checkpoint, moe, device, slices)
     with reader.progress() as tick:
@@ -179,7 +182,7 @@ class LayerReader:
         """
         self._places, self._slices = places_of(moe), slices
         self._gpu = device if device.type == "cuda" else None
-        self._targets = [_targets(*place, checkpoint.encoder) for place in self._places.items()]
+        self._targets = [targets_of(*place, checkpoint.encoder) for place in self._places.items()]
         every = {path: shape for targets in self._targets for path, (_, shape) in targets.items()}
         self._reader = ExpertReader(moe.model, checkpoint.expert_tensors, every)
         self._num_bytes = sum(math.prod(t.shape) * t.dtype.itemsize for t in every.values())
@@ -211,7 +214,8 @@ class LayerReader:
         targets = self._targets[number]
         writer: RowWriter | SlicedWriter = RowWriter(layout, rows, self._gpu)
         if self._slices:
-            writer = SlicedWriter(writer, self._slices[number])
+            cuts = self._slices[number]
+            writer = SlicedWriter(writer, cuts.stored if layout.is_native else cuts.parameters)
         done = 0
         for part in self._reader.parts(targets):
             name, shape = targets[part.target]
@@ -226,10 +230,16 @@ class LayerReader:
             )
 
 
-def _targets(
+def targets_of(
     path: str, experts: nn.Module, encoder: Encoder | None
 ) -> dict[str, tuple[str, ParameterShape]]:
-    """What the checkpoint is asked for: by its path there, a parameter or a stored part of one."""
+    """What a checkpoint is asked for: by its path there, a parameter or a stored part of one.
+
+    Args:
+        path: Of the experts module.
+        experts: The module; it needs no weights.
+        encoder: How its matrices will be stored.
+    """
     shapes, layout = parameter_shapes(experts), RowLayout.of(experts, encoder)
     if layout.is_native:  # the checkpoint has the stored parts themselves
         num_experts = next(iter(shapes.values())).shape[0]

@@ -28,12 +28,13 @@ from foreroute.runtime.store.encodings.lossless import count_exceptions
 from foreroute.runtime.store.host_store import HostExpertStore
 from foreroute.runtime.store.loading import LayerReader, load_the_rest, places_of
 from foreroute.runtime.store.prepared import (
-    ROWS,
+    FORMAT_VERSION,
     PreparedModel,
     RestFile,
     RowFile,
     describe_layout,
 )
+from foreroute.runtime.store.prepared_rows import ROWS, block_digests, bytes_of
 from foreroute.runtime.store.publish import push_prepared
 
 logger = logging.getLogger(__name__)
@@ -110,7 +111,8 @@ class _Packing:
     ) -> None:
         self._checkpoint, self._moe, self._folder, self._device = checkpoint, moe, folder, device
         fingerprint = moe.geometry.router_fingerprint
-        self._asked = _asked(checkpoint) | {"router_fingerprint": fingerprint}
+        version = {"format_version": FORMAT_VERSION}
+        self._asked = _asked(checkpoint) | {"router_fingerprint": fingerprint} | version
         self._done = self._begun()
 
     def _begun(self) -> _Progress:
@@ -175,6 +177,7 @@ class _Packing:
         entry = RowFile(
             file=file,
             sha256=sha256_of(self._folder / file),
+            blocks_sha256=block_digests(bytes_of(rows)),
             experts=len(rows),
             row_bytes=layout.row_bytes,
             parameters=describe_layout(layout),
