@@ -248,6 +248,7 @@ def plan(
     host_memory: str,
     profile: str = "h100-pcie5",
     context: int = 4096,
+    gpus: int = 1,
     json: Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -256,17 +257,19 @@ def plan(
 
     Args:
         model: `bundled`, a folder, a config.json or a Hub id.
-        gpu_memory: Device memory to use, such as 24GiB.
+        gpu_memory: Device memory to use, such as 24GiB; of each GPU.
         host_memory: Host memory to use, such as 64GiB.
         profile: A machine: a built-in name such as rtx4090-pcie4, or a file of foreroute profile.
         context: Tokens of context, prompt and answer.
+        gpus: GPUs of one host that share the model, each with a slice of every expert.
         json: Write the plan here too.
         revision: Branch, tag or commit of a Hub id.
         trust_remote_code: Run code that came with the checkpoint.
     """
     from foreroute.runtime.planning.plan_report import run_plan
 
-    run_plan(model, gpu_memory, host_memory, profile, context, json, trust_remote_code, revision)
+    memory = (gpu_memory, host_memory)
+    run_plan(model, *memory, profile, context, json, trust_remote_code, revision, gpus)
 
 
 def pack(
