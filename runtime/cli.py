@@ -194,6 +194,7 @@ def simulate(
     slots: str = "10%,25%,40%",
     eviction: str = "lru,default",
     prefetch: str = "none",
+    on_miss: str = "fetch",
     horizon: int = 1,
     bundle: Path | None = None,
     recall: float = 0.89,
@@ -218,6 +219,7 @@ def simulate(
         slots: Slots per MoE layer, each a number or a share; a comma list.
         eviction: lru, lfu, lrfu, default, predicted, static, belady; a comma list.
         prefetch: none, all, head, pieces; a comma list.
+        on_miss: fetch, substitute:0.5 or another rule; a comma list. Needs traces; on demand only.
         horizon: Layers ahead to predict; 1, 2, 4, ... up to it are tried.
         bundle: Real predictions of this bundle (a folder or a Hub id) on traces, in place of a
             simulated predictor.
