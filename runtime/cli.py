@@ -31,6 +31,7 @@ def generate(
     dtype: str = "auto",
     revision: str | None = None,
     expert_dtype: str = "auto",
+    share_experts: bool = False,
     trust_remote_code: bool = False,
 ) -> None:
     """Generate text, streamed, and say what it cost.
@@ -62,6 +63,7 @@ def generate(
         revision: Branch, tag or commit of a Hub id.
         expert_dtype: How experts are stored: auto (exact: on a GPU lossless, else as the checkpoint
             has them), lossless (bfloat16 in 12 bits), bf16, fp8, int8 or int4.
+        share_experts: Map a prepared model's rows: engines of one host have one copy in memory.
         trust_remote_code: Run code that came with the checkpoint.
     """
     given = locals().copy()
