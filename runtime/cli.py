@@ -31,6 +31,7 @@ def generate(
     dtype: str = "auto",
     revision: str | None = None,
     expert_dtype: str = "auto",
+    share_experts: bool = False,
     trust_remote_code: bool = False,
 ) -> None:
     """Generate text, streamed, and say what it cost.
@@ -62,6 +63,7 @@ def generate(
         revision: Branch, tag or commit of a Hub id.
         expert_dtype: How experts are stored: auto (exact: on a GPU lossless, else as the checkpoint
             has them), lossless (bfloat16 in 12 bits), bf16, fp8, int8 or int4.
+        share_experts: Map a prepared model's rows: engines of one host have one copy in memory.
         trust_remote_code: Run code that came with the checkpoint.
     """
     given = locals().copy()
@@ -194,6 +196,7 @@ def simulate(
     slots: str = "10%,25%,40%",
     eviction: str = "lru,default",
     prefetch: str = "none",
+    on_miss: str = "fetch",
     horizon: int = 1,
     bundle: Path | None = None,
     recall: float = 0.89,
@@ -218,6 +221,7 @@ def simulate(
         slots: Slots per MoE layer, each a number or a share; a comma list.
         eviction: lru, lfu, lrfu, default, predicted, static, belady; a comma list.
         prefetch: none, all, head, pieces; a comma list.
+        on_miss: fetch, substitute:0.5 or another rule; a comma list. Needs traces; on demand only.
         horizon: Layers ahead to predict; 1, 2, 4, ... up to it are tried.
         bundle: Real predictions of this bundle (a folder or a Hub id) on traces, in place of a
             simulated predictor.

@@ -19,6 +19,7 @@ def serve(
     device: str = "auto",
     dtype: str = "auto",
     expert_dtype: str = "auto",
+    share_experts: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
@@ -41,6 +42,7 @@ def serve(
         device: auto, cpu or cuda.
         dtype: auto, float32, bfloat16 or float16.
         expert_dtype: How experts are stored; auto is exact.
+        share_experts: Map a prepared model's rows: engines of one host have one copy in memory.
         revision: Branch, tag or commit of a Hub id.
         trust_remote_code: Run code that came with the checkpoint.
     """
@@ -72,6 +74,7 @@ def serve(
         device=device,
         dtype=dtype,
         expert_dtype=expert_dtype,
+        share_experts=share_experts,
         revision=revision,
         trust_remote_code=trust_remote_code,
         is_sliced=are_ranks_started(),

@@ -35,6 +35,7 @@ from foreroute.runtime.store.host_store import HostExpertStore, RowLayout
 from foreroute.runtime.store.prepared_rows import read_rows
 from foreroute.runtime.store.prepared_slices import read_slices
 from foreroute.runtime.store.row_writer import RowWriter
+from foreroute.runtime.store.shared_rows import map_rows
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,8 @@ def filled_store(
             f"{checkpoint.name} has experts beside its layers' own, which are not cut into slices; "
             "run it on one GPU."
         )
+    if checkpoint.is_shared:
+        return _shared_store(experts, moe, checkpoint, device)
     slices = cut(experts, ranks, encoder, is_stored=checkpoint.prepared is not None)
     while True:
         with narrowed(slices):
@@ -100,6 +103,19 @@ def filled_store(
             store.close()
             continue
         return store
+
+
+def _shared_store(
+    experts: list[nn.Module], moe: MoEModel, checkpoint: Checkpoint, device: torch.device
+) -> HostExpertStore:
+    """The rows of a prepared model where they lie."""
+    prepared, folder = checkpoint.prepared, checkpoint.rows_folder
+    assert prepared is not None  # `Checkpoint.shared` has looked
+    prepared.require_routers(folder, moe.geometry.router_fingerprint)
+    num_bytes = sum(shard.experts * shard.row_bytes for shard in prepared.shards)
+    with byte_progress("experts", num_bytes) as tick:
+        is_pinned = device.type == "cuda"
+        return map_rows(prepared, folder, experts, checkpoint.encoder, tick, is_pinned=is_pinned)
 
 
 def load_the_rest(checkpoint: Checkpoint) -> Any:
