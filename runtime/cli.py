@@ -32,6 +32,7 @@ def generate(
     revision: str | None = None,
     expert_dtype: str = "auto",
     share_experts: bool = False,
+    tp_plan: str = "none",
     trust_remote_code: bool = False,
 ) -> None:
     """Generate text, streamed, and say what it cost.
@@ -64,6 +65,8 @@ def generate(
         expert_dtype: How experts are stored: auto (exact: on a GPU lossless, else as the checkpoint
             has them), lossless (bfloat16 in 12 bits), bf16, fp8, int8 or int4.
         share_experts: Map a prepared model's rows: engines of one host have one copy in memory.
+        tp_plan: Of several processes: none (each has everything but the experts) or auto
+            (divided by transformers' own plan).
         trust_remote_code: Run code that came with the checkpoint.
     """
     given = locals().copy()

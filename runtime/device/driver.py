@@ -86,6 +86,8 @@ def why_not_on_device(
     """What keeps this model from deciding on the GPU, in one line; None if nothing does."""
     if offloaded.device.type != "cuda":
         return "it needs a CUDA device"
+    if offloaded.is_divided:
+        return "everything but the experts is divided by transformers' own plan"
     if config.cache == "none":
         return "running without a cache is decided on the host"
     if reason := why_not_ruled(config.rule):
