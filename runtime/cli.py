@@ -50,7 +50,8 @@ def generate(
         budget: Experts prefetched per token and layer; the model's top-k unless said.
         prefetch: What is fetched early: none, auto (what pays) or all (each prediction); auto
             where there is a bundle, unless said.
-        eviction: Which expert goes: default, lru, lfu, lrfu, predicted or static.
+        eviction: Which expert goes: default, lru, lfu, lrfu, adaptive, predicted or
+            static.
         warm_start: What fills the slots before the first token: prompt, none, or recorded routing.
         layer_slots: equal, or by-misses: layers that miss more in that recording get more slots.
         temperature: 0 is greedy; above, tokens are sampled.
@@ -268,7 +269,7 @@ def simulate(
         routes: Traces, or another recording: route CSV, llama.cpp CSV, routed_experts, Megatron.
         profile: A machine: a built-in name such as h100-pcie5, or a file of foreroute profile.
         slots: Slots per MoE layer, each a number or a share; a comma list.
-        eviction: lru, lfu, lrfu, default, predicted, static, belady; a comma list.
+        eviction: lru, lfu, lrfu, default, adaptive, predicted, static, belady; a comma list.
         prefetch: none, all, head, pieces; a comma list.
         horizon: Layers ahead to predict; 1, 2, 4, ... up to it are tried.
         bundle: Real predictions of this bundle on traces, in place of a simulated predictor.

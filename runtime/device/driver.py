@@ -75,7 +75,8 @@ def why_not_on_device(
         return "it needs a CUDA device"
     if not config.is_exact or config.cache == "none":
         return "speculative execution and running without a cache are decided on the host"
-    if find_policy(config.eviction).worth == "static" or find_policy(config.eviction).likely_bonus:
+    policy = find_policy(config.eviction)
+    if policy.worth in ("static", "adaptive") or policy.likely_bonus:
         return f"eviction={config.eviction} is decided on the host"
     if len(set(map(_shape_of, offloaded.store.layouts))) > 1:
         return "its layers have experts of different shapes"

@@ -25,6 +25,7 @@ from foreroute.runtime.host.transfers import Transfers
 from foreroute.runtime.look_ahead import LookAhead
 from foreroute.runtime.planning.machine import find_profile
 from foreroute.runtime.policies import GiveUp, PrefetchChooser, find_policy, find_prefetch_rule
+from foreroute.runtime.policies.duel import duelling_layers
 from foreroute.runtime.policies.prefetching import ATTENTION_SHARE
 from foreroute.runtime.stats import RuntimeStats
 from foreroute.runtime.store.offload import OffloadedModel
@@ -80,11 +81,19 @@ class HostDriver:
     def _make_layers(self, slots_per_layer: Sequence[int]) -> list[HostLayer]:
         moe, store, run = self._offloaded.moe, self._offloaded.store, self.run
         layers = []
-        for moe_layer, rows, layout, num_slots in zip(
-            moe.layers, store.rows, store.layouts, slots_per_layer, strict=True
+        duels = duelling_layers(len(moe.layers))
+        for moe_layer, rows, layout, num_slots, has_shadows in zip(
+            moe.layers, store.rows, store.layouts, slots_per_layer, duels, strict=True
         ):
-            device = self._offloaded.device
-            cache = SlotCache(moe_layer.num_experts, num_slots, layout, device, run.policy)
+            cache = SlotCache(
+                moe_layer.num_experts,
+                num_slots,
+                layout,
+                self._offloaded.device,
+                run.policy,
+                run.duel,
+                has_shadows=has_shadows,
+            )
             layers.append(HostLayer(moe_layer, HostResidency(rows, cache, run), run))
         return layers
 
@@ -141,6 +150,7 @@ class HostDriver:
             torch.cuda.synchronize(self._offloaded.device)  # copies on their way land before others
         for layer in self.layers:
             layer.forget()
+        self.run.duel.lead = 0
         self._begin_to_learn()
 
     def decoding(self, settings: dict[str, Any], streamer: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from foreroute.runtime.host.ledger import HostLedger
 from foreroute.runtime.host.predictor import HostPredictor
 from foreroute.runtime.host.speculation import AgreementGuard
 from foreroute.runtime.host.transfers import Transfers
-from foreroute.runtime.policies import EvictionPolicy, GiveUp, PrefetchChooser
+from foreroute.runtime.policies import Duel, EvictionPolicy, GiveUp, PrefetchChooser
 from foreroute.runtime.policies.give_up import LOOK_AHEAD
 
 
@@ -25,6 +25,8 @@ class HostRun(RunState):
     predictor: HostPredictor | None
     guard: AgreementGuard
     policy: EvictionPolicy
+    duel: Duel = field(default_factory=Duel)
+    """Which rule evicts under an adaptive policy."""
     chooser: PrefetchChooser | None = None
     """Decides which predictions are fetched early; every one is if None."""
     give_up: GiveUp | None = None
