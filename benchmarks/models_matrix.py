@@ -23,10 +23,11 @@ from tiny_models import SUPPORTED, tiny_model
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 
-from foreroute.data.adapters import MoEModel, discover, gate_weights, stock_experts_function
+from foreroute.data.adapters import MoEModel, discover, stock_experts_function
 from foreroute.data.adapters.exceptions import why_not_captured
 from foreroute.data.adapters.model_class import auto_class, writing_part
 from foreroute.data.recorder import RoutingRecorder
+from foreroute.estimators.selection import gate_weights
 from foreroute.runtime import Engine, EngineConfig
 from foreroute.runtime.device.expert_form import why_no_form
 from foreroute.runtime.planning.doctor import diagnose, report

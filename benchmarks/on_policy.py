@@ -92,6 +92,7 @@ def compare(settings: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "sequence_length": 2 * settings.generate,
         "shard_tokens": settings.train_tokens // settings.shards,
     }
+    read = text | {"tokens_per_sequence": settings.generate}  # as many of each as are generated
     made = text | {"source": "generated", "generate": settings.generate}
     prompt = settings.context - settings.long
     far = made | {"sequence_length": settings.context, "generate": settings.long}
@@ -100,9 +101,9 @@ def compare(settings: argparse.Namespace, folder: Path) -> dict[str, Any]:
     collected = {
         name: collect_traces(out=folder / name, **arguments)
         for name, arguments in {
-            "text": text | {"tokens": settings.train_tokens},
+            "text": read | {"tokens": settings.train_tokens},
             "generated": made | {"tokens": settings.train_tokens},
-            "held-out text": text | held_out,
+            "held-out text": read | held_out,
             "held-out generated": made | held_out,
             "long": far | long,
         }.items()

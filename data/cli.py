@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from foreroute.data.manifest import TraceManifest
     from foreroute.data.traces import Traces
 
-ENGINE_FLAGS = ("bundle", "on_miss", "weights", "expert_slots")
+ENGINE_FLAGS = ("bundle", "on_miss", "expert_slots")
 SLOTS_HELP = (
     "expert_slots: Run the model in an engine with its experts in host memory and so many of each "
     "layer's on the device, a number or a share such as 25%; for models that it cannot hold whole."
@@ -80,7 +80,6 @@ def collect(
     *,
     bundle: Path | None = None,
     on_miss: str | None = None,
-    weights: str = "true",
     expert_slots: str | None = None,
     model: str = "bundled",
     revision: str | None = None,
@@ -116,11 +115,9 @@ def collect(
     fetched when they are needed, so that the device need not hold them.
 
     Args:
-        bundle: Run the model in an engine with the estimators of this bundle.
-        on_miss: What the engine does about a missing expert: skip (unless said), predicted or
-            another of its speculative modes, with a bundle; fetch (unless said, without one) is
-            exact.
-        weights: Gate weights of predicted experts: true or predicted.
+        bundle: Run the model in an engine with the estimators of this bundle, a folder or a Hub id.
+        on_miss: What the engine does about a missing expert: skip (unless said) or another of its
+            speculative rules, with a bundle; fetch (unless said, without one) is exact.
         expert_slots: Slots per MoE layer on the device: a number, or a share such as 25% (unless
             said, with a bundle); without it and a bundle the whole model is on the device.
         model: As collect-traces takes it, like all that follow.
@@ -133,7 +130,7 @@ def collect(
         split: train or held-out.
         sequence_length: Tokens per sequence, prompt and continuation together.
         source: generated or dataset; speculation is off while the engine reads text, so a
-            speculative mode takes generated.
+            speculative rule takes generated.
         generate: Tokens to generate, and to record, of each sequence.
         generated_share: Share of each sequence that is generated after text (source dataset only).
         tokens_per_sequence: Record only so many tokens of each sequence, at random positions.
@@ -167,10 +164,8 @@ def collect(
     with joined_ranks() as ranks:
         prepare_process(is_quiet=not ranks.is_first)
         on_miss = on_miss or ("skip" if bundle else "fetch")
-        if bundle is None and (on_miss != "fetch" or weights != "true"):
-            raise ValueError(
-                f"--on-miss {on_miss} --weights {weights} needs --bundle, which predicts."
-            )
+        if bundle is None and on_miss != "fetch":
+            raise ValueError(f"--on-miss {on_miss} needs --bundle, which predicts.")
         if bundle is None and expert_slots is None:
             traces = collect_traces(**given)
             if ranks.is_first:
@@ -195,7 +190,6 @@ def collect(
                 bundle=str(bundle),
                 bundle_sha256=sha256_of(bundle / MANIFEST_FILE),
                 on_miss=on_miss,
-                weights=weights,
                 expert_slots=expert_slots,
             )
         asked = {name: value for name, value in given.items() if name not in LOADING_FLAGS}
@@ -210,7 +204,6 @@ def collect(
             model,
             bundle=bundle,
             on_miss=on_miss,
-            weights=weights,
             expert_slots=expert_slots,
             device=str(ranks.device(resolve_device(device))),
             dtype=dtype,

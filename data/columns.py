@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from foreroute.data.adapters.chat import encode_chat, turns_of
 from foreroute.data.document import Document, NoTextError, TokenRow
+from foreroute.estimators.artifacts import MOST_SAID
 
 Row = Mapping[str, Any]
 ColumnKind = Literal["text", "chat", "token ids", "plain", "nothing", "other"]
@@ -141,7 +142,8 @@ def _found(kinds: Mapping[str, ColumnKind]) -> Column:
 
 
 def _names(kinds: Mapping[str, ColumnKind]) -> str:
-    return ", ".join(" ".join(name.split()) for name in kinds)
+    names = ", ".join(" ".join(name.split()) for name in kinds)
+    return names if len(names) <= MOST_SAID else f"{names[:MOST_SAID]}..."
 
 
 def _is_label(name: str) -> bool:

@@ -86,9 +86,7 @@ class Speculation:
     bundle_sha256: str
     """Hex digest of its manifest."""
     on_miss: str
-    """What was done about experts that were not there."""
-    weights: str
-    """Gate weights of predicted experts, `true` or `predicted`."""
+    """The rule about experts that were not there."""
     expert_slots: str
     """Slots per MoE layer, as the user gave them: a number or a share."""
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import functools
 import glob
 import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from foreroute.data.columns import Row, RowReading, row_documents
 from foreroute.data.document import Document, NoTextError, TokenRow
+from foreroute.data.sound_json import require_sound
+from foreroute.estimators.artifacts import first_line
 
 BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jsonl": ("json", {}),
@@ -38,8 +42,6 @@ WIDE_MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 """Encodings by the mark at their beginning; the longer marks come first, as they begin alike."""
-TOO_DEEP = b"[" * 256
-READ_BYTES = 1 << 24
 SAVED_DATASET = ("dataset_info.json", "state.json")
 SAVED_SPLITS = "dataset_dict.json"
 
@@ -66,8 +68,9 @@ def table_documents(
     """
     builder, options = BUILDERS[ending]
     with _in_utf8(url) as readable:
-        if builder == "json" and Path(readable).is_file():
-            _require_shallow(Path(readable), url)
+        if builder == "json":
+            with _named(f"Dataset {url} cannot be read"):
+                require_sound(functools.partial(_open, readable))
 
         def load() -> Any:
             import datasets
@@ -163,18 +166,14 @@ def _named(problem: str) -> Iterator[None]:
     except (StopIteration, MemoryError):
         raise
     except Exception as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{problem}: {first_line}") from error
+        raise ValueError(f"{problem}: {first_line(error)}") from error
 
 
-def _require_shallow(file: Path, url: str) -> None:
-    """Refuse JSON nested so deep that its reader ends the process (pyarrow recurses)."""
-    end = b""
-    with file.open("rb") as opened:
-        while part := opened.read(READ_BYTES):
-            if TOO_DEEP in end + part:
-                raise ValueError(f"Dataset {url} cannot be read: it is nested too deeply.")
-            end = part[-len(TOO_DEEP) :]
+def _open(url: str) -> AbstractContextManager[BinaryIO]:
+    import fsspec
+
+    opened: AbstractContextManager[BinaryIO] = fsspec.open(url, "rb", compression="infer")
+    return opened
 
 
 @contextlib.contextmanager

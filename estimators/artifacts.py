@@ -29,7 +29,25 @@ MOST_JSON_BYTES = 1 << 28
 """Larger files are not JSON of ours."""
 MOST_SAID = 300
 """Characters of another library's message about a damaged file, which may repeat its content."""
+MOST_LINE = 1000
+"""Characters of one that is told in whole."""
 VERSIONED_PACKAGES = ("foreroute", "torch", "transformers", "datasets", "lightning", "safetensors")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says in its first line; its name if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:MOST_LINE]
+
+
+def joined_lines(error: BaseException) -> str:
+    """What an error of another library says in all its lines; its name if it says nothing."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:MOST_LINE]
+
+
+def shown(value: object) -> str:
+    """A value of a damaged file or request for a message: as Python writes it, the first of it."""
+    text = repr(value)
+    return text if len(text) <= MOST_SAID else f"{text[:MOST_SAID]}..."
 
 
 def partial_name(name: str) -> str:
@@ -198,12 +216,20 @@ def _require_regular(path: Path) -> None:
         raise ValueError(f"{path} is no regular file.")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as safetensors so that a reader never sees half of them."""
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write tensors as safetensors so that a reader never sees half of them.
+
+    Args:
+        path: The file.
+        tensors: By name.
+        metadata: Texts for the file's header.
+    """
     whole = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     with new_file(path) as partial:
         mode = partial.stat().st_mode
-        save_file(whole, partial)  # replaces the file by one of its own mode
+        save_file(whole, partial, metadata)  # replaces the file by one of its own mode
         partial.chmod(mode)
 
 

@@ -11,7 +11,7 @@ from foreroute.estimators.metrics import (
     recall_at_k,
 )
 from foreroute.estimators.pairs import parse_layers, predictable_layers, source_position
-from foreroute.estimators.selection import router_scores, selection_scores
+from foreroute.estimators.selection import gate_weights, router_scores, selection_scores
 from foreroute.estimators.stack import EstimatorStack
 from foreroute.estimators.types import (
     EstimatorSpec,
@@ -40,6 +40,7 @@ __all__ = [
     "exact_set",
     "find_form",
     "gate_mass_recall",
+    "gate_weights",
     "parse_layers",
     "predictable_layers",
     "recall_at_k",

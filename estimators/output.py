@@ -39,7 +39,7 @@ OWN_NAMES: dict[OutputKind, tuple[str, ...]] = {
     "run": ("run.json", "metrics.json", "*.safetensors", "checkpoints", "logs", "parts"),
     "bundle": ("manifest.json", "*.safetensors"),
     "report": ("index.html", "report.json", "*.png"),
-    "comparison": ("*.json", "truth", "rows", "predictions", "traces*", "*.html", "*.png"),
+    "comparison": ("*.json", "truth", "rows", "predictions", "traces*", "*.html", "*.png", "*.md"),
     "trace set": ("README.md", "*.json", "*.safetensors", "*.parquet"),
     "prepared model": (
         *("experts", "*.json", "*.safetensors", "*.txt", "*.md", "*.model", "*.jinja"),

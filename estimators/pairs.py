@@ -39,7 +39,9 @@ def source_position(geometry: MoEGeometry, target_layer: int, horizon: int) -> i
     return position
 
 
-def parse_layers(text: str, geometry: MoEGeometry, horizon: int) -> tuple[int, ...]:
+def parse_layers(
+    text: str, geometry: MoEGeometry, horizon: int, flag: str = "--layers"
+) -> tuple[int, ...]:
     """Turn what a user typed for `--layers` into target layers, ascending.
 
     Args:
@@ -47,6 +49,7 @@ def parse_layers(text: str, geometry: MoEGeometry, horizon: int) -> tuple[int, .
             layers in it.
         geometry: The model's routing.
         horizon: Distance from source to target layer, in MoE layers.
+        flag: How the user calls it, for messages.
 
     Raises:
         ValueError: If it cannot be read, or a layer has no experts or no source layer.
@@ -60,10 +63,10 @@ def parse_layers(text: str, geometry: MoEGeometry, horizon: int) -> tuple[int, .
             start, stop = int(first), int(last or first)
         except ValueError:
             raise ValueError(
-                f"--layers {text!r} is not understood; write all, 3, 3,4 or 3-7."
+                f"{flag} {text!r} is not understood; write all, 3, 3,4 or 3-7."
             ) from None
         if stop < start:
-            raise ValueError(f"--layers {part.strip()!r} runs backwards; write {stop}-{start}.")
+            raise ValueError(f"{flag} {part.strip()!r} runs backwards; write {stop}-{start}.")
         geometry.position(start)
         geometry.position(stop)
         wanted |= {layer for layer in geometry.layer_indices if start <= layer <= stop}

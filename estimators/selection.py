@@ -7,6 +7,8 @@ from torch.nn import functional
 
 from foreroute.estimators.types import GateFamily
 
+SMALLEST_WEIGHT = 1e-20
+
 
 def router_scores(router_logits: Tensor, family: GateFamily) -> Tensor:
     """What a gate family makes of router logits before it chooses experts.
@@ -24,14 +26,40 @@ def router_scores(router_logits: Tensor, family: GateFamily) -> Tensor:
     logits, kind = router_logits.float(), family.scores
     if kind is None:
         raise ValueError(
-            "How this model derives its gate weights from router logits is not known, so predicted "
-            "experts cannot be run. Use on_miss=fetch or skip."
+            "How this model derives its gate weights from router logits is not known, so no "
+            "expert can be weighed that it did not choose. Use on_miss=fetch or skip."
         )
     if kind == "sigmoid":
         return logits.sigmoid()
     if kind == "sqrtsoftplus":
         return functional.softplus(logits).sqrt()
     return logits.softmax(dim=-1)
+
+
+def gate_weights(
+    router_logits: Tensor, expert_ids: Tensor, family: GateFamily, scale: float = 1.0
+) -> Tensor:
+    """Gate weights a router would give to these experts, whether or not it would choose them.
+
+    A bias that only takes part in choosing the experts (`e_score_correction_bias`) plays no role
+    here, and a softmax over the chosen logits is the renormalised softmax over all of them.
+
+    Args:
+        router_logits: [T, E].
+        expert_ids: [T, K], int64.
+        family: The model's rule.
+        scale: Factor on all weights.
+
+    Returns:
+        [T, K], float32.
+
+    Raises:
+        ValueError: If the family is `other`: the rule is not known.
+    """
+    chosen = router_scores(router_logits, family).gather(-1, expert_ids)  # [T, K]
+    if family.is_renormalised:
+        chosen = chosen / chosen.sum(-1, keepdim=True).clamp_min(SMALLEST_WEIGHT)
+    return chosen * scale
 
 
 def nearly_chosen(router_logits: Tensor, top_k: int) -> Tensor:

@@ -6,10 +6,14 @@ import re
 from pathlib import Path, PurePath
 from typing import Any
 
+from foreroute.estimators.artifacts import first_line
+
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 LOCAL_PATH = re.compile(r"(?<!\S)(?:/|~|\.{1,2}/|[A-Za-z]:\\|[\w.-]+(?:/[\w.-]+){2,})\S*")
 """A word that is one: absolute, from home or here, or of three parts and more."""
 BUNDLE_FILES = ("manifest.json", "estimators.safetensors")
+FRONTIER_NAME = "frontier.json"
+"""What `foreroute evaluate` measured of rules on a miss; a bundle may carry it."""
 
 
 def find_bundle(name: str | Path) -> Path:
@@ -43,7 +47,9 @@ def _download(repo_id: str, revision: str) -> Path:
 
     try:
         found = Path(
-            snapshot_download(repo_id, revision=revision or None, allow_patterns=list(BUNDLE_FILES))
+            snapshot_download(
+                repo_id, revision=revision or None, allow_patterns=[*BUNDLE_FILES, FRONTIER_NAME]
+            )
         )
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise FileNotFoundError(
@@ -88,8 +94,7 @@ def upload(folder: Path, repo_id: str, *, repo_type: str, is_private: bool) -> s
             commit_message="Upload from foreroute",
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"The Hub refused {repo_id}: {line}") from error
+        raise ValueError(f"The Hub refused {repo_id}: {first_line(error)}") from error
     return str(commit.commit_url)
 
 

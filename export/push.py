@@ -8,16 +8,21 @@ from pathlib import Path
 
 from foreroute.data.manifest import MANIFEST_FILE, TraceManifest
 from foreroute.data.traces import Traces
-from foreroute.estimators.artifacts import from_values, write_json
-from foreroute.export.bundle import TENSORS_NAME, BundleManifest, load_bundle, save_manifest
+from foreroute.estimators.artifacts import from_values, read_json, write_json
+from foreroute.export.bundle import (
+    TENSORS_NAME,
+    BundleManifest,
+    load_bundle,
+    save_manifest,
+)
 from foreroute.export.card import bundle_card, traces_card
-from foreroute.export.hub import upload, without_paths
+from foreroute.export.hub import FRONTIER_NAME, upload, without_paths
 
 CARD_FILE = "README.md"
 
 
 def push_bundle(folder: Path, repo_id: str, *, is_private: bool = False) -> str:
-    """Upload a bundle with a card that holds its measured table.
+    """Upload a bundle, and the frontier it carries, with a card that holds its measured table.
 
     Args:
         folder: The bundle.
@@ -35,6 +40,8 @@ def push_bundle(folder: Path, repo_id: str, *, is_private: bool = False) -> str:
         place = Path(name)
         save_manifest(place, manifest)
         shutil.copyfile(folder / TENSORS_NAME, place / TENSORS_NAME)
+        if (frontier := folder / FRONTIER_NAME).is_file():
+            write_json(place / FRONTIER_NAME, without_paths(read_json(frontier)))
         bundle_card(manifest, repo_id).save(place / CARD_FILE)
         return upload(place, repo_id, repo_type="model", is_private=is_private)
 

@@ -5,18 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from foreroute.runtime.on_miss import MissRule, find_rule
 from foreroute.runtime.policies import find_policy
 
-OnMiss = Literal["fetch", "skip", "predicted"]
-SpeculativeWeights = Literal["true", "predicted"]
 CacheKind = Literal["keep", "none"]
 DecideOn = Literal["auto", "host"]
 PrefetchMode = Literal["none", "auto", "all"]
 LayerSlots = Literal["equal", "by-misses"]
 
 _CHOICES = {
-    "on_miss": get_args(OnMiss),
-    "weights": get_args(SpeculativeWeights),
     "cache": get_args(CacheKind),
     "decide_on": get_args(DecideOn),
     "prefetch": get_args(PrefetchMode),
@@ -50,16 +47,17 @@ class EngineConfig:
     prefetch: PrefetchMode = "none"
     """Which predicted experts are loaded before the router asks: `none` (on demand); `auto` those
     that are expected to save more time than they cost, and none while looking ahead does not pay;
-    `all` each prediction. Speculative execution loads every prediction under `auto` too."""
+    `all` each prediction. On-miss rules that wait for nothing, or run predicted experts, load each
+    prediction under `auto` too."""
     profile: str = "h100-pcie5"
     """The machine that `prefetch="auto"` decides by where the host decides: a built-in profile, or
     a file that `foreroute profile` wrote."""
-    on_miss: OnMiss = "fetch"
-    """`fetch` waits for the expert (exact). `skip` leaves it out; `predicted` runs the predicted
-    experts in place of the true ones: both are speculative execution and change the output."""
-    weights: SpeculativeWeights = "true"
-    """Gate weights of predicted experts: from the `true` router's logits, or from the `predicted`
-    ones (as the paper's engine does)."""
+    on_miss: str = "fetch"
+    """What a decode step does about a chosen expert that is not resident. `fetch` waits for it
+    (exact). All else is speculative execution and changes the output: `skip`, `substitute:0.5`,
+    `bonus:0.1`, `substitute+threshold:0.15`, `budget:20MB`, `predicted`; see `on_miss.PARTS`."""
+    exact_layers: str = ""
+    """Layers that fetch whatever the rule: decoder layer indices such as `0` or `0-1,7`."""
     budget: int | None = None
     """Experts prefetched per token and layer; the model's top-k if None."""
     agreement_floor: float = 0.5
@@ -87,8 +85,12 @@ class EngineConfig:
                 raise ValueError(
                     f"Unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}."
                 )
-        if self.on_miss == "predicted" and not self.looks_ahead:
-            raise ValueError("on_miss=predicted runs predicted experts: give prefetch=auto or all.")
+        if self.rule.predicted and not self.looks_ahead:
+            raise ValueError(
+                f"on_miss={self.on_miss} runs predicted experts: give prefetch=auto or all."
+            )
+        if self.cache == "none" and not self.is_exact:
+            raise ValueError(f"on_miss={self.on_miss} needs slots that are kept: use cache=keep.")
         if self.cache == "none" and self.looks_ahead:
             raise ValueError(f"prefetch={self.prefetch} needs slots that are kept: use cache=keep.")
         if find_policy(self.eviction).needs_future:
@@ -111,6 +113,11 @@ class EngineConfig:
         return self.prefetch != "none"
 
     @property
+    def rule(self) -> MissRule:
+        """What `on_miss` means."""
+        return find_rule(self.on_miss)
+
+    @property
     def is_exact(self) -> bool:
         """Whether the output is that of the unchanged model."""
-        return self.on_miss == "fetch"
+        return self.rule.is_exact

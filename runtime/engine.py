@@ -63,6 +63,11 @@ class Engine:
         self.device = offloaded.device
         self.ranks = offloaded.ranks
         """The processes that share the model, each with a slice of every expert."""
+        if not self.ranks.is_alone and not config.is_exact:
+            raise ValueError(
+                f"on_miss={config.on_miss} is for one process: several may have other experts "
+                "resident, and would leave out, or put in, slices of different ones."
+            )
         recording = read_recording(offloaded, config)
         self.slots_per_layer = plan_slots(offloaded, config, recording)
         self.driver = _make_driver(offloaded, config, self.slots_per_layer, stack)
@@ -99,7 +104,8 @@ class Engine:
             bundle: Folder that `export-estimator` wrote, or a Hub id, `@` a revision.
             expert_slots: Slots per MoE layer, `8` or `25%`.
             prefetch: `none`, `auto` or `all`; unless said, auto if there is a bundle.
-            on_miss: `fetch` (exact), `skip` or `predicted`.
+            on_miss: `fetch` (exact), or a speculative rule such as `substitute:0.5`; see
+                `EngineConfig.on_miss`.
             device: `auto`, `cpu` or `cuda`; `device_map` may name it too.
             dtype: `auto`, `float32`, `bfloat16`, `float16`, or one of torch's; `torch_dtype` is
                 taken as another name for it.
@@ -110,7 +116,8 @@ class Engine:
                 `attn_implementation`; and `expert_dtype`: how experts are stored and copied,
                 `lossless` (bfloat16 in 12 bits, every bit given back), `auto` (that on a GPU, else
                 as the checkpoint has them), `bf16`, `fp8`, `int8` or `int4` (fewer bits than the
-                checkpoint's change the output).
+                checkpoint's change the output); `share_experts=True`: engines of one host share a
+                prepared model's rows in memory.
 
         Raises:
             ValueError: If the model, the bundle and the settings do not fit together, or an
@@ -124,7 +131,7 @@ class Engine:
         config = EngineConfig(
             expert_slots=str(expert_slots),
             prefetch=prefetch or ("auto" if bundle else "none"),  # type: ignore[arg-type]
-            on_miss=on_miss,  # type: ignore[arg-type]
+            on_miss=on_miss,
             **given.config,
         )
         loaded = load_bundle(Path(bundle)) if bundle else None
@@ -208,6 +215,11 @@ class Engine:
         given.setdefault("disable_compile", True)  # the host decides between layers
         with self.turns.call(), self._must_really_run():
             asked = _asked_of(self.model, given)
+            if asked.get("assistant_early_exit"):
+                raise ValueError(
+                    "assistant_early_exit leaves layers out, which an engine does not: give an "
+                    "assistant_model or prompt_lookup_num_tokens."
+                )
             if not self.ranks.is_alone:
                 self.ranks.share_random_state(self.device)
                 given["streamer"] = given.get("streamer") if self.ranks.is_first else None

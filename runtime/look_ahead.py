@@ -43,10 +43,10 @@ class LookAhead:
             raise ValueError(
                 f"budget {budget} is more than the {geometry.num_experts} experts of a layer."
             )
-        if config.on_miss == "predicted" and budget < geometry.top_k:
+        if config.rule.predicted and budget < geometry.top_k:
             raise ValueError(
-                f"on_miss=predicted runs {geometry.top_k} predicted experts: the budget must be at "
-                f"least that, not {budget}."
+                f"on_miss={config.on_miss} runs {geometry.top_k} predicted experts: the budget "
+                f"must be at least that, not {budget}."
             )
         if stack is None:
             stack = EstimatorStack.training_free(geometry, offloaded.moe.anchors)

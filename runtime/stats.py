@@ -16,7 +16,8 @@ def _share(part: int, whole: int) -> float:
 class PhaseStats:
     """Counters of one phase (prefill or decode), over all MoE layers.
 
-    A lookup is one distinct expert that one layer needs in one forward pass.
+    A lookup is one distinct expert that one layer runs in one forward pass: under speculative
+    execution, what the rule has left of the router's choice or put in its place.
     """
 
     forwards: int = 0
@@ -27,9 +28,7 @@ class PhaseStats:
     late: int = 0
     """Lookups whose prefetch was asked for but had not landed (late prefetches)."""
     misses: int = 0
-    """Lookups fetched on demand, or skipped."""
-    skipped: int = 0
-    """Misses whose expert was left out (`on_miss="skip"`)."""
+    """Lookups fetched on demand."""
     fetched_bytes: int = 0
     """Copied after the true routing was known."""
     prefetches: int = 0
@@ -63,9 +62,10 @@ class RuntimeStats:
     steps_ahead: int = 0
     """Decode steps that looked ahead; others ran on demand, because that had not paid."""
     agreed_experts: int = 0
-    """How many of the experts that speculative execution ran the true router chose."""
+    """How many of them ran."""
     speculated_experts: int = 0
-    """Experts that speculative execution ran (or left out) in place of the true ones."""
+    """Experts that the router chose where a speculative rule decided; in the place of those that
+    did not agree others ran, or none."""
     is_speculation_off: bool = False
     """Speculation switched itself off because agreement fell under its floor."""
     ttft_ms: list[float] = field(default_factory=list)
@@ -119,7 +119,7 @@ class RuntimeStats:
 
     @property
     def agreement(self) -> float:
-        """Share of speculatively run experts that the true router chose; 1 where nothing was."""
+        """Share of the router's experts that ran where a rule decided; 1 where none did."""
         if not self.speculated_experts:
             return 1.0
         return self.agreed_experts / self.speculated_experts

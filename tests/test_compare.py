@@ -7,20 +7,24 @@ from typing import Any
 
 import pytest
 import torch
+from pages import loaded_from_elsewhere
 from toys import toy_geometry
 
 from foreroute.data.traces import Traces
 from foreroute.estimators import FORMS, EstimatorSpec
+from foreroute.estimators.output import require_free
 from foreroute.estimators.priors import decayed_frequency, previous_token
 from foreroute.export.compare.cells import catalogue
 from foreroute.export.compare.cli import compare_predictors, score, worth_on_profiles
 from foreroute.export.compare.finish import extra_us
+from foreroute.export.compare.parts import InMemory, ShuffledLabels
 from foreroute.export.compare.plan import scale_of
 from foreroute.export.compare.predicted import PredictedExperts
 from foreroute.export.compare.published import TraceSet
 from foreroute.export.compare.score import score as figures_of
 from foreroute.export.compare.sources import find_truth
 from foreroute.export.compare.truth import TrueRouting
+from foreroute.train.prepared import PreparedBatch
 from foreroute.train.prior import fit_prior_weights
 
 SETTINGS: dict[str, Any] = {
@@ -81,6 +85,26 @@ def test_checks_bound_what_is_measured(rows) -> None:
     assert trained["recall_at_k"] > rows["next-router", "quasi-hidden", 1, 0, "none"]["recall_at_k"]
 
 
+def test_shuffled_labels_are_those_of_all_shards_and_states_stay() -> None:
+    def batch(first: int, count: int) -> PreparedBatch:
+        here = torch.arange(first, first + count).view(1, count, 1)
+        return PreparedBatch(*(here.float(),) * 3, here, *(here.float(),) * 3)
+
+    shards = InMemory([batch(0, 40), batch(40, 24)])
+    shuffled = ShuffledLabels(shards)
+    read = [shuffled.read(shard_idx) for shard_idx in shuffled.rows]
+    for got, given in zip(read, map(shards.read, shards.rows), strict=True):
+        assert torch.equal(got.features, given.features)
+        assert torch.equal(got.target_logits, got.target_ids.float())  # all of one token
+    labels = [got.target_ids.flatten().tolist() for got in read]
+    assert sorted(labels[0] + labels[1]) == list(range(64))
+    assert min(labels[0]) < 40 <= max(labels[0])
+
+
+def test_a_finished_comparison_may_be_replaced_as_all_in_it_is_its_own(comparison) -> None:
+    require_free(comparison, "comparison", overwrite=True)
+
+
 def test_every_horizon_and_the_next_token_have_rows_with_honest_confidence(rows) -> None:
     for key in (("quasi-hidden", 2, 0), ("attention-readout", 3, 0), ("quasi-hidden", 0, 1)):
         row = rows["low-rank", *key, "none"]
@@ -110,7 +134,7 @@ def test_a_row_says_what_its_predictor_saves_on_three_machines(rows) -> None:
 def test_the_page_shows_pictures_first_and_every_predictor(comparison, rows) -> None:
     page = (comparison / "index.html").read_text()
     assert page.index("<img") < page.index("<table")
-    assert 'src="http' not in page
+    assert loaded_from_elsewhere(page) == []
     tables = (comparison / "tables.md").read_text()
     assert len(re.findall(r"^\| (none|quasi|attention|of each)", tables, re.M)) > len(rows)
 

@@ -289,3 +289,37 @@ def test_a_column_can_be_named(tmp_path):
         rows_of(tmp_path / "a.jsonl", column="n")
     with pytest.raises(ValueError, match="of token ids only; column answer holds text"):
         rows_of(tmp_path / "a.jsonl", column="answer", prompt_tokens="n")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("first.jsonl", b'null\n{"text": "a"}', "a line of it is null"),
+        ("later.jsonl", b'{"text": "a"}\n null \n{"text": "b"}', "a line of it is null"),
+        ("array.json", b'[{"text": "a"}, null]', "an entry of it is null"),
+        ("lists.jsonl", b'{"text": "a", "x": ' + b"[ " * 9999 + b"}", "nested too deeply"),
+        ("both.jsonl", b'{"text": "a", "x": ' + b'{"x": [' * 9999, "nested too deeply"),
+    ],
+)
+def test_json_that_would_end_the_process_is_refused_compressed_or_not(
+    tmp_path, name, content, problem
+):
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content))
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr(name, content)
+    for place in (name, f"{name}.gz", "a.zip"):
+        with pytest.raises(ValueError, match=problem):
+            texts_of(tmp_path / place)
+
+
+def test_brackets_and_nulls_in_texts_are_no_structure(tmp_path):
+    texts = ["[null" * 400, "\n null \n", 'a "quoted" [' * 300, "\\" * 5 + "{" * 500]
+    rows = [{"text": text, "x": [None] if text == texts[-1] else [1]} for text in texts * 20]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    for name in ("a.jsonl", "a.json"):
+        found = both_splits(tmp_path / name, contents, RowReading(column="text"))
+        assert sorted(document.text for document in found) == sorted(
+            text for text in texts * 20 if text.strip()
+        )

@@ -14,6 +14,9 @@ from foreroute.data.adapters import discover
 from foreroute.data.adapters.discovery import discover_outline
 from foreroute.data.adapters.weightless import outline
 from foreroute.runtime.planning.doctor import diagnose, report
+from foreroute.runtime.planning.packed_share import packed_share
+from foreroute.runtime.store.checkpoint import Checkpoint
+from foreroute.runtime.store.pack import pack_model
 
 RESULTS = Path(models_matrix.__file__).parent / "results" / "models.json"
 ROWS = {row["model_type"]: row for row in json.loads(RESULTS.read_text())}
@@ -69,7 +72,7 @@ def test_low_bit_checkpoints_are_counted_in_their_own_bytes(
         tmp_path, model_type, quantization_config=settings, hidden_size=64, intermediate_size=64
     )
     width = 64 if model_type == "gpt_oss" else 32
-    biases = 4 * (2 * width + 64) if model_type == "gpt_oss" else 0
+    biases = 2 * (2 * width + 64) if model_type == "gpt_oss" else 0  # the rest in bfloat16
     padding = 2 * 64
     assert found.dtype == settings["quant_method"]
     assert abs(found.expert_bytes - 3 * 64 * width * num_bytes - biases) <= padding
@@ -136,7 +139,7 @@ def test_models_of_another_class_are_refused_in_one_line(tmp_path, model_type, r
 
 
 def test_a_config_that_builds_no_model_is_refused_in_one_line(tmp_path):
-    with pytest.raises(ValueError, match="cannot build a lfm2_moe model from this config: "):
+    with pytest.raises(ValueError, match="cannot build a lfm2_moe model from the config of "):
         diagnose_tiny(tmp_path, "lfm2_moe", layer_types=None)
 
 
@@ -146,3 +149,51 @@ def test_the_report_shows_everything(tmp_path):
     text = console.export_text()
     assert "5: 3 MoE (0, 2, 4), 2 without experts (1, 3)" in text
     assert "CUDA graph" in text
+
+
+SIZES = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128}
+
+
+def share_of(folder, **settings):
+    return packed_share(Checkpoint.open(str(folder), **settings))
+
+
+def test_a_config_alone_does_not_say_what_12_bits_hold(tmp_path):
+    tiny_config("qwen3_moe", dtype="bfloat16", **SIZES).save_pretrained(tmp_path)
+    assert share_of(tmp_path).startswith("not known: a config does not say it")
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_what_12_bits_hold_is_what_packing_makes_of_it(tmp_path, model_type):
+    source, out = tmp_path / "source", tmp_path / "out"
+    model = tiny_model(model_type, dtype=torch.bfloat16, **SIZES)
+    experts = model.model.layers[-1].mlp.experts
+    experts.gate_up_proj.data[3, ::8, ::64] *= 2.0**-20
+    wild = torch.arange(128 * 128).to(torch.int16).view(torch.bfloat16).nan_to_num(1.0, 1.0, 1.0)
+    experts.down_proj.data[2] = wild.view(128, 128)
+    model.save_pretrained(source)
+    counted = share_of(source)
+    prepared = pack_model(Checkpoint.open(str(source), expert_dtype="lossless"), out, device="cpu")
+    num_experts = sum(shard.experts for shard in prepared.shards)
+    stored = sum(shard.experts * shard.row_bytes for shard in prepared.shards)
+    assert counted.startswith(f"{stored / prepared.plain_bytes:.3f} of ")
+    assert "down_proj as it was; " in counted
+    assert counted.endswith(f" (exact: all {num_experts} experts)")
+    assert share_of(out) == counted.replace("experts)", "experts, when they were packed)")
+    assert diagnose(str(out)).dtype == "lossless"
+    weights = num_experts * 2 * 128 * 128
+    assert f"; {prepared.exceptions['gate_up_proj'] / weights:.1e} of" in counted
+
+
+def test_of_a_large_model_a_sample_of_every_layer_is_counted(tmp_path, monkeypatch):
+    tiny_model("qwen3_moe", dtype=torch.bfloat16, **SIZES).save_pretrained(tmp_path)
+    monkeypatch.setattr("foreroute.runtime.planning.packing_survey.SAMPLE_BYTES", 1 << 20)
+    assert "(sampled: 9 of 24 experts)" in share_of(tmp_path)
+
+
+def test_what_is_not_in_bfloat16_or_damaged_is_said(tmp_path):
+    tiny_model("qwen3_moe", dtype=torch.bfloat16, **SIZES).save_pretrained(tmp_path)
+    assert "the experts are in float32" in share_of(tmp_path, dtype="float32")
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(ValueError, match="is incomplete or no safetensors file"):
+        share_of(tmp_path)

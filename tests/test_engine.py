@@ -37,7 +37,12 @@ SPECULATIVE = {
     "skip": {"on_miss": "skip"},
     "skip-with-prefetch": {"prefetch": "auto", "on_miss": "skip"},
     "true-weights": {"prefetch": "auto", "on_miss": "predicted"},
-    "predicted-weights": {"prefetch": "auto", "on_miss": "predicted", "weights": "predicted"},
+    "predicted-weights": {"prefetch": "auto", "on_miss": "predicted:predicted-weights"},
+    "substitute": {"on_miss": "substitute:0.9"},
+    "substitute-with-prefetch": {"prefetch": "all", "on_miss": "substitute:0.9+later"},
+    "bonus": {"on_miss": "bonus:0.2+skip:0.9"},
+    "threshold": {"on_miss": "substitute+threshold:0.45"},
+    "budget": {"on_miss": "substitute+budget:8kB"},
 }
 
 
@@ -332,7 +337,8 @@ def test_impossible_slots_are_refused(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"on_miss": "pray"}, "known: fetch, skip, predicted"),
+        ({"on_miss": "pray"}, "known parts: fetch, predicted, bonus, skip"),
+        ({"on_miss": "skip", "cache": "none"}, "needs slots that are kept"),
         ({"on_miss": "predicted"}, "give prefetch=auto or all"),
         ({"prefetch": "auto", "cache": "none"}, "use cache=keep"),
         ({"budget": 0}, "at least 1"),

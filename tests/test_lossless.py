@@ -118,9 +118,37 @@ def test_both_ways_to_pack_write_the_same_bytes(name):
     assert encoding._pack(bits_of(padded.contiguous()), *others)
     for part, other in zip(parts.values(), others, strict=True):
         assert torch.equal(part, other)
-    shared = ("LARGEST_CODE", "LARGEST_BASE", "IN_LINE", "MOST_LINES_OF_ROW")
+    shared = ("PLANES", "LARGEST_CODE", "LARGEST_BASE", "IN_LINE", "MOST_LINES_OF_ROW")
     for constant in shared:
         assert getattr(lossless, constant) == getattr(lossless_on_cpu, constant)
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_matrices_with_inputs_as_rows_are_packed_to_the_same_bytes(name):
+    matrix = MATRICES[name]()
+    encoding = Lossless(*matrix.shape)
+    for lies in (matrix.mT.contiguous().mT, matrix.repeat(2, 2)[: len(matrix), : matrix.shape[1]]):
+        parts = encoding.encode(lies.unsqueeze(0))
+        for part, other in zip(parts.values(), encoding.encode(matrix).values(), strict=True):
+            assert torch.equal(part[0], other)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "llama4_text"])
+def test_adversarial_experts_keep_every_bit_whichever_way_they_lie(model_type):
+    """Outputs as rows; inputs as rows with gate and up interleaved; inputs as rows, gate first."""
+    model = tiny_model(model_type, dtype=torch.bfloat16, **SIZES)
+    for experts in experts_by_path(model).values():
+        for parameter in experts.parameters():
+            if parameter.dim() == 3:
+                wild = with_outliers().flatten()[: parameter[0].numel()]
+                bits_of(parameter.data[1]).view(-1)[: len(wild)] = bits_of(wild)
+    stock = copy.deepcopy(model)
+    store = offload(model, device=torch.device("cpu"), expert_dtype="lossless").store
+    assert all(layout.encoded and layout.is_exact for layout in store.layouts)
+    layers = zip(experts_by_path(stock).values(), store.layouts, store.rows, strict=True)
+    for experts, layout, rows in layers:
+        for name, weight in layout.weights(rows).items():
+            assert torch.equal(bits_of(weight[:]), bits_of(experts.get_parameter(name)))
 
 
 def test_too_many_exceptions_are_refused_in_both_ways():

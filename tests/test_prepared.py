@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from low_bit import add_quantization, save_fp8, save_mxfp4
 from tiny_models import tiny_model
 
 from foreroute.data.adapters import load_model
@@ -47,6 +48,41 @@ def test_a_prepared_model_has_the_rows_and_logits_of_its_source(tmp_path, expert
     assert torch.equal(same_logits, logits)
     assert (out / "README.md").read_text() == "A card."
     assert not (tmp_path / "out.packing").exists()
+
+
+def save_low_bit(folder, how):
+    """A checkpoint whose experts are in fewer bits already."""
+    folder.mkdir()
+    if how == "mxfp4":
+        save_mxfp4(folder)
+    else:
+        save_fp8(folder, how)
+
+
+@pytest.mark.parametrize("how", ["mxfp4", "qwen3_moe", "deepseek_v3"])
+def test_checkpoints_in_fewer_bits_are_packed_as_they_are(tmp_path, how):
+    """GPT-OSS's own MXFP4, and FP8 in blocks of two architectures."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    save_low_bit(source, how)
+    prepared = packed(source, out, "auto")
+    made, logits = logits_of(source)
+    read, same_logits = logits_of(out)
+    assert read.store.layouts == made.store.layouts
+    assert all(layout.is_native for layout in read.store.layouts)
+    assert all(map(torch.equal, read.store.rows, made.store.rows))
+    assert torch.equal(same_logits, logits)
+    stored = sum(shard.experts * shard.row_bytes for shard in prepared.shards)
+    assert stored == made.store.num_bytes
+    with pytest.raises(ValueError, match=r"comes in \w+ already, which is kept"):
+        packed(source, tmp_path / "other", "int8")
+
+
+def test_what_is_decoded_while_it_is_read_is_not_packed(tmp_path):
+    source = save(tmp_path / "source")
+    add_quantization(source, {"quant_method": "fp8", "activation_scheme": "static"})
+    with pytest.raises(ValueError, match="decoded while it is read, which is not packed"):
+        packed(source, tmp_path / "out", "auto")
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_architectures_and_what_stays_come_back_too(tmp_path):
@@ -119,10 +155,15 @@ def test_damaged_and_foreign_files_are_refused_in_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"layer-001.safetensors is missing"):
         logits_of(out)
     shard.write_bytes(whole)
+    rest = out / "model.safetensors"
+    damage(rest, -5)
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged"):
+        logits_of(out)
+    damage(rest, -5)
     logits_of(out)
     values = read_json(manifest)
     manifest.write_text(json.dumps(values | {"format_version": 99}))
-    with pytest.raises(ValueError, match=r"format version 99; this foreroute reads version 1"):
+    with pytest.raises(ValueError, match=r"format version 99; this foreroute reads version 2"):
         logits_of(out)
     manifest.write_text(json.dumps(values)[:-9])
     with pytest.raises(ValueError, match=r"foreroute.json is damaged"):

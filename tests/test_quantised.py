@@ -1,10 +1,10 @@
 """Experts stored in fewer bits: what is lost is small, and native formats lose nothing."""
 
 import copy
-import json
 
 import pytest
 import torch
+from low_bit import add_quantization, save_fp8, save_mxfp4
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
@@ -134,44 +134,6 @@ def test_unknown_expert_dtypes_are_refused(tmp_path):
         load_offloaded(str(tmp_path), device="cpu", expert_dtype="int2")
 
 
-def save_fp8(folder, model_type, block=32):
-    """A checkpoint as DeepSeek and Qwen publish them: e4m3 matrices and factors of blocks."""
-    model = tiny_model(model_type, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
-    tensors = {}
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        is_quantised = "experts." in name and "shared" not in name
-        if not is_quantised:
-            tensors[name] = tensor
-            continue
-        blocks = tensor.float().unflatten(0, (-1, block)).unflatten(2, (-1, block))
-        scales = blocks.abs().amax((1, 3), keepdim=True) / 448
-        values = (blocks / scales).flatten(2, 3).flatten(0, 1)
-        tensors[name] = values.to(torch.float8_e4m3fn)
-        tensors[f"{name}_scale_inv"] = scales[:, 0, :, 0]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    add_quantization(
-        folder,
-        {
-            "quant_method": "fp8",
-            "weight_block_size": [block, block],
-            "modules_to_not_convert": [
-                "self_attn",
-                "gate",
-                "lm_head",
-                "shared_experts",
-                "mlp.gate",
-            ],
-        },
-    )
-
-
-def add_quantization(folder, settings):
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = settings
-    (folder / "config.json").write_text(json.dumps(config))
-
-
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3"])
 def test_fp8_checkpoints_keep_their_bytes_and_give_transformers_logits(tmp_path, model_type):
     save_fp8(tmp_path, model_type)
@@ -207,21 +169,7 @@ def test_mxfp4_by_hand():
 
 
 def test_mxfp4_checkpoints_keep_their_bytes_and_give_transformers_logits(tmp_path):
-    model = tiny_model("gpt_oss", dtype=torch.bfloat16)
-    model.save_pretrained(tmp_path)
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for name, tensor in load_file(tmp_path / "model.safetensors").items():
-        if name.endswith(("gate_up_proj", "down_proj")):
-            num_experts, inputs, outputs = tensor.shape
-            shape = (num_experts, outputs, inputs // 32, 16)
-            tensors[f"{name}_blocks"] = torch.randint(0, 256, shape, generator=generator).byte()
-            exponents = torch.randint(119, 124, shape[:-1], generator=generator)
-            tensors[f"{name}_scales"] = exponents.byte()
-        else:
-            tensors[name] = tensor
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    add_quantization(tmp_path, {"quant_method": "mxfp4", "modules_to_not_convert": []})
+    save_mxfp4(tmp_path)
     settings = Mxfp4Config(dequantize=True)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings).eval()
     stock.set_experts_implementation("batched_mm")

@@ -18,6 +18,7 @@ from foreroute.runtime import Engine, EngineConfig
 from foreroute.runtime.device import decode_graph
 from foreroute.runtime.device.decode_graph import DecodeStep
 from foreroute.runtime.device.driver import why_not_on_device
+from foreroute.runtime.device.kernels import linear, route
 from foreroute.runtime.device.kernels.quasi_hidden import add_expected_output
 from foreroute.runtime.device.predictor import DevicePredictor
 from foreroute.runtime.store.offload import offload
@@ -34,8 +35,11 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(autouse=True)
-def short_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick_under_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_graph, "LENGTH_STEP", 16)
+    # programs run one after the other
+    monkeypatch.setattr(linear, "TILE", 2**17)
+    monkeypatch.setattr(route, "ROWS", 8)
 
 
 def readout_stack(moe: MoEModel, form: str = "low-rank") -> EstimatorStack:

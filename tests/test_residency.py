@@ -4,13 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from foreroute.estimators.types import GateFamily
 from foreroute.runtime import EngineConfig
 from foreroute.runtime.host.residency import HostResidency
 from foreroute.runtime.host.run_state import HostRun
 from foreroute.runtime.host.slot_cache import EMPTY, SlotCache
-from foreroute.runtime.host.speculation import AgreementGuard
 from foreroute.runtime.host.transfers import Ticket, Transfers
+from foreroute.runtime.on_miss.agreement import AgreementGuard
 from foreroute.runtime.policies import find_policy
 from foreroute.runtime.store.host_store import HostExpertStore
 from foreroute.runtime.store.row_writer import move_weights
@@ -48,8 +47,6 @@ def make_residency(num_slots: int) -> HostResidency:
     policy = find_policy("lru")
     run = HostRun(
         config=EngineConfig(),
-        gate_family=GateFamily.SOFTMAX,
-        gate_scale=1.0,
         transfers=SlowTransfers(),
         predictor=None,
         guard=AgreementGuard(0.0),
@@ -103,9 +100,25 @@ def test_a_prefetch_takes_no_slot_of_an_expert_that_is_kept() -> None:
 def test_an_expert_asked_for_in_time_and_not_done_in_time_is_late() -> None:
     residency = make_residency(num_slots=2)
     residency.prefetch([3], kept=[3])
-    assert residency.use_present([3]) == set()
+    assert not residency.cache.is_here[3]
     (ticket,) = residency.fetch([3])
     ticket.wait()
-    assert residency._run.stats.decode.late == 2
-    assert residency.use_present([3]) == {3}
+    assert residency._run.stats.decode.late == 1
+    assert residency.cache.is_here[3]
     residency.check_integrity()
+
+
+def test_what_nobody_waits_for_comes_behind_only_if_it_is_likelier_than_what_goes() -> None:
+    residency = make_residency(num_slots=2)
+    for ids in ([0, 1], [0, 1], [0]):
+        for ticket in residency.fetch(ids):
+            ticket.wait()
+    residency.fetch_behind([4], kept=[0], only_likely=True)  # never used before
+    assert residency.cache.slot_of(4) == EMPTY
+    residency.cache.use([0], credited=[4, 5])
+    residency.fetch_behind([5, 4], kept=[0], only_likely=True)  # 4 is the router's first, 5 later
+    assert sorted(residency.cache.resident) in ([0, 4], [0, 5])
+    assert not all(residency.cache.is_here[e] for e in residency.cache.resident)
+    residency.fetch_behind([2, 3], kept=[], only_likely=False)
+    assert sorted(residency.cache.resident) == [2, 3]
+    assert residency._run.stats.decode.fetched_bytes == 5 * residency.expert_bytes

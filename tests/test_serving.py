@@ -17,6 +17,7 @@ import pytest
 import torch
 import uvicorn
 from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
 
 from foreroute.data.adapters import load_tokenizer
 from foreroute.runtime import Engine
@@ -98,6 +99,7 @@ def test_a_completion_is_the_engines_own_and_counts_its_tokens(
     assert answer.choices[0].text == expected
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage.completion_tokens == 24
+    assert answer.model == "bundled"
     assert [model.id for model in served.client.models.list().data] == ["bundled"]
 
 
@@ -192,6 +194,13 @@ def test_chats_refuse_what_they_cannot_read(served: Served) -> None:
     assert "not JSON" in response.json()["error"]["message"]
 
 
+def test_errors_of_the_address_come_in_openais_form_too(served: Served) -> None:
+    for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/completions", 405)):
+        answer = httpx.request(method, served.url + path)
+        assert answer.status_code == status
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
 def test_a_dropped_request_frees_the_engine(served: Served) -> None:
     before = served.metric("foreroute_lookups_total")
     stream = served.complete(max_tokens=1000, stream=True)
@@ -231,6 +240,12 @@ def test_metrics_count_what_was_answered(served: Served) -> None:
     assert 0 < served.metric("foreroute_hit_rate") <= 1
     assert served.metric("foreroute_copied_bytes_total") > 0
     assert served.metric("foreroute_queue_waiting") == 0
+    text = httpx.get(f"{served.url}/metrics")
+    assert text.headers["content-type"].startswith("text/plain; version=")
+    assert {family.name for family in text_string_to_metric_families(text.text)} >= {
+        *("foreroute_ttft_seconds", "foreroute_tpot_seconds", "foreroute_requests"),
+        *("foreroute_hit_rate", "foreroute_copied_bytes", "foreroute_queue_waiting"),
+    }
 
 
 def test_an_api_key_is_asked_for(engine: Engine, tokenizer: Any) -> None:

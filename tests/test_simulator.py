@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import Qwen3MoeConfig
 
 from foreroute.data.collect import collect_traces
 from foreroute.data.routes import ReadOptions, Route, read_route
@@ -28,7 +29,7 @@ from foreroute.runtime.simulator import (
     simulate,
     timeline,
 )
-from foreroute.runtime.simulator.cli import foretold_by_bundle
+from foreroute.runtime.simulator.cli import SimulateRequest, _expert_bytes, foretold_by_bundle
 from foreroute.runtime.simulator.replay import Replay
 
 TIMES = LinkTimes(
@@ -491,3 +492,54 @@ def test_unlikely_guesses_beside_a_likely_one_raise_no_fear() -> None:
     )
     row = simulate(scenario_of(route, predictions=said), eviction="lru", prefetch="head", slots="1")
     assert row.wasted_bytes_per_token == pytest.approx(50)  # a head for each token, both wrong
+
+
+def test_the_size_of_a_models_experts_follows_their_dtype(tmp_path):
+    config = Qwen3MoeConfig(
+        **{"hidden_size": 128, "moe_intermediate_size": 128, "num_experts": 8, "dtype": "bfloat16"}
+    )
+    config.save_pretrained(tmp_path)
+    given = dict.fromkeys(SimulateRequest.__dataclass_fields__) | {
+        **{"slots": "25%", "eviction": "lru", "prefetch": "none"},
+        **{"layer_slots": "equal", "errors": "uniform", "expert_dtype": "auto"},
+    }
+    profile = find_profile("h100-pcie5")
+
+    def size(**asked):
+        return _expert_bytes(SimulateRequest(**(given | asked)), profile)
+
+    plain = 3 * 128 * 128 * 2
+    assert size(model=str(tmp_path), expert_dtype="bf16") == plain
+    assert plain / 2 < size(model=str(tmp_path), expert_dtype="int8") < 0.6 * plain
+    assert 0.75 * plain < size(model=str(tmp_path), expert_dtype="lossless") < 0.9 * plain
+    assert size(model=str(tmp_path)) == size(model=str(tmp_path), expert_dtype="lossless")
+    assert size() == profile.expert_bytes
+    with pytest.raises(ValueError, match="needs --model"):
+        size(expert_dtype="int8")
+    with pytest.raises(ValueError, match="not both"):
+        size(model=str(tmp_path), expert_bytes="3MiB")
+
+
+def test_rules_on_a_miss_save_copies_on_recorded_scores(tiny_traces: Path, tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    rules = "fetch,substitute:2,threshold:0.4,substitute+budget:9.44MB"
+    cli.simulate(routes=tiny_traces, slots="3", eviction="default", on_miss=rules, json=out)
+    rows = {
+        row["on_miss"]: row for row in json.loads(out.read_text())["rows"] if not row["is_bound"]
+    }
+    assert list(rows) == rules.split(",")
+    exact = rows.pop("fetch")
+    assert exact["agreement"] == 1
+    for row in rows.values():
+        assert row["agreement"] < 1
+        assert row["bytes_per_token"] < exact["bytes_per_token"]
+        assert row["tpot_ms"] < exact["tpot_ms"]
+    budget = rows["substitute+budget:9.44MB"]
+    assert 0 < budget["bytes_per_token"] <= 9_440_000
+    for change, message in (
+        ({"on_miss": "predicted"}, "is not simulated"),
+        ({"on_miss": "skip:1", "prefetch": "all"}, "use --prefetch none"),
+        ({"on_miss": "skip:1", "eviction": "belady"}, "a bound of exact runs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cli.simulate(**{"routes": tiny_traces, "slots": "3", **change})

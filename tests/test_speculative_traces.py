@@ -118,7 +118,7 @@ def test_a_model_is_recorded_on_demand_without_a_bundle_bit_for_bit(
         assert torch.equal(found.expert_ids, model.record(layer_idx, 0).expert_ids)
 
 
-@pytest.mark.parametrize("change", [{"on_miss": "skip"}, {"weights": "predicted"}])
+@pytest.mark.parametrize("change", [{"on_miss": "skip"}, {"on_miss": "predicted"}])
 def test_speculation_without_a_bundle_is_refused(arguments, change):
     with pytest.raises(ValueError, match="needs --bundle"):
         collect(**(arguments | {"bundle": None} | change))

@@ -26,10 +26,6 @@ def run_benchmark(tiny_moe, text_dataset, tmp_path):
     return run
 
 
-@pytest.mark.xfail(
-    reason="its traces of both kinds hold sequences of two lengths, which a manifest no longer may",
-    raises=ValueError,
-)
 def test_on_policy_compares_equal_amounts_of_text(run_benchmark):
     small = {"train_tokens": 512, "held_out_tokens": 64, "generate": 16, "context": 40}
     found = run_benchmark(on_policy, **small, long=24, long_sequences=2, bucket=8, batch_size=8)

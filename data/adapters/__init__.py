@@ -1,7 +1,6 @@
 """Between foreroute and transformers: load a model, find its MoE layers, take over its experts."""
 
 from foreroute.data.adapters.discovery import MoELayer, MoEModel, discover, find_moe_layers
-from foreroute.data.adapters.gates import gate_weights
 from foreroute.data.adapters.loading import (
     load_config,
     load_model,
@@ -28,7 +27,6 @@ __all__ = [
     "discover",
     "find_moe_layers",
     "first_tensor",
-    "gate_weights",
     "is_adapted",
     "load_config",
     "load_model",

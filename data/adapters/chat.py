@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from foreroute.estimators.artifacts import first_line
+
 Turn = dict[str, Any]
 ROLE_KEYS = (("role", "content"), ("from", "value"))
 """Under which keys a turn says who speaks and what: as everybody does, and as ShareGPT does."""
@@ -58,8 +60,6 @@ def encode_chat(tokenizer: Any, turns: list[Turn], *, for_answer: bool = False) 
     Raises:
         ValueError: If there is no template, or it does not take this chat; one line says why.
     """
-    from jinja2 import TemplateError
-
     if not tokenizer.chat_template:
         raise ValueError(
             "The tokenizer has no chat template (chat_template), so it cannot read chats."
@@ -68,9 +68,8 @@ def encode_chat(tokenizer: Any, turns: list[Turn], *, for_answer: bool = False) 
         encoded = tokenizer.apply_chat_template(
             turns, tokenize=True, add_generation_prompt=for_answer, return_dict=True
         )
-    except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # a template is a program, and may end in anything
         raise ValueError(
-            f"The tokenizer's chat template refuses this chat: {first_line}"
+            f"The tokenizer's chat template refuses this chat: {first_line(error)}"
         ) from error
     return list(encoded["input_ids"])

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from foreroute.estimators.artifacts import shown
+
 GREATEST_FILE_BYTES = 1 << 24
 GREATEST_INTEGER = 1 << 53
 GREATEST_COUNTS = (
@@ -70,7 +72,7 @@ def check_generation_file(path: Path, vocabulary_size: int) -> None:
         if value is not None:
             for expected in _expected_instead(name, value, vocabulary_size):
                 raise ValueError(
-                    f"{path} cannot be used: {name} is {value!r}, expected {expected}."
+                    f"{path} cannot be used: {name} is {shown(value)}, expected {expected}."
                 )
 
 
@@ -136,7 +138,7 @@ def _number_problems(name: str, value: Any) -> Iterator[str]:
         yield f"{name} is {value}, expected a finite number"
     is_count = name in AT_LEAST_ONE or name in NUM_EXPERTS or name in TOP_K
     if is_count and isinstance(value, str | float | bool | dict):
-        yield f"{name} is {value!r}, expected a whole number"
+        yield f"{name} is {shown(value)}, expected a whole number"
     if type(value) is not int:
         return
     most = next((most for part, most in GREATEST_COUNTS if part in name), GREATEST_INTEGER)
@@ -152,7 +154,7 @@ def _dtype_problems(name: str, value: Any) -> Iterator[str]:
         return
     dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else None
     if not isinstance(dtype, torch.dtype):
-        yield f"{name} is {value!r}, expected the name of a torch dtype such as bfloat16"
+        yield f"{name} is {shown(value)}, expected the name of a torch dtype such as bfloat16"
 
 
 def _kind(value: Any) -> str:

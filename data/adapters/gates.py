@@ -5,41 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from foreroute.data.adapters.probe import Observed
-from foreroute.estimators.selection import router_scores
+from foreroute.estimators.selection import gate_weights
 from foreroute.estimators.types import GateFamily
 
 RELATIVE_TOLERANCE = 1e-3  # and two roundings in the dtype of logits or weights
 SCALE_TOLERANCE = 3e-4
-SMALLEST_WEIGHT = 1e-20
-
-
-def gate_weights(
-    router_logits: Tensor, expert_ids: Tensor, family: GateFamily, scale: float = 1.0
-) -> Tensor:
-    """Gate weights a router would give to these experts, whether or not it would choose them.
-
-    A bias that only takes part in choosing the experts (`e_score_correction_bias`) plays no role
-    here, and a softmax over the chosen logits is the renormalised softmax over all of them.
-
-    Args:
-        router_logits: [T, E].
-        expert_ids: [T, K], int64.
-        family: The model's rule.
-        scale: Factor on all weights.
-
-    Returns:
-        [T, K], float32.
-
-    Raises:
-        ValueError: If the family is `other`: the rule is not known.
-    """
-    chosen = router_scores(router_logits, family).gather(-1, expert_ids)  # [T, K]
-    if family.is_renormalised:
-        chosen = chosen / chosen.sum(-1, keepdim=True).clamp_min(SMALLEST_WEIGHT)
-    return chosen * scale
 
 
 def find_gate_rule(layers: Sequence[Observed]) -> tuple[GateFamily, float]:

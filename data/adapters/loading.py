@@ -19,6 +19,7 @@ from foreroute.data.adapters.config_file import (
 )
 from foreroute.data.adapters.model_class import auto_class, writing_part
 from foreroute.data.adapters.weight_files import find_weight_files
+from foreroute.estimators.artifacts import first_line, joined_lines
 
 BUNDLED = "bundled"
 PREPARED_MANIFEST = "foreroute.json"
@@ -167,7 +168,7 @@ def load_config(name: str, **hub: Unpack[HubSettings]) -> Any:
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(_unreadable(name, error)) from error
     except Exception as error:  # each model's config checks its fields in its own way
-        raise ValueError(f"{file} cannot be used: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{file} cannot be used: {joined_lines(error)}") from error
     generation_file = Path(file).with_name(GENERATION_CONFIG_NAME)
     if generation_file.is_file():
         size = getattr(config.get_text_config(), "vocab_size", None)
@@ -208,7 +209,7 @@ def find_prepared(name: str, config: Any, **hub: Unpack[HubSettings]) -> Path | 
 def load_model(
     name: str,
     *,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     device: torch.device | str = "cpu",
     device_map: str | None = None,
     **hub: Unpack[HubSettings],
@@ -292,7 +293,7 @@ def load_tokenizer(name: str, **hub: Unpack[HubSettings]) -> Any:
         )
     except Exception as error:  # damaged files end in exceptions of every kind
         raise ValueError(
-            f"{name} has no tokenizer that can be read: {_first_line(error)}"
+            f"{name} has no tokenizer that can be read: {first_line(error)}"
         ) from error
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         # What transformers makes for some models where there are no files: no text has any tokens.
@@ -304,8 +305,4 @@ def load_tokenizer(name: str, **hub: Unpack[HubSettings]) -> Any:
 def _unreadable(name: str, error: Exception) -> str:
     offline = os.environ.get("HF_HUB_OFFLINE") not in (None, "", "0")
     hint = " (HF_HUB_OFFLINE is set: only local models can be read)" if offline else ""
-    return f"Model {name} cannot be read{hint}: {_first_line(error)}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"Model {name} cannot be read{hint}: {first_line(error)}"

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from foreroute.estimators.artifacts import MOST_SAID, first_line
+
 LFS_POINTER = b"version https://git-lfs"
 NO_SAFETENSORS = (
     "{} has no safetensors files. Other formats (pytorch_model.bin) run code when they are opened, "
@@ -89,6 +91,8 @@ def find_weight_files(source: str, config: Any, **hub: Any) -> WeightFiles:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(_not_found(source, folder, error)) from error
     paths = [Path(path) for path in found or ()]
+    if not paths:
+        raise ValueError(f"The index of {source} lists no files of weights.")
     if folder.is_dir():
         for path in paths:
             _require_inside(path, folder)
@@ -105,8 +109,8 @@ def _not_found(source: str, folder: Path, error: Exception) -> str:
             sorted(set(names))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return f"{index} is no index of a checkpoint's tensors{_lfs_hint(index)}."
-    line = (str(error).strip().splitlines() or [""])[0]
-    return f"The weights of {source} cannot be found: {type(error).__name__}: {line}"
+    what = f"{type(error).__name__}: {first_line(error)}"
+    return f"The weights of {source} cannot be found: {what}"
 
 
 def _require_inside(path: Path, folder: Path) -> None:
@@ -123,14 +127,15 @@ def _dtype_of(index: Mapping[str, Any] | None) -> torch.dtype | None:
 
 
 def _open(path: Path) -> Any:
-    if not path.is_file():
-        raise ValueError(f"The checkpoint {path.parent} lacks {path.name}, which its index lists.")
+    name = path.name[:MOST_SAID]
+    if not os.path.isfile(path):  # noqa: PTH113  Path's own raises for names that are too long
+        raise ValueError(f"The checkpoint {path.parent} lacks {name}, which its index lists.")
     try:
         return safe_open(path, "pt")
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"{path} is incomplete or no safetensors file ({error}){_lfs_hint(path)}. Download it "
-            "again."
+            f"{path} is incomplete or no safetensors file ({str(error)[:MOST_SAID]})"
+            f"{_lfs_hint(path)}. Download it again."
         ) from error
 
 

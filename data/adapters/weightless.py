@@ -12,6 +12,7 @@ from torch import nn
 from foreroute.data.adapters.adapted import open_experts
 from foreroute.data.adapters.model_class import auto_class
 from foreroute.data.adapters.seam import is_experts_module
+from foreroute.estimators.artifacts import joined_lines
 
 SHAPES_ATTRIBUTE = "_foreroute_shapes"
 ADAPTER_ATTRIBUTE = "_foreroute_adapter"
@@ -61,9 +62,10 @@ def outline(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False)
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
     except Exception as error:  # whatever a value that cannot be ends in
-        said = " ".join(str(error).split()) or type(error).__name__
+        place = f" of {config.name_or_path}" if config.name_or_path else ""
         raise ValueError(
-            f"Transformers cannot build a {config.model_type} model from this config: {said}."
+            f"Transformers cannot build a {config.model_type} model from the config{place}: "
+            f"{joined_lines(error)}."
         ) from error
     finally:
         if quantization is not None:

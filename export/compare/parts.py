@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Generic
 
@@ -58,15 +59,31 @@ class InMemory(Generic[TokensT]):
 
 
 class ShuffledLabels:
-    """The same states, each with the routing of another token of its shard: nothing to learn."""
+    """The same states, each with the routing of another token of any shard: nothing to learn.
+
+    Within a shard there is something: tokens of the same few documents, which share experts that
+    other documents use less.
+    """
 
     def __init__(self, shards: Shards[PreparedBatch]) -> None:
-        """Shuffle shards as they are read."""
+        """Shuffle what all shards hold but their states; it is in memory at once."""
         self._shards, self.rows = shards, shards.rows
+        host = torch.device("cpu")  # shards may lie in two places
+        batches = [_without_states(shards.read(shard_idx)).to(host) for shard_idx in shards.rows]
+        labels = PreparedBatch(*(torch.cat(parts, dim=1) for parts in zip(*batches, strict=True)))
+        generator = torch.Generator().manual_seed(0)
+        self._labels = labels.select(torch.randperm(labels.num_tokens, generator=generator))
+        counts = [batch.num_tokens for batch in batches]
+        self._starts = dict(zip(shards.rows, itertools.accumulate(counts, initial=0), strict=False))
 
     def read(self, shard_idx: int) -> PreparedBatch:
         """One shard's tokens."""
-        batch = self._shards.read(shard_idx)
-        generator = torch.Generator().manual_seed(shard_idx)
-        other = batch.select(torch.randperm(batch.num_tokens, generator=generator))
-        return other._replace(features=batch.features, anchor_logits=batch.anchor_logits)
+        batch, start = self._shards.read(shard_idx), self._starts[shard_idx]
+        labels = self._labels.select(slice(start, start + batch.num_tokens))
+        labels = labels.to(batch.features.device)
+        return labels._replace(features=batch.features, anchor_logits=batch.anchor_logits)
+
+
+def _without_states(batch: PreparedBatch) -> PreparedBatch:
+    nothing = batch.features[..., :0]
+    return batch._replace(features=nothing, anchor_logits=nothing)

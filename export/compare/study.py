@@ -36,6 +36,8 @@ from foreroute.train.stacks import build_stack
 
 CHOOSING_TOKENS = 16_384
 """Tokens that probabilities, shares and priors are chosen by, at most."""
+CHECK_TOKENS = 65_536
+"""Tokens that a check learns from, at most: what it needs of them is in memory at once."""
 VECTOR_TOKENS = 65_536
 """Tokens that default vectors are means over, at least where there are so many."""
 
@@ -143,7 +145,7 @@ class Group:
         self._tests = {
             test.name: _batches(_test_shards(test, spec), study.device) for test in study.tests
         }
-        most = max((c.tokens for c in cells if c.form != TRAINING_FREE_FORM), default=0)
+        most = max(cell.tokens for cell in cells)
         shards = FirstTokens(study.shards(spec, study.fitting), most)
         self._fitting = PreparedShards(plain, shards, seed=0)
 
@@ -184,7 +186,7 @@ class Group:
             By name of the tests.
         """
         stack = self._study.stack(cell)
-        labels = ShuffledLabels(FirstTokens(self._fitting, cell.tokens))
+        labels = ShuffledLabels(FirstTokens(self._fitting, min(cell.tokens, CHECK_TOKENS)))
         _fit(stack, cell, labels, InMemory[PreparedBatch]([]))
         return {
             name: self._study.predicted(stack.target_layers, self._scored(stack, batches)[0], None)
@@ -200,11 +202,15 @@ class Group:
         }
 
     def predict_by_frequency(self, cell: Cell) -> dict[str, PredictedExperts]:
-        """Each layer's most frequent experts on the tokens to choose by, by name of the tests."""
-        layers, experts = cell.spec(self._study.geometry).target_layers, self._study.geometry
+        """Each layer's most frequent experts on the training tokens, by name of the tests."""
+        layers = cell.spec(self._study.geometry).target_layers
+        num_experts = self._study.geometry.num_experts
+        training = FirstTokens(self._fitting, cell.tokens)
         counts = sum(
-            membership(batch.target_ids, experts.num_experts).sum(dim=1).float()
-            for batch in self._choosing
+            membership(training.read(shard_idx).target_ids.to(self._study.device), num_experts)
+            .sum(dim=1)
+            .float()
+            for shard_idx in training.rows
         )
         assert isinstance(counts, Tensor)
         return {

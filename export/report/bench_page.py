@@ -10,7 +10,7 @@ from typing import Any
 from foreroute.export.report.document import document, picture, table
 
 EXACT_COLOUR, SPECULATIVE_COLOUR = "#0072B2", "#D55E00"  # Okabe and Ito's
-BASELINE = "on-demand"
+BASELINE, STOCK = "on-demand", "stock"
 
 
 def bench_page(bench: Mapping[str, Any], title: str, command: str) -> str:
@@ -21,11 +21,24 @@ def bench_page(bench: Mapping[str, Any], title: str, command: str) -> str:
         title: Model, device and slots.
         command: What was typed.
     """
-    modes: dict[str, dict[str, Any]] = bench["modes"]
-    tokens = "the stock model's" if bench["exact_tokens_equal"] else "NOT the stock model's: a bug"
     parts = [
         f"<h1>{html.escape(title)}</h1>",
-        f"<p>Exact modes gave {tokens} tokens. Ratios within this run only.</p>",
+        *bench_parts(bench),
+        "<h2>Made by</h2>",
+        f"<pre>{html.escape(command)}</pre>",
+    ]
+    return document(f"foreroute bench: {title}", parts)
+
+
+def bench_parts(bench: Mapping[str, Any]) -> list[str]:
+    """A bench's verdict, picture, tables and notes, as parts of a page.
+
+    Args:
+        bench: What `foreroute bench --json` writes.
+    """
+    modes: dict[str, dict[str, Any]] = bench["modes"]
+    return [
+        f"<p>{html.escape(verdict(bench))} Ratios within this run only.</p>",
         picture(
             "tpot",
             draw_times(modes),
@@ -36,10 +49,23 @@ def bench_page(bench: Mapping[str, Any], title: str, command: str) -> str:
         _times(modes),
         "<h2>Copies per token, and the output against the exact model</h2>",
         _traffic(modes),
-        "<h2>Made by</h2>",
-        f"<pre>{html.escape(command)}</pre>",
+        *(f"<p>{html.escape(note)}</p>" for note in bench.get("notes", ())),
     ]
-    return document(f"foreroute bench: {title}", parts)
+
+
+def verdict(bench: Mapping[str, Any]) -> str:
+    """Whether exact modes gave the tokens that they must give, in a sentence.
+
+    Args:
+        bench: What `foreroute bench --json` writes.
+    """
+    is_stock = bench["reference"] == STOCK
+    if not bench["exact_tokens_equal"]:
+        other = "the stock model" if is_stock else "the other exact modes"
+        return f"An exact mode gave other tokens than {other}: a bug."
+    if is_stock:
+        return "Exact modes gave the stock model's tokens."
+    return "Exact modes gave the same tokens; the stock model's, by other kernels, may differ."
 
 
 def draw_times(modes: Mapping[str, Mapping[str, Any]]) -> bytes:

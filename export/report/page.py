@@ -33,8 +33,8 @@ def render(
     )
     parts = [
         f"<h1>{html.escape(measured.title)}</h1>",
-        f"<p>Measured on {measured.num_tokens:,} held-out tokens of {measured.num_sequences} "
-        "sequences that trained, calibrated and chose nothing.</p>",
+        f"<p>Measured on {measured.num_tokens:,} held-out tokens that trained, calibrated and "
+        f"chose nothing; sequences: {measured.num_sequences}.</p>",
         pictures,
         "<h2>Numbers</h2>",
         _summary(measured),
@@ -58,10 +58,11 @@ def render(
 def _summary(measured: Measured) -> str:
     """One row per predictor with the means over layers."""
     top_k = measured.top_k
+    has_intervals = any(row.intervals is not None for row in measured.rows)
     heads = [
         "predictor",
         f"recall@{top_k}",
-        "95 % by sequence",
+        *(["95 % by sequence"] if has_intervals else []),
         "gate mass",
         "exact set",
         "error before",
@@ -75,7 +76,7 @@ def _summary(measured: Measured) -> str:
         found, ends = row.metrics, row.intervals
         judged = row.reliability
         interval = "" if ends is None else " to ".join(f"{end:.3f}" for end in ends.recall_at_k)
-        cells = [row.name, _mean(found.recall_at_k), interval]
+        cells = [row.name, _mean(found.recall_at_k), *([interval] if has_intervals else [])]
         cells += [_mean(found.gate_mass_recall), _mean(found.exact_set)]
         cells += [
             "" if judged is None else _mean(judged.before.calibration_error),

@@ -111,7 +111,7 @@ def add_legends(axes: Sequence[Axes]) -> None:
     """Name the lines of each panel beside it."""
     for axis in axes:
         axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
-    axes[1].set_ylim(bottom=0)
+    axes[1].set_ylim(0, 1.1 * axes[1].get_ylim()[1])
 
 
 def draw_by_layer(measured: Measured, values: PerLayer, label: str) -> Figure:

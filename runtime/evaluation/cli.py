@@ -6,13 +6,21 @@ from pathlib import Path
 
 
 def evaluate(
-    tasks: str,
+    tasks: str | None = None,
+    rules: str | None = None,
+    slots: str = "25%",
+    out: Path | None = None,
     model: str = "bundled",
     bundle: Path | None = None,
     on_miss: str = "fetch",
-    weights: str = "true",
+    exact_layers: str = "",
     expert_slots: str = "25%",
     prefetch: str | None = None,
+    dataset: str = "python-stdlib",
+    column: str = "",
+    num_prompts: int = 24,
+    prompt_tokens: int = 32,
+    new_tokens: int = 160,
     limit: int | None = None,
     num_fewshot: int | None = None,
     batch_size: int = 1,
@@ -25,22 +33,34 @@ def evaluate(
     seed: int = 0,
     trust_remote_code: bool = False,
 ) -> None:
-    """Score an engine on tasks of lm-evaluation-harness, exact or speculative.
+    """Score an engine on tasks of lm-evaluation-harness, or measure what rules on a miss cost.
+
+    With --tasks, the engine runs under --on-miss and --expert-slots. With --rules, each rule reads
+    held-out texts token by token at each number of --slots, beside the exact engine; what is in
+    --out already is not measured again.
 
     Args:
         tasks: Names that the harness knows, such as hellaswag,gsm8k; a comma list.
+        rules: Rules on a miss, such as substitute:0.5,substitute+threshold:0.15; a comma list.
+        slots: Slots per MoE layer that rules are measured at, numbers or shares; a comma list.
+        out: The frontier's file, JSON; generate --quality-budget chooses from it.
         model: `bundled`, a local folder or a Hub id.
-        bundle: Estimators that export-estimator wrote.
-        on_miss: fetch (exact), skip or predicted; both others are speculative, and read texts
-            token by token, so that their price is measured.
-        weights: Gate weights of predicted experts: true or predicted.
-        expert_slots: Slots per MoE layer: a number, a share such as 25%, or auto.
+        bundle: Folder that export-estimator wrote, or a Hub id, `@` a revision.
+        on_miss: Of --tasks: fetch (exact), or a rule; engines under rules read texts token by
+            token, so that their price is measured.
+        exact_layers: Layers that fetch whatever the rule: decoder layer indices, 0 or 0-1,7.
+        expert_slots: Slots per MoE layer of --tasks: a number, a share such as 25%, or auto.
         prefetch: none, auto or all; auto where there is a bundle, unless said.
+        dataset: Where the texts of --rules come from (its held-out split).
+        column: Column of its tables; found unless said.
+        num_prompts: How many texts.
+        prompt_tokens: Tokens of each that are read in one pass.
+        new_tokens: Tokens of each that follow, read one by one.
         limit: Examples per task; all unless said.
         num_fewshot: Examples in the prompt; the task's own number unless said.
-        batch_size: Sequences per forward pass.
+        batch_size: Sequences per forward pass of --tasks.
         include_path: Folder with tasks of your own.
-        json: Write the figures here too.
+        json: Write the figures of --tasks here too.
         device: auto, cpu or cuda.
         dtype: auto, float32, bfloat16 or float16.
         expert_dtype: How experts are stored; auto is exact.
@@ -48,6 +68,160 @@ def evaluate(
         seed: Of all that is drawn.
         trust_remote_code: Run code that came with the checkpoint.
     """
+    given = dict(locals())
+    if (tasks is None) == (rules is None):
+        raise ValueError(
+            "Give --tasks (of lm-evaluation-harness) or --rules (on a miss), and not both."
+        )
+    if rules is not None:
+        _measure_rules(**{name: given[name] for name in RULE_FLAGS})
+    else:
+        _score_tasks(**{name: given[name] for name in TASK_FLAGS})
+
+
+COMMON_FLAGS = (
+    "model",
+    "bundle",
+    "exact_layers",
+    "prefetch",
+    "device",
+    "dtype",
+    "expert_dtype",
+    "revision",
+    "trust_remote_code",
+)
+RULE_FLAGS = (
+    *COMMON_FLAGS,
+    "rules",
+    "slots",
+    "out",
+    "dataset",
+    "column",
+    "num_prompts",
+    "prompt_tokens",
+    "new_tokens",
+)
+TASK_FLAGS = (
+    *COMMON_FLAGS,
+    "tasks",
+    "on_miss",
+    "expert_slots",
+    "limit",
+    "num_fewshot",
+    "batch_size",
+    "include_path",
+    "json",
+    "seed",
+)
+
+
+def _measure_rules(
+    *,
+    rules: str,
+    slots: str,
+    out: Path | None,
+    model: str,
+    bundle: Path | None,
+    exact_layers: str,
+    prefetch: str | None,
+    dataset: str,
+    column: str,
+    num_prompts: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    device: str,
+    dtype: str,
+    expert_dtype: str,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> None:
+    import shlex
+    import sys
+
+    from foreroute.data.adapters import load_tokenizer
+    from foreroute.data.adapters.loading import HubSettings
+    from foreroute.data.adapters.vocabulary import vocabulary_size
+    from foreroute.data.columns import RowReading
+    from foreroute.data.held_out import held_out_sequences
+    from foreroute.estimators.artifacts import package_versions, require_file_place
+    from foreroute.estimators.console import plain_console
+    from foreroute.export.bundle import load_bundle
+    from foreroute.runtime.config import EngineConfig
+    from foreroute.runtime.evaluation.frontier import Frontier, device_name
+    from foreroute.runtime.evaluation.price import PriceList, Texts, not_measured, rules_of
+    from foreroute.runtime.evaluation.tables import price_table
+    from foreroute.runtime.store.offload import load_offloaded
+
+    if num_prompts < 2 or prompt_tokens < 1 or new_tokens < 2:
+        raise ValueError("--rules needs at least 2 prompts of 1 token, and 2 new tokens each.")
+    names, shares = rules_of(rules), [s.strip() for s in slots.split(",") if s.strip()]
+    require_file_place(out)
+    hub: HubSettings = {"revision": revision, "trust_remote_code": trust_remote_code}
+    loaded = load_bundle(bundle) if bundle else None
+    offloaded = load_offloaded(model, device=device, dtype=dtype, expert_dtype=expert_dtype, **hub)
+    if loaded is not None:
+        loaded.require_fits(offloaded.moe.geometry)
+    config = EngineConfig(prefetch=prefetch or ("auto" if bundle else "none"))  # type: ignore[arg-type]
+    settings = {
+        "dataset": dataset,
+        "num_prompts": num_prompts,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "dtype": str(offloaded.moe.model.dtype).removeprefix("torch."),
+        "expert_dtype": offloaded.expert_dtype,
+        "bundle": str(bundle or ""),
+        "prefetch": config.prefetch,
+    }
+    frontier = Frontier(
+        geometry=offloaded.moe.geometry,
+        device=device_name(offloaded.device),
+        settings=settings,
+        command=shlex.join(sys.argv),
+        versions=package_versions(),
+        rows=[],
+    ).going_on_from(out)
+    todo = not_measured(names, shares, exact_layers, frontier.rows)
+    if todo:
+        reading = RowReading(column=column, tokenizer=load_tokenizer(model, **hub))
+        length = prompt_tokens + new_tokens
+        num_known = vocabulary_size(offloaded.moe.model)
+        texts = Texts.cut(
+            held_out_sequences(reading, dataset, num_prompts, length, num_known), prompt_tokens
+        )
+        prices = PriceList(offloaded, loaded.stack if loaded else None, config)
+        exact = prices.read_exact(texts, shares[0])
+        for rule, share in todo:
+            layers = "" if rule == "fetch" else exact_layers
+            frontier.rows.append(prices.measure(texts, exact, rule, share, layers))
+            if out is not None:  # a run that is stopped goes on from here
+                frontier.write(out)
+    console = plain_console()
+    console.print(price_table(frontier))
+    if out is not None:
+        console.print(str(out), soft_wrap=True)
+
+
+def _score_tasks(
+    *,
+    tasks: str,
+    model: str,
+    bundle: Path | None,
+    on_miss: str,
+    exact_layers: str,
+    expert_slots: str,
+    prefetch: str | None,
+    limit: int | None,
+    num_fewshot: int | None,
+    batch_size: int,
+    include_path: Path | None,
+    json: Path | None,
+    device: str,
+    dtype: str,
+    expert_dtype: str,
+    revision: str | None,
+    seed: int,
+    trust_remote_code: bool,
+) -> None:
     try:
         from foreroute.runtime.evaluation.score import score
     except ImportError as error:
@@ -70,7 +244,7 @@ def evaluate(
         model,
         bundle=bundle,
         on_miss=on_miss,
-        weights=weights,
+        exact_layers=exact_layers,
         expert_slots=expert_slots,
         prefetch=prefetch,
         device=device,
@@ -81,7 +255,7 @@ def evaluate(
     ) as engine:
         found = score(
             engine,
-            load_tokenizer(model, trust_remote_code=trust_remote_code),
+            load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code),
             names,
             batch_size=batch_size,
             limit=limit,

@@ -12,6 +12,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import Tensor
 
+from foreroute.estimators.artifacts import first_line
 from foreroute.runtime.engine import Engine
 
 
@@ -92,8 +93,7 @@ def score(
             fewshot_random_seed=seed,
         )
     except (OSError, ConnectionError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"The data of a task cannot be had: {line}") from error
+        raise ValueError(f"The data of a task cannot be had: {first_line(error)}") from error
     return {task: _figures(values) for task, values in found["results"].items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from pathlib import Path
@@ -15,8 +16,12 @@ from foreroute.data.adapters.chat import encode_chat
 from foreroute.data.adapters.loading import HubSettings
 from foreroute.data.adapters.vocabulary import require_known, vocabulary_size
 from foreroute.estimators.ranks import are_ranks_started
+from foreroute.export.hub import find_bundle
 from foreroute.runtime.engine import Engine
+from foreroute.runtime.evaluation.frontier import Frontier, parse_quality_budget
 from foreroute.runtime.store.checkpoint import Checkpoint
+
+logger = logging.getLogger(__name__)
 
 EMPTY_PROMPT = "The prompt is empty; give at least one token of text."
 
@@ -32,6 +37,8 @@ def run_generate(
     chat: bool,
     revision: str | None,
     trust_remote_code: bool,
+    quality_budget: str | None,
+    frontier: Path | None,
     **settings: Any,
 ) -> str:
     """Print the model's continuation of a prompt as it comes, and give one line on what it cost.
@@ -46,6 +53,8 @@ def run_generate(
         chat: Put the prompt through the tokenizer's template.
         revision: Branch, tag or commit of a Hub id, for weights and tokenizer.
         trust_remote_code: Run code that came with the checkpoint.
+        quality_budget: How far perplexity may rise; None to take the rule in the settings.
+        frontier: File of what rules cost on this model; the bundle's if None.
         **settings: As `Engine.from_pretrained` takes them.
 
     Raises:
@@ -60,11 +69,17 @@ def run_generate(
         raise ValueError(f"--max-new-tokens must be at least 1, not {max_new_tokens}.")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"--temperature must be 0 (greedy) or a number above, not {temperature}.")
+    measured = None
+    if quality_budget is not None:
+        measured = Frontier.find(frontier, find_bundle(bundle) if bundle else None)
+        settings |= chosen_rule(measured, quality_budget, settings)
     text = read_prompt(prompt)
     hub: HubSettings = {"revision": revision, "trust_remote_code": trust_remote_code}
     token_ids = encode_prompt(tokenizer := _tokenizer(model, hub), text, is_chat=chat)
     settings["is_sliced"] = are_ranks_started()
     with Engine.from_pretrained(model, bundle=bundle, **hub, **settings) as engine:
+        if measured is not None:
+            measured.require_fits(engine.geometry)
         require_known(token_ids.flatten().tolist(), vocabulary_size(engine.model), "The prompt")
         set_seed(seed)
         sampling: dict[str, Any] = {"do_sample": False}
@@ -81,6 +96,32 @@ def run_generate(
             if engine.ranks.is_first:
                 sys.stdout.write(text + "\n")
         return _cost_line(engine) if engine.ranks.is_first else ""
+
+
+def chosen_rule(
+    measured: Frontier, quality_budget: str, settings: dict[str, Any]
+) -> dict[str, str]:
+    """The settings that keep within a budget of quality, and take least.
+
+    Args:
+        measured: Rules of the model.
+        quality_budget: As the user wrote it.
+        settings: Of the engine; names the slots, and no rule.
+
+    Raises:
+        ValueError: If a rule is named too, or no such slots were measured.
+    """
+    if settings["on_miss"] != "fetch" or settings["exact_layers"]:
+        raise ValueError("--quality-budget chooses the rule: leave out --on-miss, --exact-layers.")
+    row = measured.choose(settings["expert_slots"], parse_quality_budget(quality_budget))
+    logger.warning(
+        "Rule on a miss: %s (perplexity %+.2f %%, at most %+.2f %%; measured on %s).",
+        row.rule,
+        100 * (row.perplexity_ratio - 1),
+        100 * row.worst_loss,
+        measured.device,
+    )
+    return {"on_miss": row.rule, "exact_layers": row.exact_layers}
 
 
 def read_prompt(prompt: str) -> str:
@@ -141,7 +182,9 @@ def _tokenizer(model: str, hub: HubSettings) -> Any:
 def _cost_line(engine: Engine) -> str:
     stats = engine.stats()
     ttft_ms = stats.ttft_ms[-1] if stats.ttft_ms else math.nan  # beams have no first token
-    kind = "exact" if engine.config.is_exact else f"SPECULATIVE, agreement {stats.agreement:.3f}"
+    kind = "exact"
+    if not engine.config.is_exact:
+        kind = f"SPECULATIVE ({engine.config.on_miss}), agreement {stats.agreement:.3f}"
     if engine.offloaded.expert_dtype != "auto":
         kind += f" with experts in {engine.offloaded.expert_dtype}"
     if engine.config.looks_ahead and stats.share_ahead < 1:

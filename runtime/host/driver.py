@@ -14,15 +14,18 @@ from torch import Tensor
 from foreroute.data.adapters.early_attention import decoder_layer
 from foreroute.runtime.config import EngineConfig
 from foreroute.runtime.hooks import watch_input, watch_router_logits
+from foreroute.runtime.host.judge import HostJudge
 from foreroute.runtime.host.layer import HostLayer
 from foreroute.runtime.host.ledger import TRIAL_STEPS, HostLedger, time_copy
 from foreroute.runtime.host.predictor import HostPredictor
 from foreroute.runtime.host.residency import HostResidency
 from foreroute.runtime.host.run_state import HostRun
 from foreroute.runtime.host.slot_cache import SlotCache
-from foreroute.runtime.host.speculation import AgreementGuard, gate_weights_of
 from foreroute.runtime.host.transfers import Transfers
 from foreroute.runtime.look_ahead import LookAhead
+from foreroute.runtime.on_miss.agreement import AgreementGuard
+from foreroute.runtime.on_miss.budget import Allowance
+from foreroute.runtime.on_miss.gates import exact_layers_of, gates_of
 from foreroute.runtime.planning.machine import find_profile
 from foreroute.runtime.policies import GiveUp, PrefetchChooser, find_policy, find_prefetch_rule
 from foreroute.runtime.policies.duel import duelling_layers
@@ -52,22 +55,18 @@ class HostDriver:
             ahead: What predicts; None to predict nothing.
 
         Raises:
-            ValueError: If the model's gate rule is not known and speculation needs it.
+            ValueError: If the rule on a miss weighs experts and the model's gate rule is unknown.
         """
         self._offloaded = offloaded
-        geometry = offloaded.moe.geometry
-        if config.on_miss == "predicted":  # refuse unknown gate rules before anything runs
-            one = torch.zeros(1, 1)
-            gate_weights_of(one, one.long(), geometry.gate_family, 1.0, torch.float32)
+        self._gates = gates_of(offloaded.moe, config.rule)
         self.run = HostRun(
             config=config,
-            gate_family=geometry.gate_family,
-            gate_scale=geometry.gate_scale,
             transfers=Transfers.for_device(offloaded.device),
             predictor=HostPredictor(ahead) if ahead else None,
             guard=AgreementGuard(config.agreement_floor),
             policy=find_policy(config.eviction),
         )
+        self.run.allowance = self._make_allowance()
         self.layers = self._make_layers(slots_per_layer)
         if ahead is not None:
             self._link_targets(ahead)
@@ -80,10 +79,11 @@ class HostDriver:
 
     def _make_layers(self, slots_per_layer: Sequence[int]) -> list[HostLayer]:
         moe, store, run = self._offloaded.moe, self._offloaded.store, self.run
-        layers = []
+        exact = exact_layers_of(run.config, moe.geometry)
+        layers: list[HostLayer] = []
         duels = duelling_layers(len(moe.layers))
-        for moe_layer, rows, layout, num_slots, has_shadows in zip(
-            moe.layers, store.rows, store.layouts, slots_per_layer, duels, strict=True
+        for moe_layer, rows, layout, num_slots, gates, has_shadows in zip(
+            moe.layers, store.rows, store.layouts, slots_per_layer, self._gates, duels, strict=True
         ):
             cache = SlotCache(
                 moe_layer.num_experts,
@@ -94,8 +94,20 @@ class HostDriver:
                 run.duel,
                 has_shadows=has_shadows,
             )
-            layers.append(HostLayer(moe_layer, HostResidency(rows, cache, run), run))
+            judge = HostJudge(run, cache, gates, place=len(layers))
+            is_exact = run.config.is_exact or moe_layer.layer_idx in exact
+            residency = HostResidency(rows, cache, run)
+            layers.append(HostLayer(moe_layer, residency, run, None if is_exact else judge))
         return layers
+
+    def _make_allowance(self) -> Allowance | None:
+        """What a rule with a budget lets a decode step copy."""
+        offloaded, config = self._offloaded, self.run.config
+        if not config.rule.has_budget:
+            return None
+        size = offloaded.expert_bytes
+        experts = config.rule.budget_experts(size, find_profile(config.profile).copy_ms(size))
+        return Allowance(experts, offloaded.moe.geometry.num_layers)
 
     def _link_targets(self, ahead: LookAhead) -> None:
         """Tell each layer which one its state predicts."""
@@ -107,7 +119,7 @@ class HostDriver:
                 layer.target.seen_from = place_of[target_idx] - place or ATTENTION_SHARE
 
     def _make_give_up(self) -> GiveUp | None:
-        """What ends prefetching that does not pay; speculative execution always looks ahead."""
+        """What ends prefetching that does not pay; not where predicted experts run."""
         run = self.run
         if run.chooser is None:
             return None
@@ -129,7 +141,7 @@ class HostDriver:
         fields = run.predictor.ahead.stack.input_fields if run.predictor else ()
         if run.predictor is not None and run.predictor.ahead.readouts is not None:
             run.predictor.ahead.readouts.attach(undo, lambda: not run.is_prefill)
-        needs_logits = run.config.on_miss == "predicted" and run.config.weights == "true"
+        needs_logits = run.config.rule.needs_scores
         for layer, own in zip(moe.layers, self.layers, strict=True):
             if run.predictor is not None:
                 own.states.watch(layer, undo)
@@ -199,8 +211,8 @@ class HostDriver:
 
 
 def _make_chooser(offloaded: OffloadedModel, config: EngineConfig) -> PrefetchChooser | None:
-    """What decides on prefetches; speculative execution needs every prediction."""
-    if config.prefetch != "auto" or not config.is_exact:
+    """What decides on prefetches; none where the rule on a miss needs every prediction."""
+    if config.prefetch != "auto" or config.rule.needs_predictions:
         return None
     machine, expert_bytes = find_profile(config.profile), offloaded.expert_bytes
     return PrefetchChooser(

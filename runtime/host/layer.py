@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,11 +19,11 @@ from foreroute.data.adapters import (
 from foreroute.data.routes import GUESSES_PER_EXPERT
 from foreroute.estimators.selection import nearly_chosen
 from foreroute.runtime.hooks import SourceStates
+from foreroute.runtime.host.judge import HostJudge
 from foreroute.runtime.host.predictor import HostPredictor, Prediction, distinct, most_wanted
 from foreroute.runtime.host.residency import HostResidency
 from foreroute.runtime.host.run_state import HostRun
 from foreroute.runtime.host.slot_cache import EMPTY
-from foreroute.runtime.host.speculation import gate_weights_of, without_missing
 
 GATHER_LIMIT_BYTES = 64 * 2**20  # batched_mm copies a token's experts: bound what one call copies
 
@@ -30,13 +31,16 @@ GATHER_LIMIT_BYTES = 64 * 2**20  # batched_mm copies a token's experts: bound wh
 class HostLayer:
     """One MoE layer's cache and the function that takes its experts' place."""
 
-    def __init__(self, layer: MoELayer, residency: HostResidency, run: HostRun) -> None:
+    def __init__(
+        self, layer: MoELayer, residency: HostResidency, run: HostRun, judge: HostJudge | None
+    ) -> None:
         """Connect the parts.
 
         Args:
             layer: Handles on the model's modules.
             residency: The layer's slots and host rows.
             run: Shared with the engine's other layers.
+            judge: Applies the rule on a miss; None where this layer is exact.
         """
         self.layer_idx = layer.layer_idx
         self.residency = residency
@@ -49,8 +53,9 @@ class HostLayer:
         self.layer_input: Tensor | None = None
         """Set by a hook on the decoder layer, [T, D]; only where estimators read it."""
         self.router_logits: Tensor | None = None
-        """Set by a hook on the router, [T, E]; only where speculation needs it."""
+        """Set by a hook on the router, [T, E]; only where a rule or a policy reads it."""
         self._run = run
+        self._judge = judge
         self._view: Any = ExpertsView(layer.experts, residency.cache.weights)
         self._per_token = stock_experts_function("batched_mm", layer.experts)
         self._grouped = stock_experts_function("grouped_mm", layer.experts)
@@ -101,36 +106,56 @@ class HostLayer:
 
     def _decode(self, router_input: Tensor, expert_ids: Tensor, gate_weights: Tensor) -> Tensor:
         prediction, self._prediction = self._prediction, None
-        mode = self._run.config.on_miss if self._run.is_speculating else "fetch"
-        run_ids, run_weights = expert_ids, gate_weights
-        if mode == "predicted" and prediction is not None:
-            run_ids, run_weights = self._speculate(prediction, gate_weights)
-        true_rows, onward = self._look_ahead(expert_ids, router_input, run_ids, run_weights)
+        judge, ruling = self._judge, None
+        if judge is not None:
+            ruling = judge.rule_on(expert_ids, gate_weights, self.router_logits, prediction)
+        if ruling is None:
+            (rows,), onward = self._look_ahead([expert_ids], router_input, expert_ids, gate_weights)
+            self._settle(rows)
+            return self._run_exact(router_input, expert_ids, rows, gate_weights, onward)
+        ids, weights = ruling.expert_ids, ruling.gate_weights
+        facts = [expert_ids, ids, ruling.is_run.long()]
+        (true_rows, rows, is_run), onward = self._look_ahead(facts, router_input, ids, weights)
+        self._settle(true_rows)
+        assert judge is not None  # it ruled
+        judge.count(true_rows, rows, is_run)
+        chosen = distinct(expert for row in true_rows for expert in row)
+        output = self._run_exact(router_input, ids, rows, weights, onward, chosen)
+        self._fetch_behind(chosen, distinct(expert for row in rows for expert in row))
+        return output
+
+    def _settle(self, true_rows: list[list[int]]) -> None:
+        """Let the chooser learn from what the router chose."""
         if self._run.chooser is not None and self._run.is_looking_ahead:
             needed = {expert for row in true_rows for expert in row}
             here = self.residency.cache.state.here
             has_missed = not all(here[expert] for expert in needed)
             self._run.chooser.settle(self.layer_idx, needed, has_missed=has_missed)
-        if mode == "skip":
-            return self._run_present(router_input, true_rows, gate_weights, onward)
-        if run_ids is expert_ids or prediction is None:
-            return self._run_exact(router_input, expert_ids, true_rows, gate_weights, onward)
-        run_rows = [row[: run_ids.shape[-1]] for row in prediction.rows]
-        pairs = zip(run_rows, true_rows, strict=True)
-        self._run.count_agreement(sum(len(set(a) & set(b)) for a, b in pairs), run_ids.numel())
-        return self._run_exact(router_input, run_ids, run_rows, run_weights, onward)
+
+    def _fetch_behind(self, chosen: list[int], run: list[int]) -> None:
+        """Ask for what the router chose and the rule did not wait for."""
+        rule, slot_of = self._run.config.rule, self.residency.cache.slot_of
+        if not (rule.waits_for_none or rule.is_later):
+            return
+        absent = [expert for expert in chosen if slot_of(expert) == EMPTY]
+        only_likely = not rule.waits_for_none
+        self.residency.fetch_behind(absent, kept=run, only_likely=only_likely)
 
     def _look_ahead(
-        self, true_ids: Tensor, router_input: Tensor, run_ids: Tensor, run_weights: Tensor
-    ) -> tuple[list[list[int]], Prediction | None]:
-        """The true ids, and the prediction for the target layer, with one device-to-host sync.
+        self,
+        facts: Sequence[Tensor],
+        router_input: Tensor,
+        run_ids: Tensor,
+        run_weights: Tensor,
+    ) -> tuple[list[list[list[int]]], Prediction | None]:
+        """Facts [T, K] each, and the prediction for the target layer, with one sync of the host.
 
-        The prediction stands on the experts that run here, which speculation may have replaced.
+        The prediction stands on the experts that run here, which a rule may have replaced.
         """
-        run = self._run
+        run, known = self._run, torch.cat(list(facts), dim=-1)  # [T, any]
         predictor, is_own = run.predictor, self.target is self
         if predictor is None or not run.is_looking_ahead or self.target is None or is_own:
-            return true_ids.tolist(), None
+            return _split(known.tolist(), len(facts)), None
         with run.ledger.spending():
             logits, ranked = predictor.predict(
                 self.layer_idx,
@@ -140,8 +165,9 @@ class HostLayer:
                 gate_weights=run_weights,
                 layer_input=self.layer_input,
             )
-            columns = self._for_host(predictor, true_ids, ranked, logits)
-        return _on_host(columns, ranked, logits)
+            columns = self._for_host(predictor, known, ranked, logits)
+        rows, onward = _on_host(columns, ranked, logits)
+        return _split(rows, len(facts)), onward
 
     def enter(self, layer_input: Tensor) -> None:
         """The decoder layer begins: load what is predicted for it, before its attention runs.
@@ -163,13 +189,13 @@ class HostLayer:
         self.expect(_on_host(columns, ranked, logits)[1])
 
     def _for_host(
-        self, predictor: HostPredictor, true_ids: Tensor, ranked: Tensor, logits: Tensor
+        self, predictor: HostPredictor, facts: Tensor, ranked: Tensor, logits: Tensor
     ) -> Tensor:
-        """True ids [T, any], the ranking [T, M] and, where a chooser decides, its chances."""
-        columns = [true_ids, ranked]
+        """Facts [T, any], the ranking [T, M] and, where a chooser decides, its chances."""
+        columns = [facts, ranked]
         if self._run.chooser is not None:
             chances = predictor.probabilities(self.layer_idx, logits)  # [T, E]
-            columns = [true_ids.float(), ranked.float(), chances.gather(-1, ranked)]
+            columns = [facts.float(), ranked.float(), chances.gather(-1, ranked)]
         return torch.cat(columns, dim=-1)
 
     def _run_exact(
@@ -179,6 +205,7 @@ class HostLayer:
         id_rows: list[list[int]],
         gate_weights: Tensor,
         onward: Prediction | None = None,
+        credited: list[int] | None = None,
     ) -> Tensor:
         """Compute these experts for these tokens, fetching what is missing."""
         needed = distinct(expert for row in id_rows for expert in row)
@@ -191,7 +218,7 @@ class HostLayer:
             output = self._run_in_groups(router_input, expert_ids, needed, gate_weights)
             self._prefetch_onward(onward)
             return output
-        tickets = self.residency.fetch(needed)
+        tickets = self.residency.fetch(needed, credited)
         self._prefetch_onward(onward)
         for ticket in tickets:
             ticket.wait()
@@ -301,38 +328,6 @@ class HostLayer:
         )
         self.residency.prefetch(chosen, kept=wanted)
 
-    def _speculate(self, prediction: Prediction, gate_weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The predicted experts and their gate weights, both [T, K], in place of the true ones."""
-        ids = prediction.expert_ids[:, : gate_weights.shape[-1]]  # [T, K]
-        logits = prediction.router_logits
-        if self._run.config.weights == "true":
-            assert self.router_logits is not None  # the engine hooks the router in this mode
-            logits = self.router_logits
-        rule = self._run.gate_family, self._run.gate_scale
-        return ids, gate_weights_of(logits, ids, *rule, gate_weights.dtype)
-
-    def _run_present(
-        self,
-        router_input: Tensor,
-        true_rows: list[list[int]],
-        gate_weights: Tensor,
-        onward: Prediction | None,
-    ) -> Tensor:
-        """Compute the true experts that are there; the others are left out."""
-        needed = distinct(expert for row in true_rows for expert in row)
-        present = self.residency.use_present(needed)
-        is_present = [[expert in present for expert in row] for row in true_rows]
-        self._run.count_agreement(sum(map(sum, is_present)), gate_weights.numel())
-        self._prefetch_onward(onward)
-        if not present:
-            return torch.zeros_like(router_input)
-        stand_in = min(present)  # computed with weight 0 where an expert is left out
-        rows = [[e if e in present else stand_in for e in row] for row in true_rows]
-        mask = torch.tensor(is_present, device=gate_weights.device)  # [T, K]
-        weights = without_missing(gate_weights, mask, self._run.gate_family)
-        slot_ids = self.residency.cache.slot_ids(rows, router_input.device)
-        return self._per_token(self._view, router_input, slot_ids, weights)
-
 
 def _is_cast(states: Tensor) -> bool:
     """Whether autocast computes with these states in another dtype than theirs."""
@@ -341,12 +336,18 @@ def _is_cast(states: Tensor) -> bool:
 
 
 def _on_host(columns: Tensor, ranked: Tensor, logits: Tensor) -> tuple[list[list[int]], Prediction]:
-    """True ids, and the prediction that stands beside them; one device-to-host sync."""
+    """Facts, and the prediction that stands beside them; one device-to-host sync."""
     rows, budget = columns.tolist(), ranked.shape[-1]
     has_chances = columns.is_floating_point()
-    top_k = columns.shape[-1] - (2 * budget if has_chances else budget)
-    end = top_k + budget
+    num_facts = columns.shape[-1] - (2 * budget if has_chances else budget)
+    end = num_facts + budget
     ids = [[int(number) for number in row[:end]] for row in rows]
     chances = [row[end:] for row in rows]
-    onward = Prediction(ranked, [row[top_k:] for row in ids], logits, chances)
-    return [row[:top_k] for row in ids], onward
+    onward = Prediction(ranked, [row[num_facts:] for row in ids], logits, chances)
+    return [row[:num_facts] for row in ids], onward
+
+
+def _split(rows: list[list[int]], count: int) -> list[list[list[int]]]:
+    """Rows [T][count x K] as `count` times [T][K]."""
+    size = len(rows[0]) // count
+    return [[row[at * size : (at + 1) * size] for row in rows] for at in range(count)]

@@ -11,6 +11,7 @@ from foreroute.runtime.host.ledger import Early
 from foreroute.runtime.host.run_state import HostRun
 from foreroute.runtime.host.slot_cache import EMPTY, SlotCache
 from foreroute.runtime.host.transfers import Ticket
+from foreroute.runtime.policies import PrefetchRule
 
 
 class HostResidency:
@@ -34,11 +35,12 @@ class HostResidency:
         """Bytes that one copy moves."""
         return self.rows.shape[1]
 
-    def fetch(self, needed: list[int]) -> list[Ticket]:
+    def fetch(self, needed: list[int], credited: list[int] | None = None) -> list[Ticket]:
         """Make these experts resident, those that are missing by copies on demand.
 
         Args:
             needed: Distinct experts, at most as many as slots.
+            credited: See `SlotCache.use`.
 
         Returns:
             What compute must wait for.
@@ -63,7 +65,7 @@ class HostResidency:
             for expert in cache.arriving.keys() & self._early.keys():
                 self._run.ledger.count_delay(self._early[expert])
         phase.lookups += len(needed)
-        cache.use(needed, is_step=not self._run.is_prefill)
+        cache.use(needed, credited=credited, is_step=not self._run.is_prefill)
         cache.unpin()
         return tickets
 
@@ -80,31 +82,29 @@ class HostResidency:
         self._ask_for(absent, is_prefetch=True)
         self.cache.unpin()
 
-    def use_present(self, needed: list[int]) -> set[int]:
-        """Use the experts that are there; the absent ones are copied for later, not waited for.
+    def fetch_behind(
+        self, absent: Sequence[int], *, kept: Iterable[int], only_likely: bool
+    ) -> None:
+        """Ask for experts that nobody waits for, behind the compute enqueued so far.
 
         Args:
-            needed: Distinct experts.
-
-        Returns:
-            Those that can be computed now.
+            absent: Distinct experts without a slot, in the router's order.
+            kept: Experts that may not go for them.
+            only_likely: Ask for the likeliest alone, and only if the next tokens are likelier to
+                use it than the one it evicts.
         """
-        cache, phase = self.cache, self._run.phase
-        arriving = {e for e, ticket in cache.arriving.items() if not ticket.is_done()}
-        present = [e for e in needed if cache.slot_of(e) != EMPTY and e not in arriving]
-        absent = [e for e in needed if cache.slot_of(e) == EMPTY]
-        phase.lookups += len(needed)
-        phase.hits += len(present)
-        phase.late += len(needed) - len(present) - len(absent)
-        phase.misses += len(absent)
-        phase.skipped += len(needed) - len(present)
-        for expert in present:
-            cache.arriving.pop(expert, None)
-        cache.use(present)
-        cache.pin(needed)
-        self._ask_for(absent[: cache.num_evictable])
+        cache, state = self.cache, self.cache.state
+        cache.pin([*kept, *absent])
+        wanted = list(absent[: cache.num_evictable])
+        if only_likely and wanted:
+            wanted = [max(wanted, key=state.frequency)]
+            victim = cache.next_victim()
+            feared = 0.0 if victim == EMPTY else state.frequency(victim)
+            # either costs one copy: what is saved if it is used, and what if the victim is
+            if not PrefetchRule.is_worth(state.frequency(wanted[0]), 1.0, feared, 1.0):
+                wanted = []
+        self._ask_for(wanted)
         cache.unpin()
-        return set(present)
 
     def forget(self) -> None:
         """Empty every slot, and forget what its experts were worth."""

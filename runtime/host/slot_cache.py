@@ -75,17 +75,30 @@ class SlotCache:
         """The slot an expert is in, or `EMPTY`; does not count as a use."""
         return self._slot_of[expert_id]
 
-    def use(self, expert_ids: Sequence[int], *, is_step: bool = True) -> None:
+    @property
+    def is_here(self) -> list[bool]:
+        """By expert, whether it is in its slot, and no copy of it still on its way."""
+        coming = {expert for expert, ticket in self.arriving.items() if not ticket.is_done()}
+        return [here and e not in coming for e, here in enumerate(self.state.here)]
+
+    def use(
+        self,
+        expert_ids: Sequence[int],
+        *,
+        credited: Sequence[int] | None = None,
+        is_step: bool = True,
+    ) -> None:
         """Mark resident experts as used now.
 
         Args:
             expert_ids: Distinct experts.
+            credited: Those whose score rises, resident or not, where they are others.
             is_step: Whether this is a decode step, which scores count; a prompt's uses are counted
                 by `count_prompt`.
         """
         self._unused_prefetches.difference_update(expert_ids)
         if is_step:
-            self.state.use(expert_ids)
+            self.state.use(expert_ids if credited is None else credited)
 
     def count_prompt(self, rows: Sequence[Sequence[int]]) -> None:
         """Count a prompt's uses, per token the experts it used."""
@@ -118,6 +131,10 @@ class SlotCache:
     def num_evictable(self) -> int:
         """Slots that `admit` could fill now."""
         return sum(expert not in self._pinned for expert in self.state.expert_in)
+
+    def next_victim(self) -> int:
+        """The expert that `admit` would evict now, or `EMPTY` if a slot is free."""
+        return self.state.expert_in[self.state.victim_slot(self._pinned)]
 
     def admit(self, expert_id: int, *, is_prefetch: bool = False) -> tuple[int, bool]:
         """Give an absent expert a slot; the caller fills it.

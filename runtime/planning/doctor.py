@@ -82,7 +82,9 @@ def diagnose(
         name, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
     )
     if checkpoint.asked_dtype is None:  # only the files say it, and they may not be here
-        checkpoint = replace(checkpoint, asked_dtype=torch.float32)
+        # what is quantised keeps the rest in bfloat16 (gpt-oss, whose config is silent)
+        usual = torch.float32 if checkpoint.quantization is None else torch.bfloat16
+        checkpoint = replace(checkpoint, asked_dtype=usual)
     experts = checkpoint.experts
     sizes = _sizes(checkpoint.outline, experts)
     sizes["graph"] = _graph(checkpoint.outline, experts.values())  # before layers are dropped
@@ -93,14 +95,19 @@ def diagnose(
         return replace(found, dtype=dtype_name + (f", decoded from {method}" if method else ""))
     return replace(
         found,
-        dtype=str(method),
+        dtype=str(method or checkpoint.expert_dtype),
         expert_bytes=RowLayout.of(next(iter(experts.values())), checkpoint.encoder).row_bytes,
         all_experts_bytes=checkpoint.stored_bytes,
     )
 
 
-def report(found: Diagnosis) -> Table:
-    """The diagnosis as a table."""
+def report(found: Diagnosis, packed: str = "") -> Table:
+    """The diagnosis as a table.
+
+    Args:
+        found: The diagnosis.
+        packed: What `packed_share` says of the weights.
+    """
     table = Table(title=found.name, box=box.SIMPLE_HEAD, title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -121,6 +128,8 @@ def report(found: Diagnosis) -> Table:
         "speculative": found.speculative,
         "CUDA graph": found.graph,
     }
+    if packed:
+        rows["in 12 bits"] = packed
     for name, value in rows.items():
         table.add_row(name, value)
     return table

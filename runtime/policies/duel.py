@@ -59,7 +59,7 @@ class Shadow:
         """Make a step's experts resident; of equal worth the lowest expert goes first.
 
         Args:
-            ids: Distinct experts, no more than slots.
+            ids: Distinct experts; they stay, were they more than slots.
             worth: Of every expert before the step, [E].
 
         Returns:

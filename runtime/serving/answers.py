@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 from transformers.cli.serving.utils import DirectStreamer, GenerateManager, _StreamError
 
+from foreroute.estimators.artifacts import first_line
+
 BUSY, DRAINING = "The queue is full; try again later.", "The server is shutting down."
 
 
@@ -160,7 +162,7 @@ class AnswerQueue(GenerateManager):  # type: ignore[misc]
                 if run() is None:
                     loop.call_soon_threadsafe(queue.put_nowait, None)
             except Exception as error:
-                loop.call_soon_threadsafe(queue.put_nowait, _StreamError(_line(error)))
+                loop.call_soon_threadsafe(queue.put_nowait, _StreamError(first_line(error)))
 
         self.submit(stream)
         return queue, streamer
@@ -223,7 +225,3 @@ class AnswerQueue(GenerateManager):  # type: ignore[misc]
                 f"{self._max_tokens} in all.",
             )
         config.max_new_tokens = min(config.max_new_tokens, room)
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

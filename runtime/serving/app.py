@@ -10,7 +10,9 @@ import uuid
 from typing import Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException as AnyHTTPException  # what FastAPI itself raises too
 
 from foreroute.runtime.engine import Engine
 from foreroute.runtime.serving.answers import CURRENT, Answer, AnswerQueue
@@ -71,8 +73,8 @@ def _route_the_rest(app: FastAPI, name: str, queue: AnswerQueue, metrics: Server
         return JSONResponse({"status": "ok"})
 
     @app.get("/metrics")
-    def prometheus() -> PlainTextResponse:
-        return PlainTextResponse(metrics.text())
+    def prometheus() -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.post("/load_model")
     def load_model() -> PlainTextResponse:
@@ -149,8 +151,8 @@ def _key_check(api_key: str | None) -> Any:
 def _handle_errors(app: FastAPI) -> None:
     """Errors in the form that OpenAI's clients read."""
 
-    @app.exception_handler(HTTPException)
-    async def refused(_: Request, error: HTTPException) -> JSONResponse:
+    @app.exception_handler(AnyHTTPException)
+    async def refused(_: Request, error: AnyHTTPException) -> JSONResponse:
         kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
         content = {"message": str(error.detail), "type": kind, "code": error.status_code}
         return JSONResponse({"error": content}, error.status_code, headers=error.headers)

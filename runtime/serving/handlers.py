@@ -14,6 +14,7 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerationState, get_response_template
 
+from foreroute.estimators.artifacts import first_line
 from foreroute.runtime.serving.answers import CURRENT, AnswerQueue
 
 DONE = "data: [DONE]\n\n"
@@ -61,6 +62,11 @@ class OneModel(ModelManager):  # type: ignore[misc]
         super().__init__()
         self._loaded = _parsed_or_not(model, processor), processor
         self.force_model = name
+
+    @staticmethod
+    def process_model_name(model_id: str) -> str:
+        """What answers call the model: as clients do, without transformers' `@main`."""
+        return model_id
 
     def load_model_and_processor(self, *_: Any, **__: Any) -> tuple[Any, Any]:
         """The model and its tokenizer, whatever is asked for; `_resolve_model` checks the name."""
@@ -133,9 +139,8 @@ class Chat(_Sampling, ChatCompletionHandler):  # type: ignore[misc]
         except HTTPException:
             raise
         except Exception as error:  # templates raise what they like
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise HTTPException(
-                400, f"The messages do not fit the chat template: {line}"
+                400, f"The messages do not fit the chat template: {first_line(error)}"
             ) from error
 
     def _build_completion(self, request_id: str, content: str, *args: Any, **settings: Any) -> Any:

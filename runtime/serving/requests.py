@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from foreroute.estimators.artifacts import shown
+
 MOST_STOPS = 4  # as OpenAI's own servers take
 IGNORED = {"user", "metadata", "store", "service_tier", "parallel_tool_calls", "prompt_cache_key"}
 """Fields without a meaning here, whose absence changes no answer."""
@@ -68,7 +70,7 @@ def checked(body: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
     fields = {name: value for name, value in body.items() if value is not None}
     for name in sorted(fields.keys() - known - IGNORED):
         if name not in ONLY:
-            raise BadRequest(f"Unknown field {name!r}; known: {', '.join(sorted(known))}.")
+            raise BadRequest(f"Unknown field {shown(name)}; known: {', '.join(sorted(known))}.")
         allowed = ONLY[name]
         if fields.pop(name) not in allowed:
             only = f"; leave it out or give {allowed[0]!r}" if allowed else "; leave it out"
@@ -81,9 +83,11 @@ def checked(body: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
     if "stop" in fields:
         fields["stop"] = _stops(fields["stop"])
     _check_tools(fields)
+    _require(fields, "chat_template_kwargs", dict, lambda _: True, "an object")
     if "reasoning_effort" in fields:
-        given = fields.setdefault("chat_template_kwargs", {})
-        given["reasoning_effort"] = fields.pop("reasoning_effort")
+        effort = fields.pop("reasoning_effort")
+        given = fields.get("chat_template_kwargs", {})
+        fields["chat_template_kwargs"] = given | {"reasoning_effort": effort}
     _require(fields, "stream", bool, lambda _: True, "true or false")
     _require(fields, "stream_options", dict, lambda _: True, "an object")
     return fields
@@ -109,14 +113,14 @@ def _require(
     value = fields[name]
     is_kind = isinstance(value, kinds) and (not isinstance(value, bool) or kinds is bool)
     if not is_kind or not holds(value):
-        raise BadRequest(f"{name} must be {expected}, not {value!r}.")
+        raise BadRequest(f"{name} must be {expected}, not {shown(value)}.")
 
 
 def _stops(stop: Any) -> list[str]:
     stops = [stop] if isinstance(stop, str) else stop
     is_texts = isinstance(stops, list) and all(isinstance(text, str) and text for text in stops)
     if not is_texts or len(stops) > MOST_STOPS:
-        raise BadRequest(f"stop must be a text or up to {MOST_STOPS} texts, not {stop!r}.")
+        raise BadRequest(f"stop must be a text or up to {MOST_STOPS} texts, not {shown(stop)}.")
     return list(stops)
 
 
@@ -126,7 +130,7 @@ def _check_tools(fields: dict[str, Any]) -> None:
     if choice == "none":
         fields.pop("tools", None)
     elif choice != "auto":
-        raise BadRequest(f"tool_choice is auto or none here, not {choice!r}.")
+        raise BadRequest(f"tool_choice is auto or none here, not {shown(choice)}.")
     form = fields.pop("response_format", {"type": "text"})
     if form != {"type": "text"}:
         raise BadRequest("response_format is text alone; ask for another form in the prompt.")

@@ -13,6 +13,7 @@ from foreroute.runtime.policies.duel import duelling_layers
 from foreroute.runtime.policies.prefetching import PRIOR_DEMAND, PRIOR_PREFETCHES
 from foreroute.runtime.simulator import timeline
 from foreroute.runtime.simulator.link import LinkTimes
+from foreroute.runtime.simulator.misses import RuledSteps
 from foreroute.runtime.simulator.predictions import Predictions
 from foreroute.runtime.simulator.result import ReplayCounts
 from foreroute.runtime.simulator.timeline import (
@@ -47,6 +48,7 @@ class Replay:
         slots: Sequence[int],
         rule: PrefetchRule | None = None,
         predictions: Predictions | None = None,
+        ruled: RuledSteps | None = None,
     ) -> None:
         """Start with empty slots.
 
@@ -57,6 +59,7 @@ class Replay:
             slots: Per layer.
             rule: What is fetched early; nothing if None.
             predictions: Of all horizons up to the rule's.
+            ruled: Replays the steps under a rule on a miss; without prefetch.
         """
         self.route, self.policy = route, policy
         self._machine = times.machine()
@@ -66,6 +69,10 @@ class Replay:
         if policy.needs_future:
             self._foresee()
         self._step = self._step_of(rule, predictions)
+        if ruled is not None:
+            self._step = lambda t: ruled.run(
+                self.cache, self._machine, self._rows[t], self._next_use[t], t
+            )
 
     def _foresee(self) -> None:
         """Give every expert the worth of its first use."""

@@ -21,8 +21,8 @@ Integers = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
 FREQUENCY, RECENCY, ADAPTIVE, STATIC, FUTURE = range(5)
-LOOKUPS, HITS, LATE, STALL_MS, FETCHED, PREFETCHED, WASTED = range(7)
-NUM_COUNTS = 7
+LOOKUPS, HITS, LATE, STALL_MS, FETCHED, PREFETCHED, WASTED, AGREED, CHOSEN = range(9)
+NUM_COUNTS = 9
 RIGHT, EXPECTED, MISSED, FEARED = range(4)
 EMPTY = -1
 NOTHING_UNUSED = -1.0
@@ -185,6 +185,32 @@ def _rescale(cache: Cache, layer: int) -> None:
 @compiled
 def demand(cache: Cache, layer: int, ids: Integers, next_use: Floats) -> int:
     """Make a token's experts resident and count their use; returns how many were absent."""
+    missing = _bring(cache, layer, ids)
+    _use(cache, layer, ids, next_use)
+    return missing
+
+
+@compiled
+def demand_ruled(
+    cache: Cache, layer: int, run: Integers, chosen: Integers, next_use: Floats
+) -> int:
+    """`demand` of what a rule on a miss lets run; the router's choice is credited, and counted."""
+    counts = cache.counts
+    missing = _bring(cache, layer, run)
+    _use(cache, layer, chosen, next_use)
+    lookups = (run >= 0).sum()
+    counts[LOOKUPS] += lookups
+    counts[HITS] += lookups - missing
+    counts[FETCHED] += missing
+    for expert in chosen:
+        counts[CHOSEN] += expert >= 0
+        counts[AGREED] += expert >= 0 and _is_among(expert, run)
+    return missing
+
+
+@compiled
+def _bring(cache: Cache, layer: int, ids: Integers) -> int:
+    """Make experts resident; returns how many were absent."""
     missing = 0
     for expert in ids:
         if expert >= 0 and cache.slot_of[expert] == EMPTY:
@@ -193,9 +219,6 @@ def demand(cache: Cache, layer: int, ids: Integers, next_use: Floats) -> int:
     for expert in ids:
         if expert >= 0:
             cache.unused[expert] = NOTHING_UNUSED
-    if cache.kind == ADAPTIVE and cache.duels[layer]:
-        _duel(cache, layer, ids)
-    _use(cache, layer, ids, next_use)
     return missing
 
 
@@ -221,7 +244,8 @@ def _shadow_hits(cache: Cache, layer: int, ids: Integers, shadow: Flags, worth: 
         for expert in mine:
             if shadow[expert] and worth[expert] < least and not _is_among(expert, ids):
                 victim, least = expert, worth[expert]
-        shadow[victim] = False
+        if victim != EMPTY:
+            shadow[victim] = False
     return hits
 
 
@@ -232,6 +256,8 @@ def _num_slots(cache: Cache, layer: int) -> int:
 
 @compiled
 def _use(cache: Cache, layer: int, ids: Integers, next_use: Floats) -> None:
+    if cache.kind == ADAPTIVE and cache.duels[layer]:
+        _duel(cache, layer, ids)
     _grow(cache, layer)
     place = 0
     for i in range(len(ids)):

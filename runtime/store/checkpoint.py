@@ -17,6 +17,8 @@ from foreroute.data.adapters.loading import HubSettings, find_prepared
 from foreroute.data.adapters.weight_files import WeightFiles, find_weight_files
 from foreroute.data.adapters.weightless import experts_by_path, outline
 from foreroute.estimators.host_memory import require_host_memory
+from foreroute.runtime.parallel import SliceRanks
+from foreroute.runtime.policies.slots import RESERVE_BYTES
 from foreroute.runtime.store.encodings import Encoder, encoder_named, native_encoder
 from foreroute.runtime.store.host_store import RowLayout
 from foreroute.runtime.store.prepared import PreparedModel
@@ -45,6 +47,8 @@ class Checkpoint:
     """What its manifest says, where `foreroute pack` has made it."""
     manifest: Path | None = None
     """That file: in the model's folder, or in the Hub's cache."""
+    is_shared: bool = False
+    """Whether its rows are mapped, one copy for all engines of a host."""
     asked_dtype: torch.dtype | None
     """What the user asked for or the config says; None where only the files can say."""
 
@@ -139,6 +143,27 @@ class Checkpoint:
         is_kept = self.quantization is not None and native_encoder(self.quantization) is not None
         return self.files if is_kept and self.encoder is not None else self.tensors
 
+    def shared(self, ranks: SliceRanks) -> Checkpoint:
+        """The same, its rows mapped instead of copied.
+
+        Args:
+            ranks: The processes that hold a slice of each expert each.
+
+        Raises:
+            ValueError: If it is not prepared, or several processes cut it.
+        """
+        if self.prepared is None:
+            raise ValueError(
+                f"share_experts maps the rows of a prepared model, which {self.name} is not: "
+                "foreroute pack makes one."
+            )
+        if not ranks.is_alone:
+            raise ValueError(
+                "Slices are copied out of a prepared model's rows, once for all processes of "
+                "torchrun: leave out share_experts."
+            )
+        return replace(self, is_shared=True)
+
     def settled(self) -> Checkpoint:
         """The same, now that the files are here: experts in blocks may not all be so."""
         block = (self.quantization or {}).get("weight_block_size")
@@ -189,6 +214,19 @@ class Checkpoint:
         """Size of everything but the experts."""
         whole: int = sum(p.nbytes for p in self.outline.parameters())
         return whole - self.expert_bytes
+
+    def is_held_by(self, device: torch.device, *, is_stock: bool = False) -> bool:
+        """Whether a device holds the whole model, as far as its size tells.
+
+        Args:
+            device: A CPU holds what the host does, which is asked elsewhere.
+            is_stock: With experts as stock transformers has them, in place of how they are stored.
+        """
+        if device.type != "cuda":
+            return True
+        experts = self.expert_bytes if is_stock else self.stored_bytes
+        total: int = torch.cuda.mem_get_info(device)[1]
+        return experts + self.other_bytes + RESERVE_BYTES <= total
 
     def require_host_memory(self) -> None:
         """Refuse a model whose experts the host cannot hold.

@@ -109,36 +109,42 @@ class ExpertReader:
         """Names of the tensors that hold experts."""
         return {name for group in self._groups for name, _ in group.keys}
 
-    def parts(self, targets: Collection[str]) -> Iterator[ExpertRows]:
-        """Every expert's weights, part by part, in the checkpoint's dtype.
+    def parts(
+        self, targets: Collection[str], expert_ids: Collection[int] | None = None
+    ) -> Iterator[ExpertRows]:
+        """Experts' weights, part by part, in the checkpoint's dtype.
 
         Args:
             targets: Dotted paths of the parameters that are asked for.
+            expert_ids: The experts that are asked for; all if None.
         """
         for group in self._groups:
             if not any(name in targets for name in group.made):
                 continue
+            wanted = range(group.shape.shape[0]) if expert_ids is None else expert_ids
             if group.converter is None:
-                yield from self._whole(group)
+                yield from self._whole(group, wanted)
             elif _is_stacked(group):
-                yield from self._stacked(group)
+                yield from self._stacked(group, wanted)
             else:
-                made = self._converted(group)
-                yield from (part for part in made if part.target in targets)
+                for part in self._converted(group):
+                    if part.target in targets and part.expert_id in wanted:
+                        yield part
 
-    def _whole(self, group: _Group) -> Iterator[ExpertRows]:
+    def _whole(self, group: _Group, wanted: Collection[int]) -> Iterator[ExpertRows]:
         """The tensor holds all experts, as the module does."""
         tensor = self._tensors[group.keys[0][0]]
-        for expert_id in range(group.shape.shape[0]):
+        for expert_id in wanted:
             yield ExpertRows(group.target, expert_id, 0, tensor[expert_id : expert_id + 1][0])
 
-    def _stacked(self, group: _Group) -> Iterator[ExpertRows]:
+    def _stacked(self, group: _Group, wanted: Collection[int]) -> Iterator[ExpertRows]:
         """One tensor per expert and part; the parts lie one below the other."""
         patterns = group.converter.source_patterns
         rows = group.shape.shape[1] // len(patterns)
         for key, pattern in group.keys:
             expert_id, row = _expert_in(key, str(pattern)), rows * patterns.index(pattern)
-            yield ExpertRows(group.target, expert_id, row, self._tensors[key][...])
+            if expert_id in wanted:
+                yield ExpertRows(group.target, expert_id, row, self._tensors[key][...])
 
     def _converted(self, group: _Group) -> Iterator[ExpertRows]:
         """Through transformers' converter: the whole parameter is in memory for a moment."""

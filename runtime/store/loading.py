@@ -18,6 +18,7 @@ from foreroute.data.adapters import MoEModel, discover
 from foreroute.data.adapters.adapted import checkpoint_name
 from foreroute.data.adapters.loading import loading_alone
 from foreroute.data.adapters.weightless import ParameterShape, parameter_shapes, weightless
+from foreroute.estimators.artifacts import first_line
 from foreroute.estimators.console import plain_console
 from foreroute.runtime.parallel import (
     UNSLICED,
@@ -31,8 +32,10 @@ from foreroute.runtime.store.checkpoint import Checkpoint
 from foreroute.runtime.store.encodings import Encoder, TooManyExceptions, without
 from foreroute.runtime.store.expert_reader import ExpertReader
 from foreroute.runtime.store.host_store import HostExpertStore, RowLayout
-from foreroute.runtime.store.prepared import read_rows
+from foreroute.runtime.store.prepared_rows import read_rows
+from foreroute.runtime.store.prepared_slices import read_slices
 from foreroute.runtime.store.row_writer import RowWriter
+from foreroute.runtime.store.shared_rows import map_rows
 
 logger = logging.getLogger(__name__)
 
@@ -79,17 +82,18 @@ def filled_store(
         ValueError: If its experts cannot be cut into slices.
     """
     experts, encoder = list(places_of(moe).values()), checkpoint.encoder
-    slices = cut(experts, ranks)
+    if moe.others and not ranks.is_alone:
+        raise ValueError(
+            f"{checkpoint.name} has experts beside its layers' own, which are not cut into slices; "
+            "run it on one GPU."
+        )
+    if checkpoint.is_shared:
+        return _shared_store(experts, moe, checkpoint, device)
+    slices = cut(experts, ranks, encoder, is_stored=checkpoint.prepared is not None)
     while True:
         with narrowed(slices):
             is_pinned = device.type == "cuda"
             store = HostExpertStore(experts, is_pinned=is_pinned, encoder=encoder)
-        is_native = any(layout.is_native for layout in store.layouts)
-        if slices and (checkpoint.prepared is not None or moe.others or is_native):
-            raise ValueError(
-                "Experts that are prepared, stored in fewer bits by their checkpoint, or beside a "
-                "layer's own cannot be cut into slices yet; run this model on one GPU."
-            )
         try:
             fill_store(store, moe, replace(checkpoint, encoder=encoder), device, slices)
         except TooManyExceptions as error:
@@ -99,6 +103,19 @@ def filled_store(
             store.close()
             continue
         return store
+
+
+def _shared_store(
+    experts: list[nn.Module], moe: MoEModel, checkpoint: Checkpoint, device: torch.device
+) -> HostExpertStore:
+    """The rows of a prepared model where they lie."""
+    prepared, folder = checkpoint.prepared, checkpoint.rows_folder
+    assert prepared is not None  # `Checkpoint.shared` has looked
+    prepared.require_routers(folder, moe.geometry.router_fingerprint)
+    num_bytes = sum(shard.experts * shard.row_bytes for shard in prepared.shards)
+    with byte_progress("experts", num_bytes) as tick:
+        is_pinned = device.type == "cuda"
+        return map_rows(prepared, folder, experts, checkpoint.encoder, tick, is_pinned=is_pinned)
 
 
 def load_the_rest(checkpoint: Checkpoint) -> Any:
@@ -116,8 +133,7 @@ def load_the_rest(checkpoint: Checkpoint) -> Any:
             checkpoint.source, config=config, dtype=checkpoint.dtype, **checkpoint.settings
         )
     except (OSError, RuntimeError, ValueError, ImportError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"Model {checkpoint.name} cannot be read: {first_line}") from error
+        raise ValueError(f"Model {checkpoint.name} cannot be read: {first_line(error)}") from error
     model.__class__ = model_class
     # Parameters keep requires_grad as stock's do: torch's matmul looks at it to decide whether to
     # fold a batch into rows, and the two ways round differently (jamba's projections).
@@ -148,7 +164,10 @@ def fill_store(
         folder = checkpoint.rows_folder
         checkpoint.prepared.require_routers(folder, moe.geometry.router_fingerprint)
         with byte_progress("experts", store.num_bytes) as tick:
-            read_rows(checkpoint.prepared, folder, store, tick)
+            if slices:
+                read_slices(checkpoint.prepared, folder, store, slices, tick)
+            else:
+                read_rows(checkpoint.prepared, folder, store, tick)
         return
     reader = LayerReader(checkpoint, moe, device, slices)
     with reader.progress() as tick:
@@ -179,7 +198,7 @@ class LayerReader:
         """
         self._places, self._slices = places_of(moe), slices
         self._gpu = device if device.type == "cuda" else None
-        self._targets = [_targets(*place, checkpoint.encoder) for place in self._places.items()]
+        self._targets = [targets_of(*place, checkpoint.encoder) for place in self._places.items()]
         every = {path: shape for targets in self._targets for path, (_, shape) in targets.items()}
         self._reader = ExpertReader(moe.model, checkpoint.expert_tensors, every)
         self._num_bytes = sum(math.prod(t.shape) * t.dtype.itemsize for t in every.values())
@@ -211,7 +230,8 @@ class LayerReader:
         targets = self._targets[number]
         writer: RowWriter | SlicedWriter = RowWriter(layout, rows, self._gpu)
         if self._slices:
-            writer = SlicedWriter(writer, self._slices[number])
+            cuts = self._slices[number]
+            writer = SlicedWriter(writer, cuts.stored if layout.is_native else cuts.parameters)
         done = 0
         for part in self._reader.parts(targets):
             name, shape = targets[part.target]
@@ -226,10 +246,16 @@ class LayerReader:
             )
 
 
-def _targets(
+def targets_of(
     path: str, experts: nn.Module, encoder: Encoder | None
 ) -> dict[str, tuple[str, ParameterShape]]:
-    """What the checkpoint is asked for: by its path there, a parameter or a stored part of one."""
+    """What a checkpoint is asked for: by its path there, a parameter or a stored part of one.
+
+    Args:
+        path: Of the experts module.
+        experts: The module; it needs no weights.
+        encoder: How its matrices will be stored.
+    """
     shapes, layout = parameter_shapes(experts), RowLayout.of(experts, encoder)
     if layout.is_native:  # the checkpoint has the stored parts themselves
         num_experts = next(iter(shapes.values())).shape[0]

@@ -150,6 +150,7 @@ def load_offloaded(
     dtype: str | torch.dtype = "auto",
     expert_dtype: str = "auto",
     ranks: SliceRanks = UNSLICED,
+    share_experts: bool = False,
     attn_implementation: str | None = None,
     **hub: Unpack[HubSettings],
 ) -> OffloadedModel:
@@ -162,6 +163,7 @@ def load_offloaded(
         expert_dtype: How experts are stored: `auto`, lossless, bf16, fp8, int8 or int4; see
             `default_expert_dtype`.
         ranks: The processes that hold a slice of each expert each.
+        share_experts: Map a prepared model's rows: one copy for all engines of a host.
         attn_implementation: Transformers' name of the attention to run; its own choice if None.
         **hub: Where the files come from; see `HubSettings`.
 
@@ -174,6 +176,8 @@ def load_offloaded(
         checkpoint = Checkpoint.open(
             name, dtype=dtype, expert_dtype=expert_dtype, device=target, **hub
         )
+        if share_experts:
+            checkpoint = checkpoint.shared(ranks)
         if attn_implementation is not None:
             checkpoint.config._attn_implementation = attn_implementation
         moe, store, others = load_with_host_experts(checkpoint, target, ranks)

@@ -6,7 +6,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,14 @@ from foreroute.runtime.store.encodings import Lossless, TooManyExceptions, witho
 from foreroute.runtime.store.encodings.lossless import count_exceptions
 from foreroute.runtime.store.host_store import HostExpertStore
 from foreroute.runtime.store.loading import LayerReader, load_the_rest, places_of
-from foreroute.runtime.store.prepared import ROWS, PreparedModel, describe_layout
+from foreroute.runtime.store.prepared import (
+    FORMAT_VERSION,
+    PreparedModel,
+    RestFile,
+    RowFile,
+    describe_layout,
+)
+from foreroute.runtime.store.prepared_rows import ROWS, aligning, block_digests, bytes_of
 from foreroute.runtime.store.publish import push_prepared
 
 logger = logging.getLogger(__name__)
@@ -79,6 +86,19 @@ def pack_model(
     return prepared
 
 
+@dataclass
+class _Progress:
+    """What is packed so far, as a stopped run leaves it."""
+
+    asked: dict[str, Any]
+    """The source, and how it is to be packed."""
+    stays: list[str] = field(default_factory=list)
+    """Parameters that 12 bits do not pay for."""
+    shards: list[RowFile] = field(default_factory=list)
+    exceptions: dict[str, int] = field(default_factory=dict)
+    """By parameter."""
+
+
 class _Packing:
     """One model on its way into one folder."""
 
@@ -91,17 +111,20 @@ class _Packing:
     ) -> None:
         self._checkpoint, self._moe, self._folder, self._device = checkpoint, moe, folder, device
         fingerprint = moe.geometry.router_fingerprint
-        self._asked = _asked(checkpoint) | {"router_fingerprint": fingerprint}
+        version = {"format_version": FORMAT_VERSION}
+        self._asked = _asked(checkpoint) | {"router_fingerprint": fingerprint} | version
         self._done = self._begun()
 
-    def _begun(self) -> dict[str, Any]:
+    def _begun(self) -> _Progress:
         """What an earlier run of the same left; another's is removed."""
         path = self._folder / PROGRESS
-        if path.is_file() and (found := read_json(path)).get("asked") == self._asked:
-            return found
+        if path.is_file():
+            found = read_json(path, _Progress, f"Remove {self._folder} to begin anew.")
+            if found.asked == self._asked:
+                return found
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
-        return {"asked": self._asked, "stays": [], "shards": [], "exceptions": {}}
+        return _Progress(self._asked)
 
     def run(self) -> PreparedModel:
         """Write what is not there yet; gives the manifest."""
@@ -113,15 +136,14 @@ class _Packing:
                 logger.warning(
                     "%s stays in bfloat16; all is packed again: %s", error.parameter, error
                 )
-                stays = [*self._done["stays"], error.parameter]
-                self._done |= {"stays": stays, "shards": [], "exceptions": {}}
+                self._done = _Progress(self._asked, [*self._done.stays, error.parameter])
         self._copy_small_files()
         rest = self._write_rest()
         return PreparedModel(
             **self._asked,
-            stays=tuple(self._done["stays"]),
-            shards=tuple(self._done["shards"]),
-            exceptions=self._done["exceptions"],
+            stays=tuple(self._done.stays),
+            shards=tuple(self._done.shards),
+            exceptions=self._done.exceptions,
             rest=rest,
             plain_bytes=self._checkpoint.expert_bytes,
             versions=package_versions(),
@@ -129,7 +151,7 @@ class _Packing:
 
     def _pack_layers(self) -> None:
         encoder = self._checkpoint.encoder
-        for name in self._done["stays"]:
+        for name in self._done.stays:
             assert encoder is not None  # it was the one that met them
             encoder = without(encoder, name)
         reader = LayerReader(replace(self._checkpoint, encoder=encoder), self._moe, self._device)
@@ -137,7 +159,7 @@ class _Packing:
         (self._folder / "experts").mkdir(exist_ok=True)
         with reader.progress() as tick:
             for number, module in enumerate(places_of(self._moe).values()):
-                if number < len(self._done["shards"]):
+                if number < len(self._done.shards):
                     continue
                 store = HostExpertStore([module], is_pinned=False, encoder=encoder)
                 reader.read(number, store.layouts[0], store.rows[0], tick)
@@ -146,28 +168,29 @@ class _Packing:
     def _write_shard(self, number: int, store: HostExpertStore) -> None:
         layout, rows = store.layouts[0], store.rows[0]
         file = f"experts/layer-{number:03}.safetensors"
-        write_tensors(self._folder / file, {ROWS: rows})
+        write_tensors(self._folder / file, {ROWS: rows}, aligning(rows))
         for name, parameter in layout.encoded.items():
             if isinstance(parameter.encoding, Lossless):
                 count = count_exceptions(layout.views(rows)[f"{name}_lines"])
-                counts = self._done["exceptions"]
+                counts = self._done.exceptions
                 counts[name] = counts.get(name, 0) + count
-        entry = {
-            "file": file,
-            "sha256": sha256_of(self._folder / file),
-            "experts": len(rows),
-            "row_bytes": layout.row_bytes,
-            "parameters": describe_layout(layout),
-        }
-        self._done["shards"].append(entry)
-        write_json(self._folder / PROGRESS, self._done)
+        entry = RowFile(
+            file=file,
+            sha256=sha256_of(self._folder / file),
+            blocks_sha256=block_digests(bytes_of(rows)),
+            experts=len(rows),
+            row_bytes=layout.row_bytes,
+            parameters=describe_layout(layout),
+        )
+        self._done.shards.append(entry)
+        write_json(self._folder / PROGRESS, asdict(self._done))
 
-    def _write_rest(self) -> dict[str, Any]:
+    def _write_rest(self) -> RestFile:
         """All tensors of the checkpoint that are not its experts', as they are."""
         files, path = self._checkpoint.files, self._folder / REST
         names = [name for name in files if name not in self._expert_keys]
         write_tensors(path, {name: files[name][...] for name in names})
-        return {"file": REST, "sha256": sha256_of(path)}
+        return RestFile(file=REST, sha256=sha256_of(path))
 
     def _copy_small_files(self) -> None:
         """Config, tokenizer and whatever else lies beside the weights."""
@@ -249,8 +272,8 @@ def _holds(out: Path, checkpoint: Checkpoint) -> bool:
 
 def summary(prepared: PreparedModel) -> list[str]:
     """What became of a model's experts, one line each."""
-    num_experts = sum(shard["experts"] for shard in prepared.shards)
-    stored = sum(shard["experts"] * shard["row_bytes"] for shard in prepared.shards)
+    num_experts = sum(shard.experts for shard in prepared.shards)
+    stored = sum(shard.experts * shard.row_bytes for shard in prepared.shards)
     plain = prepared.plain_bytes
     lines = [
         f"{num_experts:,} experts of {len(prepared.shards)} layers as {prepared.expert_dtype}: "

@@ -6,29 +6,60 @@ its rows are read straight into the store's memory. docs/formats.md says what is
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import re
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from torch import Tensor
+import msgspec
 
-from foreroute.estimators.artifacts import read_versioned
+from foreroute.estimators.artifacts import Count, first_line, read_versioned
 from foreroute.estimators.fingerprint import is_same_checkpoint
 from foreroute.runtime.store.encodings import Encoder, encoder_named, without
-from foreroute.runtime.store.host_store import HostExpertStore, RowLayout
+from foreroute.runtime.store.host_store import RowLayout
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 REMEDY = "Pack the model again with foreroute pack."
-ROWS = "rows"
-SHARD = re.compile(r"experts/layer-\d{3,}\.safetensors")
-READ_BYTES = 16 << 20
-MOST_READERS = 8
+FileName = Annotated[str, msgspec.Meta(pattern=r"^(experts/layer-[0-9]{3,}|model)\.safetensors$")]
+"""What a manifest may name; nothing else is opened."""
+
+
+@dataclass(frozen=True)
+class RowPart:
+    """Where a parameter, or a part of its encoding, lies in a row."""
+
+    shape: list[Count]
+    """One expert's."""
+    dtype: str
+    """In torch's word."""
+    offset_bytes: Count
+    """From the row's beginning."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowFile:
+    """The experts of one MoE layer."""
+
+    file: FileName
+    sha256: str
+    """The file's, in hex."""
+    blocks_sha256: list[str]
+    """Those of its rows in blocks, see `prepared_rows`."""
+    experts: Count
+    """How many rows."""
+    row_bytes: Count
+    """Size of one row."""
+    parameters: dict[str, RowPart]
+    """What lies in a row, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestFile:
+    """All weights that are no experts."""
+
+    file: FileName
+    sha256: str
+    """The file's, in hex."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +78,14 @@ class PreparedModel:
     """How the experts are stored."""
     stays: tuple[str, ...]
     """Parameters that this did not pay for: as the model has them."""
-    plain_bytes: int
+    plain_bytes: Count
     """Size of all experts, as the model has them."""
-    exceptions: dict[str, int]
+    exceptions: dict[str, Count]
     """Weights that 12 bits do not reach, and that are listed, by parameter."""
-    shards: tuple[dict[str, Any], ...]
-    """By MoE layer: file, sha256, experts, bytes of a row, and what lies in it (`parameters`)."""
-    rest: dict[str, Any]
-    """File of all other weights, and its sha256."""
+    shards: tuple[RowFile, ...]
+    """By MoE layer."""
+    rest: RestFile
+    """All other weights."""
 
     versions: dict[str, str]
     """Versions of Python and packages when it was written."""
@@ -68,11 +99,7 @@ class PreparedModel:
         Raises:
             ValueError: If it is damaged or of another version, or names files of other folders.
         """
-        found = read_versioned(path, FORMAT_VERSION, cls, REMEDY)
-        for shard in found.shards:
-            if not SHARD.fullmatch(str(shard.get("file"))):
-                raise ValueError(f"{path} is damaged: {shard.get('file')!r} is no file of rows.")
-        return found
+        return read_versioned(path, FORMAT_VERSION, cls, REMEDY)
 
     @property
     def is_exact(self) -> bool:
@@ -96,12 +123,13 @@ class PreparedModel:
 
         commit = extract_commit_hash(str(manifest), None)  # not a later one of the same branch
         settings = {name: value for name, value in hub.items() if name != "trust_remote_code"}
-        names = [shard["file"] for shard in self.shards]
+        names = [shard.file for shard in self.shards]
         try:
             cached_files(repo_id, names, **(settings | {"revision": commit}), _commit_hash=commit)
         except OSError as error:
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"The experts of {repo_id} cannot be downloaded: {line}") from error
+            raise ValueError(
+                f"The experts of {repo_id} cannot be downloaded: {first_line(error)}"
+            ) from error
 
     def encoder(self, asked: str, native: Encoder | None) -> Encoder | None:
         """How the rows are encoded.
@@ -137,16 +165,22 @@ class PreparedModel:
                 f"their routers differ. {REMEDY}"
             )
 
-    def require_fits(self, folder: Path, store: HostExpertStore) -> None:
+    def require_fits(
+        self, folder: Path, layouts: Sequence[RowLayout], num_experts: Sequence[int]
+    ) -> None:
         """Refuse rows that are laid out in another way than this program does.
+
+        Args:
+            folder: Where they are.
+            layouts: How this program lays them out, by layer.
+            num_experts: How many it expects, by layer.
 
         Raises:
             ValueError: If the model, or the way it is to be loaded, does not fit the rows.
         """
-        laid_out = [shard["parameters"] for shard in self.shards]
-        is_same = laid_out == [describe_layout(layout) for layout in store.layouts]
-        num_experts = [len(rows) for rows in store.rows]
-        if not is_same or [shard["experts"] for shard in self.shards] != num_experts:
+        laid_out = [shard.parameters for shard in self.shards]
+        is_same = laid_out == [describe_layout(layout) for layout in layouts]
+        if not is_same or [shard.experts for shard in self.shards] != list(num_experts):
             raise ValueError(
                 f"The rows in {folder} are of a model in {self.dtype} with {len(self.shards)} MoE "
                 "layers; it is being loaded as another (its config, its transformers, or --dtype). "
@@ -154,73 +188,9 @@ class PreparedModel:
             )
 
 
-def describe_layout(layout: RowLayout) -> dict[str, Any]:
+def describe_layout(layout: RowLayout) -> dict[str, RowPart]:
     """What a manifest says of a row, by parameter."""
     return {
-        name: {
-            "shape": list(spec.shape),
-            "dtype": str(spec.dtype).removeprefix("torch."),
-            "offset_bytes": spec.offset_bytes,
-        }
+        name: RowPart(list(spec.shape), str(spec.dtype).removeprefix("torch."), spec.offset_bytes)
         for name, spec in layout.parameters.items()
     }
-
-
-def read_rows(
-    prepared: PreparedModel, folder: Path, store: HostExpertStore, tick: Callable[[int], None]
-) -> None:
-    """Read all experts into a store, several layers at once, each checked against its sha256.
-
-    Args:
-        prepared: The manifest.
-        folder: Where it was found.
-        store: Allocated, not filled.
-        tick: Called with the bytes that were read.
-
-    Raises:
-        ValueError: If a file is missing or damaged; names it.
-    """
-    prepared.require_fits(folder, store)
-    num_threads = min(MOST_READERS, len(os.sched_getaffinity(0)), len(store.rows))
-    with ThreadPoolExecutor(num_threads) as threads:
-        jobs = [
-            threads.submit(_read_shard, folder / shard["file"], rows, shard["sha256"], tick)
-            for shard, rows in zip(prepared.shards, store.rows, strict=True)
-        ]
-        try:
-            for job in jobs:
-                job.result()
-        except BaseException:
-            threads.shutdown(cancel_futures=True)
-            raise
-
-
-def _read_shard(path: Path, rows: Tensor, sha256: str, tick: Callable[[int], None]) -> None:
-    """One layer's rows, straight into their memory."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing. {REMEDY}")
-    digest, view = hashlib.sha256(), rows.numpy().data.cast("B")
-    with path.open("rb", buffering=0) as file:
-        start = file.read(8)
-        header = file.read(int.from_bytes(start, "little") if len(start) == 8 else 0)
-        digest.update(start + header)
-        is_whole = _describes(header, rows)
-        at = 0
-        while is_whole and at < len(view):
-            count = file.readinto(view[at : at + READ_BYTES]) or 0
-            digest.update(view[at : at + count])
-            tick(count)
-            is_whole, at = count > 0, at + count
-        is_whole = is_whole and not file.read(1)
-    if not is_whole or digest.hexdigest() != sha256:
-        raise ValueError(f"{path} is damaged: it is not what the manifest says. {REMEDY}")
-
-
-def _describes(header: bytes, rows: Tensor) -> bool:
-    """Whether a safetensors header is that of such rows and nothing else."""
-    try:
-        entry = json.loads(header)[ROWS]
-    except (ValueError, KeyError, TypeError):
-        return False
-    place = {"dtype": "U8", "shape": list(rows.shape), "data_offsets": [0, rows.nbytes]}
-    return bool(entry == place)

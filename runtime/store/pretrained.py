@@ -14,7 +14,7 @@ from foreroute.data.adapters.loading import HubSettings
 from foreroute.runtime.store.offload import OffloadedModel, offload
 
 HUB_NAMES = tuple(HubSettings.__annotations__)
-MODEL_NAMES = ("attn_implementation", "expert_dtype")
+MODEL_NAMES = ("attn_implementation", "expert_dtype", "share_experts")
 NO_OPS = ("low_cpu_mem_usage", "use_safetensors", "weights_only", "offload_state_dict")
 """What they ask for is how models are loaded here anyway."""
 INSTEAD = {
@@ -129,7 +129,8 @@ def take_over(model: Any, given: PretrainedArguments) -> OffloadedModel:
     Raises:
         ValueError: If an argument says how to load it, or it is no MoE that is supported.
     """
-    too_late = [*given.hub, *(name for name in given.model if name != "expert_dtype")]
+    asked = [name for name, value in given.model.items() if value]
+    too_late = [*given.hub, *(name for name in asked if name != "expert_dtype")]
     if too_late:
         raise ValueError(f"{too_late[0]} says how to load a model; this one is loaded already.")
     if not hasattr(model, "get_experts_implementation"):

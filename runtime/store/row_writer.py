@@ -89,27 +89,41 @@ class RowWriter:
         """Encode a batch and write it; its room is used again."""
         batch = self._batches[name]
         experts = list(batch.rows_of)
-        weights = batch.weights[: len(experts)].to(self._device, non_blocking=True)
         try:
-            parts = parameter.encode(weights)
+            self._encode_batch(name, parameter, experts, batch.weights[: len(experts)])
         except TooManyExceptions as error:
             error.parameter = name
             raise
+        batch.rows_of.clear()
+        self._num_left[name] -= len(experts)
+        if not self._num_left[name]:
+            del self._batches[name]
+
+    def _encode_batch(
+        self, name: str, parameter: EncodedParameter, experts: list[int], weights: Tensor
+    ) -> None:
+        """Encode experts, and write what is stored to their rows."""
+        if self._device is None:
+            parameter.encode_into(weights, self._room_in_rows(name, parameter, experts))
+            return
         begin, end = self._layout.span(name)
+        weights = weights.to(self._device, non_blocking=True)
         encoded = torch.zeros(len(experts), end - begin, dtype=torch.uint8, device=self._device)
-        for suffix, part in parts.items():
+        for suffix, part in parameter.encode(weights).items():
             spec = self._layout.parameters[name + suffix]
             at = spec.offset_bytes - begin
             raw = part.contiguous().view(len(experts), -1).view(torch.uint8)
             encoded[:, at : at + spec.num_bytes] = raw
         for expert_id, row in zip(experts, encoded, strict=True):
             self._rows[expert_id, begin:end].copy_(row, non_blocking=self._rows.is_pinned())
-        if self._device is not None:
-            torch.cuda.current_stream(self._device).synchronize()  # the room is used again
-        batch.rows_of.clear()
-        self._num_left[name] -= len(experts)
-        if not self._num_left[name]:
-            del self._batches[name]
+        torch.cuda.current_stream(self._device).synchronize()  # the room is used again
+
+    def _room_in_rows(
+        self, name: str, parameter: EncodedParameter, experts: list[int]
+    ) -> dict[str, list[Tensor]]:
+        """Where a parameter's parts lie in the experts' rows, by suffix."""
+        suffixes = parameter.encoding.parts()
+        return {s: [self._views[name + s][expert_id] for expert_id in experts] for s in suffixes}
 
 
 def move_weights(all_experts: list[nn.Module], store: HostExpertStore) -> None:

@@ -38,15 +38,23 @@ def tune(
         prompt: Text to go on with at the end.
         trust_remote_code: Run code that came with the checkpoint.
     """
-    from foreroute.estimators.artifacts import write_json
+    from foreroute.data.adapters import resolve_device
+    from foreroute.data.adapters.loading import HubSettings
+    from foreroute.estimators.artifacts import read_json, write_json, write_text
     from foreroute.estimators.console import plain_console
     from foreroute.estimators.host_memory import available_host_bytes
+    from foreroute.export.report.bench_page import verdict
+    from foreroute.export.report.tune_page import tune_page
+    from foreroute.runtime.store.checkpoint import Checkpoint
     from foreroute.runtime.tune.plan import Tuning
     from foreroute.runtime.tune.steps import Journal, run_all
     from foreroute.runtime.tune.summary import show, summarise
 
     if out.is_file():
         raise ValueError(f"{out} is a file; give a folder.")
+    _require_enough(tokens)
+    hub: HubSettings = {"revision": revision, "trust_remote_code": trust_remote_code}
+    checkpoint = Checkpoint.open(model, **hub)
     tuning = Tuning(
         model=model,
         out=out,
@@ -60,6 +68,7 @@ def tune(
         revision=revision,
         prompt=prompt,
         trust_remote_code=trust_remote_code,
+        is_held=checkpoint.is_held_by(resolve_device(device), is_stock=True),
     )
     out.mkdir(parents=True, exist_ok=True)
     journal = Journal(out)
@@ -67,12 +76,31 @@ def tune(
     def say(line: str) -> None:
         print(line, flush=True)
 
-    run_all(tuning.steps(), journal, say)
-    summary = summarise(out, journal.seconds)
+    steps = tuning.steps()
+    run_all(steps, journal, say)
+    summary, bench = summarise(out, journal.seconds), read_json(out / "bench.json")
     write_json(out / "summary.json", summary)
-    show(out, summary, plain_console())
+    commands = [(step.text, journal.seconds[step.name]) for step in steps]
+    title = f"{model} on {summary['device']}, tuned by foreroute"
+    write_text(out / "index.html", tune_page(title, summary, bench, commands))
+    show(out, summary, verdict(bench), plain_console())
     if not summary["runtime"]["exact_tokens_equal"]:
         raise SystemExit(1)
+
+
+def _require_enough(tokens: int) -> None:
+    """Refuse an amount of which too little is held out, before it is recorded.
+
+    Raises:
+        ValueError: If it is.
+    """
+    from foreroute.data.collect import CollectRequest
+    from foreroute.train.split import split_held_out, split_sequences
+
+    try:
+        split_held_out(split_sequences(-(-tokens // CollectRequest.sequence_length)).held_out)
+    except ValueError as error:
+        raise ValueError(f"--tokens {tokens}: {error} Give more --tokens.") from error
 
 
 def _gpu_memory(device: str) -> str | None:

@@ -36,6 +36,8 @@ class Tuning:
     """Gone on with at the end; None for nothing."""
     trust_remote_code: bool
     """Run code that came with the checkpoint."""
+    is_held: bool = True
+    """Whether the device holds the whole model; if not, it is recorded in an engine."""
 
     def steps(self) -> list[Step]:
         """The commands, in order."""
@@ -52,24 +54,27 @@ class Tuning:
         if self.gpu_memory is not None and self.host_memory is not None:
             memory = ("--gpu-memory", self.gpu_memory, "--host-memory", self.host_memory)
             plan = ("foreroute", "plan", *model, *memory, "--profile", profile)
-            steps.append(Step("plan", (*plan, "--json", str(out / "plan.json"))))
+            to = ("--json", str(out / "plan.json"))
+            steps.append(Step("plan", (*plan, *to), reads=("profile",)))
         amount = ("--tokens", str(self.tokens), "--generated-share", "0.25", "--batch-size", "16")
-        record = ("collect-traces", *model, "--dataset", self.dataset, *amount, *on)
+        engine = () if self.is_held else ("--expert-slots", self.expert_slots)
+        record = ("collect-traces", *model, "--dataset", self.dataset, *amount, *on, *engine)
         fit = ("train-estimator", "--traces", traces, "--layers", "all", "--form", self.form)
         slots = ("--expert-slots", self.expert_slots)
         measure = ("foreroute", "bench", *model, "--bundle", bundle, *slots, "--num-prompts", "3")
         files = ("--json", str(out / "bench.json"), "--html", str(out / "bench.html"))
+        export = ("export-estimator", "--run", run, "--out", bundle)
         draw = ("foreroute", "report", "--run", run, "--bundle", bundle)
         steps += [
             Step("collect", (*record, "--out", traces)),
-            Step("train", (*fit, "--out", run, *on), ("--resume",)),
-            Step("export", ("export-estimator", "--run", run, "--out", bundle), _ANEW),
-            Step("report", (*draw, "--out", str(out / "report"), *on), _ANEW),
-            Step("bench", (*measure, "--dataset", self.dataset, *on, *files)),
+            Step("train", (*fit, "--out", run, *on), ("--resume",), reads=("collect",)),
+            Step("export", export, _ANEW, reads=("train",)),
+            Step("report", (*draw, "--out", str(out / "report"), *on), _ANEW, reads=("export",)),
+            Step("bench", (*measure, "--dataset", self.dataset, *on, *files), reads=("export",)),
         ]
         if self.prompt is not None:
             say = ("foreroute", "generate", *model, "--bundle", bundle, *slots, *on)
-            steps.append(Step("generate", (*say, "--prompt", self.prompt)))
+            steps.append(Step("generate", (*say, "--prompt", self.prompt), reads=("export",)))
         return steps
 
 

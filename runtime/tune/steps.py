@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from foreroute.estimators.artifacts import read_json, write_json
 
@@ -31,6 +32,8 @@ class Step:
     """The command as a user types it."""
     again: tuple[str, ...] = ()
     """Flags that let it go on, or begin anew, where it was killed before."""
+    reads: tuple[str, ...] = ()
+    """Names of the steps whose files it reads: it is done again once they are."""
 
     @property
     def text(self) -> str:
@@ -71,14 +74,25 @@ class Journal:
         entry = self._steps.get(step.name)
         return entry is not None and entry.get("command") == step.text
 
+    def begin(self, step: Step, steps: Sequence[Step]) -> None:
+        """Write down, before a step runs, that neither it nor what reads its files is done."""
+        stale = {step.name}
+        for later in steps:
+            if stale.intersection(later.reads):
+                stale.add(later.name)
+        self._write({name: entry for name, entry in self._steps.items() if name not in stale})
+
     def note(self, step: Step, seconds: float) -> None:
         """Write down that a step is done."""
-        self._steps[step.name] = {"command": step.text, "seconds": seconds}
-        write_json(self._path, {"steps": self._steps})
+        self._write(self._steps | {step.name: {"command": step.text, "seconds": seconds}})
+
+    def _write(self, steps: dict[str, Any]) -> None:
+        self._steps = steps
+        write_json(self._path, {"steps": steps})
 
 
 def run_all(steps: Sequence[Step], journal: Journal, say: Callable[[str], None]) -> None:
-    """Run what has not been done yet, in the open; what follows a step that ran runs too.
+    """Run what has not been done yet, in the open, and what reads the files of a step that ran.
 
     Args:
         steps: In order.
@@ -88,12 +102,11 @@ def run_all(steps: Sequence[Step], journal: Journal, say: Callable[[str], None])
     Raises:
         StepFailed: If a command ends with an error.
     """
-    is_changed = False
     for step in steps:
-        if journal.has_done(step) and not is_changed:
+        if journal.has_done(step):
             say(f"Done before: {step.text}")
             continue
-        is_changed = True
+        journal.begin(step, steps)
         say(f"\n$ {step.text}")
         start = time.monotonic()
         module, arguments = MODULES[step.argv[0]], (*step.argv[1:], *step.again)

@@ -45,7 +45,7 @@ def summarise(out: Path, seconds: Mapping[str, float]) -> dict[str, Any]:
         "baselines": {name: _recall(row) for name, row in metrics["baselines"].items()},
         "runtime": modes | {"exact_tokens_equal": bench["exact_tokens_equal"]},
         "device": bench["device"],
-        "stock_tpot_ms": bench["modes"]["stock"]["tpot_ms"],
+        "stock_tpot_ms": bench["modes"].get("stock", {}).get("tpot_ms"),
         "seconds": sum(seconds.values()),
         "seconds_by_step": dict(seconds),
     }
@@ -56,12 +56,13 @@ def _recall(values: Mapping[str, Any]) -> dict[str, Any]:
     return {"recall_at_k": values["recall_at_k"], "recall_at_k_by_layer": by_layer}
 
 
-def show(out: Path, summary: Mapping[str, Any], console: Console) -> None:
+def show(out: Path, summary: Mapping[str, Any], verdict: str, console: Console) -> None:
     """Say what matters, and where everything lies.
 
     Args:
         out: The tuning's folder.
         summary: Of `summarise`.
+        verdict: Whether exact modes gave the tokens that they must give.
         console: Where to print.
     """
     table = Table(title="Recall of the next layer's true experts, held-out sequences")
@@ -72,11 +73,8 @@ def show(out: Path, summary: Mapping[str, Any], console: Console) -> None:
     for name, value in sorted(rows.items(), key=lambda row: row[1]):
         table.add_row(name, f"{value:.3f}")
     console.print(table)
-    if summary["runtime"]["exact_tokens_equal"]:
-        console.print("Exact modes gave the stock model's tokens.")
-    else:
-        console.print("[bold red]An exact mode gave other tokens than the stock model: a bug.[/]")
-    for name in ("traces", "run", "bundle", "report", "bench.html", "summary.json"):
+    console.print(verdict, style="" if summary["runtime"]["exact_tokens_equal"] else "bold red")
+    for name in ("traces", "run", "bundle", "report", "index.html", "summary.json"):
         console.print(f"{name:12} {out / name}", highlight=False, soft_wrap=True, markup=False)
     steps = ", ".join(f"{name} {s:.0f} s" for name, s in summary["seconds_by_step"].items())
     console.print(f"{summary['seconds']:.0f} s in all: {steps}", soft_wrap=True)

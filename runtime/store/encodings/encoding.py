@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,6 +22,15 @@ class Encoding(ABC):
     columns: int
     is_native: ClassVar[bool] = False
     """Whether checkpoints hold the parts themselves, under the parameter's name and suffix."""
+
+    @property
+    def grain(self) -> tuple[int, int]:
+        """Rows and columns of the smallest block that is stored by itself.
+
+        Raises:
+            ValueError: If the shape cannot be stored so.
+        """
+        return 1, 1
 
     @abstractmethod
     def parts(self) -> dict[str, Part]:
@@ -50,6 +59,20 @@ class Encoding(ABC):
             ValueError: If the encoding only exists in checkpoints.
         """
         raise ValueError(f"{type(self).__name__} is read from checkpoints only.")
+
+    def encode_into(self, matrices: Tensor, parts: Mapping[str, Sequence[Tensor]]) -> None:
+        """Encode matrices on a CPU to where they will lie.
+
+        Args:
+            matrices: [n, rows, columns] in any float dtype.
+            parts: By suffix, room for each matrix's part; written.
+
+        Raises:
+            ValueError: As `encode`.
+        """
+        for suffix, encoded in self.encode(matrices).items():
+            for room, part in zip(parts[suffix], encoded, strict=True):
+                room.copy_(part)
 
 
 Encoder = Callable[[str, int, int], Encoding]

@@ -6,7 +6,7 @@ base and the few weights that its fifteen codes do not reach; docs/lossless.md h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -82,31 +82,41 @@ class Lossless(Encoding):
             ValueError: If the matrices are not in bfloat16.
             TooManyExceptions: If one has more exceptions than there is room for.
         """
-        if matrices.dtype != torch.bfloat16:
-            raise ValueError(f"12 bits without loss are for bfloat16, not {matrices.dtype}.")
+        self._require_bfloat16(matrices)
         flat = matrices.reshape(-1, self.rows, self.columns)
-        padded = torch.nn.functional.pad(flat, (0, self.words * PLANES - self.columns))
-        bits = padded.contiguous().view(torch.int16)  # [n, rows, 8 N]
         data, lines = (
-            torch.empty(len(bits), *shape, dtype=dtype, device=bits.device)
+            torch.empty(len(flat), *shape, dtype=dtype, device=flat.device)
             for shape, dtype in self.parts().values()
         )
-        if bits.device.type == "cpu":
-            from foreroute.runtime.store.encodings.lossless_on_cpu import pack
-
-            is_done = pack(bits, data, lines, self.rows)
+        if flat.device.type == "cpu":
+            self.encode_into(flat, {"": list(data), "_lines": list(lines)})
         else:
-            is_done = self._pack(bits, data, lines)
-        if not is_done:
-            raise TooManyExceptions(
-                f"A matrix of {self.rows} x {self.columns} has more exceptions than fit the "
-                f"{self.spare_lines} lines beside its rows'."
-            )
+            padded = torch.nn.functional.pad(flat, (0, self.words * PLANES - self.columns))
+            bits = padded.contiguous().view(torch.int16)  # [n, rows, 8 N]
+            self._require(self._pack(bits, data, lines))
         outer = matrices.shape[:-2]
         return {
             "": data.view(*outer, *data.shape[1:]),
             "_lines": lines.view(*outer, *lines.shape[1:]),
         }
+
+    def encode_into(self, matrices: Tensor, parts: Mapping[str, Sequence[Tensor]]) -> None:
+        """See `Encoding.encode_into`; with all cores, and without a copy."""
+        from foreroute.runtime.store.encodings.lossless_on_cpu import pack
+
+        self._require_bfloat16(matrices)
+        self._require(pack(matrices, parts[""], parts["_lines"]))
+
+    def _require_bfloat16(self, matrices: Tensor) -> None:
+        if matrices.dtype != torch.bfloat16:
+            raise ValueError(f"12 bits without loss are for bfloat16, not {matrices.dtype}.")
+
+    def _require(self, is_done: bool) -> None:
+        if not is_done:
+            raise TooManyExceptions(
+                f"A matrix of {self.rows} x {self.columns} has more exceptions than fit the "
+                f"{self.spare_lines} lines beside its rows'."
+            )
 
     def _pack(self, bits: Tensor, data: Tensor, lines: Tensor) -> bool:
         """Write words and lines for [n, rows, 8 N] int16; whether there was room for all."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,10 @@ class EncodedParameter:
     def encode(self, weights: Tensor) -> dict[str, Tensor]:
         """What to store for experts' weights, [..., *shape]."""
         return self.encoding.encode(weights.mT if self.is_transposed else weights)
+
+    def encode_into(self, weights: Tensor, parts: Mapping[str, Sequence[Tensor]]) -> None:
+        """Encode experts' weights, [n, *shape] on a CPU, to where they will lie."""
+        self.encoding.encode_into(weights.mT if self.is_transposed else weights, parts)
 
     def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
         """[n, *shape] in the parameter's dtype, from parts of [n, ...]."""
