@@ -251,7 +251,7 @@ def _shadow_hits(cache: Cache, layer: int, ids: Integers, shadow: Flags, worth: 
 
 @compiled
 def _num_slots(cache: Cache, layer: int) -> int:
-    return cache.first[layer + 1] - cache.first[layer]
+    return int(cache.first[layer + 1] - cache.first[layer])
 
 
 @compiled
