@@ -53,7 +53,8 @@ def generate(
         budget: Experts prefetched per token and layer; the model's top-k unless said.
         prefetch: What is fetched early: none, auto (what pays) or all (each prediction); auto
             where there is a bundle, unless said.
-        eviction: Which expert goes: default, lru, lfu, lrfu, predicted or static.
+        eviction: Which expert goes: default, lru, lfu, lrfu, adaptive, predicted or
+            static.
         warm_start: What fills the slots before the first token: prompt, none, or recorded routing.
         layer_slots: equal, or by-misses: layers that miss more in that recording get more slots.
         temperature: 0 is greedy; above, tokens are sampled.
@@ -199,6 +200,7 @@ def simulate(
     slots: str = "10%,25%,40%",
     eviction: str = "lru,default",
     prefetch: str = "none",
+    on_miss: str = "fetch",
     horizon: int = 1,
     bundle: Path | None = None,
     recall: float = 0.89,
@@ -221,8 +223,9 @@ def simulate(
         routes: Traces, or another recording: route CSV, llama.cpp CSV, routed_experts, Megatron.
         profile: A machine: a built-in name such as h100-pcie5, or a file of foreroute profile.
         slots: Slots per MoE layer, each a number or a share; a comma list.
-        eviction: lru, lfu, lrfu, default, predicted, static, belady; a comma list.
+        eviction: lru, lfu, lrfu, default, adaptive, predicted, static, belady; a comma list.
         prefetch: none, all, head, pieces; a comma list.
+        on_miss: fetch, substitute:0.5 or another rule; a comma list. Needs traces; on demand only.
         horizon: Layers ahead to predict; 1, 2, 4, ... up to it are tried.
         bundle: Real predictions of this bundle (a folder or a Hub id) on traces, in place of a
             simulated predictor.

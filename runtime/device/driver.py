@@ -92,7 +92,8 @@ def why_not_on_device(
         return "running without a cache is decided on the host"
     if reason := why_not_ruled(config.rule):
         return reason
-    if find_policy(config.eviction).worth == "static" or find_policy(config.eviction).likely_bonus:
+    policy = find_policy(config.eviction)
+    if policy.worth in ("static", "adaptive") or policy.likely_bonus:
         return f"eviction={config.eviction} is decided on the host"
     if len(set(map(_shape_of, offloaded.store.layouts))) > 1:
         return "its layers have experts of different shapes"

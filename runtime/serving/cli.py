@@ -39,7 +39,8 @@ def serve(
         name: What clients call the model; as --model unless said.
         expert_slots: Slots per MoE layer: a number, a share such as 25%, or auto.
         prefetch: none, auto or all; auto where there is a bundle, unless said.
-        eviction: Which expert goes: default, lru, lfu, lrfu, predicted or static.
+        eviction: Which expert goes: default, lru, lfu, lrfu, adaptive, predicted or
+            static.
         device: auto, cpu or cuda.
         dtype: auto, float32, bfloat16 or float16.
         expert_dtype: How experts are stored; auto is exact.

@@ -153,9 +153,9 @@ def _describes(header: bytes, num_bytes: int) -> bool:
     try:
         entry = json.loads(header)[ROWS]
         is_so = entry["dtype"] == "U8" and math.prod(entry["shape"]) == num_bytes
+        return bool(is_so and entry["data_offsets"] == [0, num_bytes])
     except (ValueError, KeyError, TypeError, RecursionError):
         return False
-    return bool(is_so and entry["data_offsets"] == [0, num_bytes])
 
 
 def _read_block(block: Block, tick: Callable[[int], None]) -> None:
