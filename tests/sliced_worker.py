@@ -59,6 +59,19 @@ def logits_in(dtype: str, ranks: SliceRanks) -> torch.Tensor:
         return logits.float()
 
 
+def divided(ranks: SliceRanks, stack: Any) -> Any:
+    """The same cases where everything else is divided too, by case; or why that is refused."""
+    try:
+        offloaded = load_offloaded(
+            "bundled", device="cpu", dtype="float32", ranks=ranks, tp_plan="auto"
+        )
+    except ValueError as error:
+        return str(error)
+    keys = offloaded.moe.model.model.layers[0].self_attn.k_proj.weight.to_local()
+    seen = {name: observe(offloaded, CASES[name]) for name in ("all", "quarter")}
+    return seen | {"bundle": observe(offloaded, CASES["bundle"], stack), "keys": len(keys)}
+
+
 class Failing:
     """A streamer, and a criterion, that fail after some tokens."""
 
@@ -130,6 +143,7 @@ def run_rank(out: Path, bundle: Path) -> None:
         seen = observe(offloaded, settings, stack if name == "bundle" else None)
         torch.save(seen, out / f"{name}_{ranks.rank}.pt")
     torch.save({"logits": logits_in("bfloat16", ranks)}, out / f"bfloat16_{ranks.rank}.pt")
+    torch.save(divided(ranks, stack), out / f"divided_{ranks.rank}.pt")
     torch.save(lead_or_follow(offloaded), out / f"lockstep_{ranks.rank}.pt")
     seen = see_one_die(offloaded)
     torch.save(seen, out / f"die_{ranks.rank}.pt")

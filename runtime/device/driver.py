@@ -86,11 +86,14 @@ def why_not_on_device(
     """What keeps this model from deciding on the GPU, in one line; None if nothing does."""
     if offloaded.device.type != "cuda":
         return "it needs a CUDA device"
+    if offloaded.is_divided:
+        return "everything but the experts is divided by transformers' own plan"
     if config.cache == "none":
         return "running without a cache is decided on the host"
     if reason := why_not_ruled(config.rule):
         return reason
-    if find_policy(config.eviction).worth == "static" or find_policy(config.eviction).likely_bonus:
+    policy = find_policy(config.eviction)
+    if policy.worth in ("static", "adaptive") or policy.likely_bonus:
         return f"eviction={config.eviction} is decided on the host"
     if len(set(map(_shape_of, offloaded.store.layouts))) > 1:
         return "its layers have experts of different shapes"

@@ -130,7 +130,11 @@ def load_the_rest(checkpoint: Checkpoint) -> Any:
     logging.disable_progress_bar()
     try:
         model = weightless(model_class, checkpoint.tensors).from_pretrained(
-            checkpoint.source, config=config, dtype=checkpoint.dtype, **checkpoint.settings
+            checkpoint.source,
+            config=config,
+            dtype=checkpoint.dtype,
+            **checkpoint.settings,
+            **checkpoint.division,
         )
     except (OSError, RuntimeError, ValueError, ImportError) as error:
         raise ValueError(f"Model {checkpoint.name} cannot be read: {first_line(error)}") from error
