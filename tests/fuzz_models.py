@@ -28,14 +28,8 @@ from foreroute.estimators.artifacts import sha256_of, write_json, write_tensors
 from foreroute.runtime.planning.doctor import diagnose
 from foreroute.runtime.serving.requests import CHAT, checked
 from foreroute.runtime.store.host_store import HostExpertStore
-from foreroute.runtime.store.prepared import (
-    ROWS,
-    PreparedModel,
-    RestFile,
-    RowFile,
-    describe_layout,
-    read_rows,
-)
+from foreroute.runtime.store.prepared import PreparedModel, RestFile, RowFile, describe_layout
+from foreroute.runtime.store.prepared_rows import ROWS, block_digests, bytes_of, read_rows
 
 
 @dataclass(frozen=True)
@@ -85,9 +79,12 @@ def make_prepared(folder: Path) -> None:
     store.rows[0].fill_(1)
     (folder / "experts").mkdir()
     write_tensors(folder / "experts/layer-000.safetensors", {ROWS: store.rows[0]})
+    rest = folder / "model.safetensors"
+    write_tensors(rest, {"norm": torch.ones(4)})
     entry = RowFile(
         file="experts/layer-000.safetensors",
         sha256=sha256_of(folder / "experts/layer-000.safetensors"),
+        blocks_sha256=block_digests(bytes_of(store.rows[0])),
         experts=len(store.rows[0]),
         row_bytes=store.layouts[0].row_bytes,
         parameters=describe_layout(store.layouts[0]),
@@ -102,7 +99,7 @@ def make_prepared(folder: Path) -> None:
         plain_bytes=96,
         exceptions={},
         shards=(entry,),
-        rest=RestFile(file="model.safetensors", sha256="0" * 64),
+        rest=RestFile(file=rest.name, sha256=sha256_of(rest)),
         versions={},
     )
     write_json(folder / PREPARED_MANIFEST, asdict(manifest))
@@ -124,9 +121,11 @@ def read_prepared(folder: Path) -> None:
 
 
 def repair_prepared(folder: Path) -> None:
-    """Give the manifest the digest of the rows as they are."""
+    """Give the manifest the digest of the rows as they are, if they are in a file's last bytes."""
     values = json.loads((folder / PREPARED_MANIFEST).read_text())
-    values["shards"][0]["sha256"] = sha256_of(folder / values["shards"][0]["file"])
+    shard = values["shards"][0]
+    content = (folder / shard["file"]).read_bytes()
+    shard["blocks_sha256"] = block_digests(memoryview(content[-tiny_store().num_bytes :]))
     write_json(folder / PREPARED_MANIFEST, values)
 
 
