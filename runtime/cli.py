@@ -31,6 +31,7 @@ def generate(
     dtype: str = "auto",
     revision: str | None = None,
     expert_dtype: str = "auto",
+    pinned_memory: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
     """Generate text, streamed, and say what it cost.
@@ -61,6 +62,8 @@ def generate(
         revision: Branch, tag or commit of a Hub id.
         expert_dtype: How experts are stored: auto (exact: on a GPU lossless, else as the checkpoint
             has them), lossless (bfloat16 in 12 bits), bf16, fp8, int8 or int4.
+        pinned_memory: Host memory to page-lock for experts, such as 24GiB; as much as the system
+            allows unless said.
         trust_remote_code: Run code that came with the checkpoint.
     """
     given = locals().copy()
@@ -87,6 +90,7 @@ def bench(
     dtype: str = "auto",
     revision: str | None = None,
     expert_dtype: str = "auto",
+    pinned_memory: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
     """Run every mode on the same prompts and print what each cost.
@@ -109,6 +113,8 @@ def bench(
         revision: Branch, tag or commit of a Hub id, for weights and tokenizer.
         expert_dtype: How experts are stored: auto (exact: on a GPU lossless, else as the checkpoint
             has them), lossless (bfloat16 in 12 bits), bf16, fp8, int8 or int4.
+        pinned_memory: Host memory to page-lock for experts, such as 24GiB; as much as the system
+            allows unless said.
         trust_remote_code: Run code that came with the checkpoint.
     """
     from rich.progress import Progress
@@ -175,7 +181,11 @@ def bench(
         results = [measure.measure_stock(whole.to(target), work, tick)]
         progress.update(task, description="modes in turn")
         offloaded = offload(
-            whole.to("cpu"), device=target, model_name=model, expert_dtype=expert_dtype
+            whole.to("cpu"),
+            device=target,
+            model_name=model,
+            expert_dtype=expert_dtype,
+            pinned_memory=pinned_memory,
         )
         stack = loaded.stack if loaded else None
         slots = plan_slots(offloaded, EngineConfig(expert_slots=expert_slots), None)[0]

@@ -19,6 +19,7 @@ def serve(
     device: str = "auto",
     dtype: str = "auto",
     expert_dtype: str = "auto",
+    pinned_memory: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
@@ -38,6 +39,8 @@ def serve(
         device: auto, cpu or cuda.
         dtype: auto, float32, bfloat16 or float16.
         expert_dtype: How experts are stored; auto is exact.
+        pinned_memory: Host memory to page-lock for experts, such as 24GiB; as much as the system
+            allows unless said.
         revision: Branch, tag or commit of a Hub id.
         trust_remote_code: Run code that came with the checkpoint.
     """
@@ -67,6 +70,7 @@ def serve(
         device=device,
         dtype=dtype,
         expert_dtype=expert_dtype,
+        pinned_memory=pinned_memory,
         revision=revision,
         trust_remote_code=trust_remote_code,
     ) as engine:
