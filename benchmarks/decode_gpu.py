@@ -241,7 +241,7 @@ class ShapeBenchmark:
         share = EAGER_SLOTS
         for arm in [*arms_at(100, 1, []), *arms_at(share, 1, self.args.recalls)]:
             name = f"{self.label} {arm.config.expert_slots} {arm.name}"
-            left_out = ("eager-*", "*-all", PREDICTING)
+            left_out = ("eager-*", "*-all", "*-pinned-*", PREDICTING)
             is_left_out = any(fnmatch(arm.name, pattern) for pattern in left_out)
             if is_left_out or not self._is_wanted(arm.name):
                 continue
