@@ -216,7 +216,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "phimoe": {"lm_head_bias": True},
     "zaya": {"num_experts_per_tok": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
-    "kimi_linear": {"layer_types": ["full_attention", "linear_attention", "full_attention"]},
+    "kimi_linear": {
+        "layer_types": ["full_attention", "linear_attention", "full_attention"],
+        "linear_head_dim": 16,
+        "linear_num_heads": 4,
+    },
     "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe", "moe"]},
     "dbrx": {
         "d_model": 64,

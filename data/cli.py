@@ -115,7 +115,7 @@ def collect(
     fetched when they are needed, so that the device need not hold them.
 
     Args:
-        bundle: Run the model in an engine with the estimators of this bundle.
+        bundle: Run the model in an engine with the estimators of this bundle, a folder or a Hub id.
         on_miss: What the engine does about a missing expert: skip (unless said) or another of its
             speculative rules, with a bundle; fetch (unless said, without one) is exact.
         expert_slots: Slots per MoE layer on the device: a number, or a share such as 25% (unless

@@ -23,7 +23,13 @@ from foreroute.data.adapters import (
 from foreroute.data.collection import Collection
 from foreroute.data.corpus import Split
 from foreroute.data.layout import OPTIONAL_FIELDS
-from foreroute.data.manifest import MANIFEST_FILE, Speculation, TextOrigin, TraceManifest
+from foreroute.data.manifest import (
+    MANIFEST_FILE,
+    Speculation,
+    TextOrigin,
+    TraceManifest,
+    read_manifest,
+)
 from foreroute.data.recording_run import run_collection
 from foreroute.data.traces import Traces
 from foreroute.estimators.artifacts import package_versions
@@ -154,11 +160,14 @@ class CollectRequest:
         """Try the place now: refuse a folder that holds anything but traces to go on with.
 
         Raises:
-            ValueError: If it does, and `overwrite` is off; or somebody else writes there.
+            ValueError: If it does, or they are damaged, and `overwrite` is off; or somebody else
+                writes there.
             OSError: If nothing can be written there.
         """
         with claim(self.out):
-            if self.overwrite or not (self.out / MANIFEST_FILE).is_file():
+            if not self.overwrite and (self.out / MANIFEST_FILE).is_file():
+                read_manifest(self.out)  # says what is wrong with it, before a model is loaded
+            else:
                 given = self.speculation.bundle if self.speculation else None
                 inputs = (self.model, self.dataset, given)
                 require_free(self.out, "traces", overwrite=self.overwrite, inputs=inputs)

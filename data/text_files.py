@@ -126,7 +126,8 @@ def _walk(folder: Path) -> Iterator[Path]:
 def _zip_documents(path: Path, prefix: str, reading: RowReading) -> Contents:
     try:
         with zipfile.ZipFile(path) as archive:
-            names = sorted(info.filename for info in archive.infolist() if not info.is_dir())
+            infos = [info for info in archive.infolist() if info.filename]
+            names = sorted(info.filename for info in infos if not info.is_dir())
     except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
         raise NoTextError(f"{path} cannot be read as a zip archive: {error}.") from error
     parts: dict[str, Callable[[], Contents]] = {}

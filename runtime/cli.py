@@ -32,6 +32,8 @@ def generate(
     revision: str | None = None,
     expert_dtype: str = "auto",
     pinned_memory: str | None = None,
+    share_experts: bool = False,
+    tp_plan: str = "none",
     trust_remote_code: bool = False,
 ) -> None:
     """Generate text, streamed, and say what it cost.
@@ -39,7 +41,8 @@ def generate(
     Args:
         prompt: Text to continue; `-` reads it from standard input.
         model: `bundled`, a local folder or a Hub id.
-        bundle: Folder that export-estimator wrote; without it, prefetch uses the next router.
+        bundle: Folder that export-estimator wrote, or a Hub id, `@` a revision; without it,
+            prefetch uses the next router.
         max_new_tokens: Stop after so many tokens.
         expert_slots: Slots per MoE layer on the device: a number, a share such as 25%, or auto.
         on_miss: fetch (exact), or speculative execution by a rule: skip, substitute:0.5,
@@ -51,7 +54,8 @@ def generate(
         budget: Experts prefetched per token and layer; the model's top-k unless said.
         prefetch: What is fetched early: none, auto (what pays) or all (each prediction); auto
             where there is a bundle, unless said.
-        eviction: Which expert goes: default, lru, lfu, lrfu, predicted or static.
+        eviction: Which expert goes: default, lru, lfu, lrfu, adaptive, predicted or
+            static.
         warm_start: What fills the slots before the first token: prompt, none, or recorded routing.
         layer_slots: equal, or by-misses: layers that miss more in that recording get more slots.
         temperature: 0 is greedy; above, tokens are sampled.
@@ -64,6 +68,9 @@ def generate(
             has them), lossless (bfloat16 in 12 bits), bf16, fp8, int8 or int4.
         pinned_memory: Host memory to page-lock for experts, such as 24GiB; as much as the system
             allows unless said.
+        share_experts: Map a prepared model's rows: engines of one host have one copy in memory.
+        tp_plan: Of several processes: none (each has everything but the experts) or auto
+            (divided by transformers' own plan).
         trust_remote_code: Run code that came with the checkpoint.
     """
     given = locals().copy()
@@ -95,9 +102,12 @@ def bench(
 ) -> None:
     """Run every mode on the same prompts and print what each cost.
 
+    Of several processes that torchrun started, each has a slice of every expert; then there is no
+    stock model beside the exact modes.
+
     Args:
         model: `bundled`, a local folder or a Hub id.
-        bundle: Folder that export-estimator wrote.
+        bundle: Folder that export-estimator wrote, or a Hub id, `@` a revision.
         expert_slots: Slots per MoE layer on the device: a number, a share such as 25%, or auto.
         budget: Experts prefetched per token and layer; the model's top-k unless said.
         dataset: Where prompts come from (its held-out split); as collect-traces takes it.
@@ -117,92 +127,43 @@ def bench(
             allows unless said.
         trust_remote_code: Run code that came with the checkpoint.
     """
-    from rich.progress import Progress
-
-    from foreroute.data.adapters import discover, load_model, load_tokenizer, resolve_device
+    from foreroute.data.adapters import load_tokenizer, resolve_device
     from foreroute.data.adapters.loading import HubSettings
     from foreroute.data.adapters.vocabulary import vocabulary_size
     from foreroute.data.columns import RowReading
     from foreroute.data.held_out import held_out_sequences
-    from foreroute.estimators.artifacts import (
-        package_versions,
-        require_file_place,
-        write_json,
-        write_text,
-    )
-    from foreroute.export.bundle import load_bundle
-    from foreroute.runtime.bench import measure
-    from foreroute.runtime.bench.tables import notes, print_results
-    from foreroute.runtime.config import EngineConfig
-    from foreroute.runtime.planning.slot_plan import plan_slots
-    from foreroute.runtime.policies.slots import parse_slots
+    from foreroute.estimators.artifacts import require_file_place, write_json, write_text
+    from foreroute.runtime.bench.command import run_bench
     from foreroute.runtime.store.checkpoint import Checkpoint
-    from foreroute.runtime.store.offload import offload
 
     if min(num_prompts, prompt_tokens, repeats) < 1 or new_tokens < 8:
         raise ValueError("bench needs at least 1 prompt of 1 token, 1 repeat and 8 new tokens.")
     require_file_place(json)
+    require_file_place(html)
     target = resolve_device(device)
-    loaded = load_bundle(bundle) if bundle else None
     hub: HubSettings = {"revision": revision, "trust_remote_code": trust_remote_code}
-    checkpoint = Checkpoint.open(model, dtype=dtype, **hub)
-    checkpoint.require_room_for_whole()
-    tokenizer = load_tokenizer(model, **hub)
-    reading, length = RowReading(column=column, tokenizer=tokenizer), prompt_tokens + new_tokens
-    num_known = vocabulary_size(checkpoint.outline)
-    sequences = held_out_sequences(reading, dataset, num_prompts, length, num_known)
-    whole = load_model(model, dtype=dtype, **hub)
-    moe = discover(whole, model)
-    geometry = moe.geometry
-    if loaded is not None:
-        loaded.require_fits(geometry)
-    if expert_slots != "auto":  # refuse impossible ones before anything runs
-        parse_slots(expert_slots, num_experts=geometry.num_experts, top_k=geometry.top_k)
-    work = measure.Workload(
-        prompts=[tokens[:, :prompt_tokens] for tokens in sequences],
-        continuations=[tokens[:, prompt_tokens:] for tokens in sequences],
-        new_tokens=new_tokens,
-        repeats=repeats,
+    checkpoint = Checkpoint.open(
+        model, dtype=dtype, expert_dtype=expert_dtype, device=target, **hub
     )
-    modes = measure.modes_for(
-        expert_slots,
-        has_bundle=loaded is not None,
-        has_anchors=moe.found_anchors is not None,
-        budget=budget,
-        can_speculate=geometry.gate_family != "other",
-    )
+    reading = RowReading(column=column, tokenizer=load_tokenizer(model, **hub))
+    length, num_known = prompt_tokens + new_tokens, vocabulary_size(checkpoint.outline)
     console = plain_console()
-    with Progress(console=console) as progress:
-        task = progress.add_task("stock", total=measure.num_ticks(modes, work))
-
-        def tick() -> None:
-            progress.advance(task)
-
-        results = [measure.measure_stock(whole.to(target), work, tick)]
-        progress.update(task, description="modes in turn")
-        offloaded = offload(
-            whole.to("cpu"),
-            device=target,
-            model_name=model,
-            expert_dtype=expert_dtype,
-            pinned_memory=pinned_memory,
-        )
-        stack = loaded.stack if loaded else None
-        slots = plan_slots(offloaded, EngineConfig(expert_slots=expert_slots), None)[0]
-        results += measure.measure_modes(modes, offloaded, stack, work, tick)
-    results = measure.with_perplexity_change(results)
-    title = f"{model} on {target}, {slots} slots for the {geometry.num_experts} experts of a layer"
-    is_cpu = target.type == "cpu"
-    print_results(console, results, title, is_cpu=is_cpu)
-    settings = {
-        "device": str(target),
-        "versions": package_versions(),
-        "model": geometry.to_dict(),
-        "expert_slots": slots,
-        "expert_bytes": offloaded.expert_bytes,
-    }
-    found = settings | measure.to_json(results, is_cpu=is_cpu)
-    found["notes"] = notes(results, is_cpu=is_cpu)
+    measured = run_bench(
+        checkpoint,
+        held_out_sequences(reading, dataset, num_prompts, length, num_known),
+        console,
+        bundle=bundle,
+        expert_slots=expert_slots,
+        budget=budget,
+        prompt_tokens=prompt_tokens,
+        repeats=repeats,
+        device=device,
+        expert_dtype=expert_dtype,
+        pinned_memory=pinned_memory,
+    )
+    if measured is None:  # the first process speaks
+        return
+    found, title = measured
     if json is not None:
         write_json(json, found)
         console.print(str(json), soft_wrap=True)
@@ -246,6 +207,7 @@ def simulate(
     slots: str = "10%,25%,40%",
     eviction: str = "lru,default",
     prefetch: str = "none",
+    on_miss: str = "fetch",
     horizon: int = 1,
     bundle: Path | None = None,
     recall: float = 0.89,
@@ -268,10 +230,12 @@ def simulate(
         routes: Traces, or another recording: route CSV, llama.cpp CSV, routed_experts, Megatron.
         profile: A machine: a built-in name such as h100-pcie5, or a file of foreroute profile.
         slots: Slots per MoE layer, each a number or a share; a comma list.
-        eviction: lru, lfu, lrfu, default, predicted, static, belady; a comma list.
+        eviction: lru, lfu, lrfu, default, adaptive, predicted, static, belady; a comma list.
         prefetch: none, all, head, pieces; a comma list.
+        on_miss: fetch, substitute:0.5 or another rule; a comma list. Needs traces; on demand only.
         horizon: Layers ahead to predict; 1, 2, 4, ... up to it are tried.
-        bundle: Real predictions of this bundle on traces, in place of a simulated predictor.
+        bundle: Real predictions of this bundle (a folder or a Hub id) on traces, in place of a
+            simulated predictor.
         recall: Of the simulated predictor, one layer ahead.
         errors: Its wrong guesses: near-miss or uniform.
         concentration: How little it knows which guesses are wrong; calibrated for any value.
@@ -299,6 +263,7 @@ def plan(
     host_memory: str,
     profile: str = "h100-pcie5",
     context: int = 4096,
+    gpus: int = 1,
     json: Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -307,17 +272,19 @@ def plan(
 
     Args:
         model: `bundled`, a folder, a config.json or a Hub id.
-        gpu_memory: Device memory to use, such as 24GiB.
+        gpu_memory: Device memory to use, such as 24GiB; of each GPU.
         host_memory: Host memory to use, such as 64GiB.
         profile: A machine: a built-in name such as rtx4090-pcie4, or a file of foreroute profile.
         context: Tokens of context, prompt and answer.
+        gpus: GPUs of one host that share the model, each with a slice of every expert.
         json: Write the plan here too.
         revision: Branch, tag or commit of a Hub id.
         trust_remote_code: Run code that came with the checkpoint.
     """
     from foreroute.runtime.planning.plan_report import run_plan
 
-    run_plan(model, gpu_memory, host_memory, profile, context, json, trust_remote_code, revision)
+    memory = (gpu_memory, host_memory)
+    run_plan(model, *memory, profile, context, json, trust_remote_code, revision, gpus)
 
 
 def pack(

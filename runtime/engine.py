@@ -63,6 +63,11 @@ class Engine:
         self.device = offloaded.device
         self.ranks = offloaded.ranks
         """The processes that share the model, each with a slice of every expert."""
+        if not self.ranks.is_alone and not config.is_exact:
+            raise ValueError(
+                f"on_miss={config.on_miss} is for one process: several may have other experts "
+                "resident, and would leave out, or put in, slices of different ones."
+            )
         recording = read_recording(offloaded, config)
         self.slots_per_layer = plan_slots(offloaded, config, recording)
         self.driver = _make_driver(offloaded, config, self.slots_per_layer, stack)
@@ -109,10 +114,12 @@ class Engine:
             **settings: Other fields of `EngineConfig`; of `HubSettings` (`revision`, `token`,
                 `cache_dir`, `local_files_only`, `subfolder`, `trust_remote_code`);
                 `attn_implementation`; `pinned_memory`: host memory to page-lock for experts, such
-                as 24GiB (as much as the system allows if None); and `expert_dtype`: how experts
-                are stored and copied, `lossless` (bfloat16 in 12 bits, every bit given back),
-                `auto` (that on a GPU, else as the checkpoint has them), `bf16`, `fp8`, `int8` or
-                `int4` (fewer bits than the checkpoint's change the output).
+                as 24GiB (as much as the system allows if None); `expert_dtype`: how experts are
+                stored and copied, `lossless` (bfloat16 in 12 bits, every bit given back), `auto`
+                (that on a GPU, else as the checkpoint has them), `bf16`, `fp8`, `int8` or `int4`
+                (fewer bits than the checkpoint's change the output); `share_experts=True`: engines of one host share a
+                prepared model's rows in memory; `tp_plan="auto"`: the processes of `is_sliced`
+                divide everything else as transformers does, where the model has a plan.
 
         Raises:
             ValueError: If the model, the bundle and the settings do not fit together, or an
@@ -210,6 +217,11 @@ class Engine:
         given.setdefault("disable_compile", True)  # the host decides between layers
         with self.turns.call(), self._must_really_run():
             asked = _asked_of(self.model, given)
+            if asked.get("assistant_early_exit"):
+                raise ValueError(
+                    "assistant_early_exit leaves layers out, which an engine does not: give an "
+                    "assistant_model or prompt_lookup_num_tokens."
+                )
             if not self.ranks.is_alone:
                 self.ranks.share_random_state(self.device)
                 given["streamer"] = given.get("streamer") if self.ranks.is_first else None

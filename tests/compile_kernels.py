@@ -13,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from foreroute.estimators.types import GateFamily
 from foreroute.runtime.device.kernels import demand as demand_module
 from foreroute.runtime.device.kernels.activation import ExpertForm
 from foreroute.runtime.device.kernels.attention import decode_attention
@@ -23,6 +24,7 @@ from foreroute.runtime.device.kernels.head import plan_head
 from foreroute.runtime.device.kernels.heads import ProjectedHeads, place_heads
 from foreroute.runtime.device.kernels.linear import products
 from foreroute.runtime.device.kernels.lossless import unpack
+from foreroute.runtime.device.kernels.miss import NUM_JUDGED, LayerRule, RuledChoice
 from foreroute.runtime.device.kernels.norm import Norm, normed
 from foreroute.runtime.device.kernels.plan import plan
 from foreroute.runtime.device.kernels.predict import predict_logits, rank_experts
@@ -33,6 +35,8 @@ from foreroute.runtime.device.kernels.route import DemandPlan, RouterProduct, ro
 from foreroute.runtime.device.kernels.staging import stage
 from foreroute.runtime.device.kernels.tables import ResidencyTables
 from foreroute.runtime.device.kernels.top_k import softmax_top_k
+from foreroute.runtime.on_miss import find_rule
+from foreroute.runtime.on_miss.choice import Gates
 from foreroute.runtime.policies import find_policy
 from foreroute.runtime.store.encodings import (
     EncodedParameter,
@@ -69,7 +73,7 @@ def compile_launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: A
     signature, constants = {}, {}
     for parameter in kernel.params:
         value = given[parameter.name]
-        if parameter.is_constexpr:
+        if parameter.is_constexpr or value is None:
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = TYPES[value.dtype]
@@ -169,6 +173,7 @@ def call_everything() -> None:
             )
             route(tokens, router, before, demand)
             route(tokens, router, before)
+    call_rules(router, Norm(factor=factor, eps=1e-6))
     heads = ProjectedHeads(
         states=torch.zeros(1, 6 * 64, **half),
         starts=(0, 128, 256),
@@ -188,6 +193,30 @@ def call_everything() -> None:
     add_expected_output(hidden, ids, chances, weight.float())
     table = torch.zeros(9)
     rank_experts(torch.zeros(1, 16), table[:1], table[:1], table, top_k=4, budget=4)
+
+
+def call_rules(router: RouterProduct, norm: Norm) -> None:
+    """Rules on a miss in the launches that decide on a router's choice."""
+    tables, score_rule = ResidencyTables.empty(16, 8, "cpu"), find_policy("lrfu").device_rule()
+    judged = torch.zeros(NUM_JUDGED, dtype=torch.int32)
+    rules = ("skip:0.5", "bonus:0.1+substitute:0.5", "threshold:0.2", "substitute+budget:1MB")
+    for text, kind in zip(rules, GateFamily, strict=False):
+        bias = torch.zeros(16) if kind.scores == "sigmoid" else None
+        layer_rule = LayerRule(
+            rule=find_rule(text),
+            gates=Gates(family=kind, selection_bias=bias),
+            judged=judged,
+            floor=0.5,
+            allowed=1.5,
+            is_first=True,
+        )
+        copies = torch.zeros(3, 4, dtype=torch.int32)
+        given = {"tables": tables, "rule": score_rule, "copies": copies, "places": copies[:2]}
+        state = torch.zeros(1, 64, dtype=torch.bfloat16)
+        route(state, router, norm, DemandPlan(**given, on_miss=layer_rule))
+        ids, copies = torch.zeros(3, 4, dtype=torch.long), torch.zeros(3, 12, dtype=torch.int32)
+        choice = RuledChoice.of(torch.zeros(3, 16), ids, torch.zeros(3, 4))
+        plan(choice.expert_ids, tables, score_rule, copies, ruling=(layer_rule, choice))
 
 
 if __name__ == "__main__":

@@ -79,8 +79,7 @@ def make_prepared(folder: Path) -> None:
     store.rows[0].fill_(1)
     (folder / "experts").mkdir()
     write_tensors(folder / "experts/layer-000.safetensors", {ROWS: store.rows[0]})
-    rest = folder / "model.safetensors"
-    write_tensors(rest, {"norm": torch.ones(4)})
+    write_tensors(folder / "model.safetensors", {"norm": torch.ones(2)})
     entry = RowFile(
         file="experts/layer-000.safetensors",
         sha256=sha256_of(folder / "experts/layer-000.safetensors"),
@@ -99,7 +98,7 @@ def make_prepared(folder: Path) -> None:
         plain_bytes=96,
         exceptions={},
         shards=(entry,),
-        rest=RestFile(file=rest.name, sha256=sha256_of(rest)),
+        rest=RestFile(file="model.safetensors", sha256=sha256_of(folder / "model.safetensors")),
         versions={},
     )
     write_json(folder / PREPARED_MANIFEST, asdict(manifest))
@@ -123,9 +122,10 @@ def read_prepared(folder: Path) -> None:
 def repair_prepared(folder: Path) -> None:
     """Give the manifest the digest of the rows as they are, if they are in a file's last bytes."""
     values = json.loads((folder / PREPARED_MANIFEST).read_text())
-    shard = values["shards"][0]
+    shard, rows = values["shards"][0], tiny_store().rows[0]
     content = (folder / shard["file"]).read_bytes()
-    shard["blocks_sha256"] = block_digests(memoryview(content[-tiny_store().num_bytes :]))
+    shard["sha256"] = sha256_of(folder / shard["file"])
+    shard["blocks_sha256"] = block_digests(memoryview(content[-rows.nbytes :]))
     write_json(folder / PREPARED_MANIFEST, values)
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["foreroute.data.collect", "foreroute.train.fit", "toys"])
+CONTEXT.set_forkserver_preload(
+    ["foreroute.data.collect", "foreroute.train.fit", "toys", "sliced_worker"]
+)
 WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
 KILLED = -signal.SIGKILL
 

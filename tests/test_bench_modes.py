@@ -1,14 +1,19 @@
 """What `foreroute bench` runs, and when it refuses to start."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tiny_models import tiny_model
 
 from foreroute.estimators import host_memory
 from foreroute.runtime.bench.measure import modes_for
 from foreroute.runtime.bench.tables import gave_up_note
+from foreroute.runtime.cli import bench
+from foreroute.runtime.policies.slots import RESERVE_BYTES
 from foreroute.runtime.store.checkpoint import Checkpoint
+from foreroute.runtime.store.pack import pack_model
 
 
 def names(**settings):
@@ -19,6 +24,44 @@ def names(**settings):
 def test_without_predictions_only_modes_on_demand_are_measured():
     modes = names(has_bundle=False, has_anchors=False)
     assert modes == {"all-resident", "on-demand-no-cache", "on-demand"}
+
+
+def test_all_experts_at_once_are_left_out_where_they_do_not_fit():
+    assert "all-resident" not in names(has_bundle=False, has_anchors=False, has_room_for_all=False)
+
+
+def test_a_device_is_asked_for_what_will_lie_on_it(tmp_path, monkeypatch):
+    tiny_model("qwen3_moe", dtype=torch.bfloat16).save_pretrained(tmp_path)
+    checkpoint = Checkpoint.open(str(tmp_path), expert_dtype="int4")
+    cuda, whole = torch.device("cuda"), checkpoint.expert_bytes + checkpoint.other_bytes
+    assert checkpoint.stored_bytes < checkpoint.expert_bytes
+    for total, is_held, is_stock_held in (
+        (whole + RESERVE_BYTES, True, True),
+        (whole + RESERVE_BYTES - 1, True, False),
+        (RESERVE_BYTES, False, False),
+    ):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, total=total: (0, total))
+        assert checkpoint.is_held_by(cuda) is is_held
+        assert checkpoint.is_held_by(cuda, is_stock=True) is is_stock_held
+
+
+def test_a_model_that_has_no_stock_form_is_measured_without_it(tiny_moe, text_dataset, tmp_path):
+    pack_model(Checkpoint.open(str(tiny_moe.folder)), tmp_path / "packed", device="cpu")
+    bench(
+        model=str(tmp_path / "packed"),
+        dataset=str(text_dataset),
+        num_prompts=1,
+        prompt_tokens=8,
+        new_tokens=8,
+        repeats=1,
+        json=tmp_path / "bench.json",
+        html=tmp_path / "bench.html",
+        device="cpu",
+    )
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert "stock" not in found["modes"]
+    assert (found["reference"], found["exact_tokens_equal"]) == ("on-demand", True)
+    assert "The stock model was left out" in (tmp_path / "bench.html").read_text()
 
 
 def test_a_bundle_predicts_where_the_routers_copies_cannot():

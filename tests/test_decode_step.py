@@ -19,7 +19,7 @@ from foreroute.data.adapters import find_moe_layers
 from foreroute.runtime.device import decode_graph
 from foreroute.runtime.device.decode_graph import DecodeStep
 from foreroute.runtime.device.fusions import find_routers, fuse_attention, fuse_rotary, fuse_routers
-from foreroute.runtime.device.kernels import linear
+from foreroute.runtime.device.kernels import linear, route
 from foreroute.runtime.device.sampling import decode_loop
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "models.json"
@@ -31,7 +31,9 @@ TOLERANCE = 2e-5  # float32, sums in another order
 @pytest.fixture(autouse=True)
 def quick_under_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_graph, "LENGTH_STEP", 16)
-    monkeypatch.setattr(linear, "TILE", 2**17)  # programs run one after the other
+    # programs run one after the other
+    monkeypatch.setattr(linear, "TILE", 2**17)
+    monkeypatch.setattr(route, "ROWS", 8)
 
 
 def forced_logits(model: Any, tokens: Tensor, mask: Tensor) -> Tensor:

@@ -139,7 +139,7 @@ def test_models_of_another_class_are_refused_in_one_line(tmp_path, model_type, r
 
 
 def test_a_config_that_builds_no_model_is_refused_in_one_line(tmp_path):
-    with pytest.raises(ValueError, match="cannot build a lfm2_moe model from this config: "):
+    with pytest.raises(ValueError, match="cannot build a lfm2_moe model from the config of "):
         diagnose_tiny(tmp_path, "lfm2_moe", layer_types=None)
 
 

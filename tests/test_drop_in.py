@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import (
     GenerationConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
@@ -64,6 +66,23 @@ def test_calls_give_what_stock_gives(engine: Engine, stock: Any, name: str) -> N
         assert all(torch.equal(a, b) for a, b in zip(*(o.scores for o in outputs), strict=True))
         outputs = [output.sequences for output in outputs]
     assert torch.equal(*outputs)
+
+
+def test_an_assistant_drafts_and_the_tokens_are_stocks(engine: Engine, stock: Any) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    vocabulary = stock.config.vocab_size
+    assistant = Qwen3ForCausalLM(Qwen3Config(vocab_size=vocabulary, **sizes, **heads)).eval()
+    given = SETTINGS | {"assistant_model": assistant}
+    got, expected = (model.generate(prompt(), **given) for model in (engine.model, stock))
+    assert torch.equal(got, expected)
+
+
+def test_an_early_exit_is_refused_and_leaves_the_model_whole(engine: Engine) -> None:
+    before = engine.model.generate(prompt(), **SETTINGS)
+    with pytest.raises(ValueError, match="assistant_early_exit leaves layers out"):
+        engine.model.generate(prompt(), assistant_early_exit=2, **SETTINGS)
+    assert torch.equal(engine.model.generate(prompt(), **SETTINGS), before)
 
 
 def test_criteria_and_positional_arguments_are_the_engines_too(engine: Engine, stock: Any) -> None:

@@ -122,6 +122,11 @@ def test_exact_mode_matches_stock_transformers(offloaded: OffloadedModel, stock:
         {"on_miss": "skip"},
         {"on_miss": "predicted"},
         {"on_miss": "predicted:predicted-weights"},
+        {"on_miss": "skip:0.9"},
+        {"on_miss": "substitute:0.9"},
+        {"on_miss": "substitute+threshold:0.4"},
+        {"on_miss": "bonus:0.2", "exact_layers": "0"},
+        {"on_miss": "substitute+budget:20kB"},
     ],
 )
 def test_speculative_modes_run_and_keep_the_slots_right(
@@ -142,6 +147,29 @@ def test_batches_run_with_fewer_slots_than_they_need(offloaded: OffloadedModel) 
         output = engine.generate(tokens, max_new_tokens=12, do_sample=False, pad_token_id=0)
         engine.check_integrity()
     assert output.shape[0] == 8
+
+
+@pytest.mark.parametrize(
+    "rule", ["substitute:0.9", "threshold:0.4", "bonus:0.2+substitute:0.5", "budget:20kB"]
+)
+def test_a_rule_runs_in_the_graph_with_no_wait_of_the_host(
+    offloaded: OffloadedModel, rule: str
+) -> None:
+    config = EngineConfig(expert_slots="4", on_miss=rule, agreement_floor=0.0)
+    with graph_engine(offloaded, config) as engine:
+        graph = graph_for(engine, 1, 64)
+        assert isinstance(graph, DecodeGraph)
+        graph.begin(torch.ones(1, 1, dtype=torch.long, device=CUDA))
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            token = torch.full((1,), 7, dtype=torch.long, device=CUDA)
+            for _ in range(20):
+                token = graph.replay(token).argmax(-1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert 0 < engine.stats().agreement < 1
+        engine.check_integrity()
 
 
 def graph_engine(offloaded: OffloadedModel, config: EngineConfig, stack: Any = None) -> Engine:

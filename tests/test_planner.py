@@ -8,6 +8,7 @@ import torch
 from tiny_models import tiny_model
 from transformers import Qwen3MoeConfig
 
+from foreroute.runtime.planning.gpus import GpuGroup
 from foreroute.runtime.planning.machine import find_profile
 from foreroute.runtime.planning.model_size import ModelSize, measure_model
 from foreroute.runtime.planning.plan_report import run_plan
@@ -138,6 +139,35 @@ def test_the_h100_at_a_quarter_is_expected_as_measured(big: Path) -> None:
     assert 10 < plan.tpot_ms < 20  # 14.8 ms were measured at 25 %, top-6
 
 
+def test_two_gpus_have_half_of_each_expert_and_are_expected_as_measured(big: Path) -> None:
+    machine = find_profile("h100-engine")
+    half, whole = measure_model(str(big), 2), measure_model(str(big))
+    assert half.expert_bytes["bf16"] * 2 == whole.expert_bytes["bf16"]
+    memory = {"gpu_bytes": 20 * GIB, "host_bytes": 64 * GIB, "context": 512}
+    group = GpuGroup.of(2, machine)
+    one = next(p for p in plan_choices(whole, machine, **memory) if p.expert_dtype == "bf16")
+    two = plan_choices(half, machine, **memory, gpus=group)
+    two = next(p for p in two if p.expert_dtype == "bf16")
+    assert two.host_bytes == one.host_bytes
+    assert abs(two.slots - 2 * one.slots) < 3  # at the same memory of each
+    assert 5 < two.tpot_ms < 7.5  # 6.1 ms were measured at 25 % of the bytes on each, top-6
+    assert one.tpot_ms / two.tpot_ms > 1.7
+
+
+def test_the_cost_of_several_gpus_is_named_by_where_it_was_measured() -> None:
+    own, other = (GpuGroup.of(4, find_profile(name)) for name in ("h100-engine", "rtx4090-pcie4"))
+    assert own == GpuGroup(all_reduce_ms=0.023, link_share=165 / 4 / 51, notes=own.notes)
+    assert "23 us, measured on 4 GPUs" in own.notes[1]
+    assert "not this machine" in other.notes[1]
+    assert "measured on 4 GPUs" in GpuGroup.of(3, find_profile("h100-engine")).notes[1]
+    assert GpuGroup.of(1, find_profile("h100-engine")).notes == ()
+
+
+def test_gpus_that_do_not_divide_the_experts_are_refused_with_those_that_do(big: Path) -> None:
+    with pytest.raises(ValueError, match=r"7 processes do not divide .* 768 .* 2, 3, 4, 6, 8"):
+        measure_model(str(big), 7)
+
+
 def test_hit_rates_rise_with_the_share_resident() -> None:
     rates = [hit_rate_at(share / 100) for share in range(0, 101, 2)]
     assert rates == sorted(rates)
@@ -153,6 +183,10 @@ def test_the_command_says_what_to_type(
     assert "from data sheets" in printed
     assert f"foreroute generate --model {big} --expert-slots 59" in printed
     assert json.loads(out.read_text())["choices"][0]["fits"]
+    run_plan(str(big), "24GiB", "64GiB", "h100-pcie5", 4096, None, gpus=2)
+    printed = capsys.readouterr().out
+    assert "torchrun --standalone --nproc-per-node 2 --no-python foreroute generate" in printed
+    assert "14.6 us" in printed
 
 
 def test_what_does_not_fit_is_said(big: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from foreroute.runtime import Engine, EngineConfig
 from foreroute.runtime.device import decode_graph
 from foreroute.runtime.device.decode_graph import DecodeStep
 from foreroute.runtime.device.driver import why_not_on_device
-from foreroute.runtime.device.kernels import linear
+from foreroute.runtime.device.kernels import linear, route
 from foreroute.runtime.device.kernels.quasi_hidden import add_expected_output
 from foreroute.runtime.device.predictor import DevicePredictor
 from foreroute.runtime.store.offload import offload
@@ -37,7 +37,9 @@ MODELS: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def quick_under_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_graph, "LENGTH_STEP", 16)
-    monkeypatch.setattr(linear, "TILE", 2**17)  # programs run one after the other
+    # programs run one after the other
+    monkeypatch.setattr(linear, "TILE", 2**17)
+    monkeypatch.setattr(route, "ROWS", 8)
 
 
 def readout_stack(moe: MoEModel, form: str = "low-rank") -> EstimatorStack:

@@ -55,20 +55,27 @@ def tuning(**changed: Any) -> Tuning:
 
 
 def test_every_flag_is_one_that_its_command_takes() -> None:
-    for step in tuning().steps():
+    for step in tuning(is_held=False).steps():
         name, rest = step.argv[0], step.argv[1:]
         if name == "foreroute":
             name, rest = rest[0], rest[1:]
             command = SUBCOMMANDS.get(name) or getattr(cli, name)
         else:
             command = COMMANDS[name]
-        taken = {f"--{flag.replace('_', '-')}" for flag in inspect.signature(command).parameters}
+        taken = {"--expert-slots"} if step.name == "collect" else set()  # the console script's own
+        taken |= {f"--{flag.replace('_', '-')}" for flag in inspect.signature(command).parameters}
         typed = {word for word in (*rest, *step.again) if word.startswith("--")}
         assert typed <= taken, step.text
         switches = {"--overwrite", "--resume", "--trust-remote-code"}  # take no value
         words = (*rest, *step.again)
         for word, following in itertools.pairwise((*words, "--end")):
             assert word not in switches or following.startswith("--"), step.text
+
+
+def test_a_model_that_the_device_does_not_hold_is_recorded_in_an_engine() -> None:
+    for is_held in (True, False):
+        collect = next(s for s in tuning(is_held=is_held).steps() if s.name == "collect")
+        assert ("--expert-slots" in collect.argv) is not is_held
 
 
 def test_no_gpu_means_no_plan() -> None:
@@ -184,7 +191,7 @@ def test_a_tunings_page_links_to_what_lies_beside_it_and_loads_nothing() -> None
     page = tune_page("m & n", summary, bench(), [("foreroute doctor --model '<x>'", 2.4)])
     assert loaded_from_elsewhere(page) == []
     assert "<td>trained ridge</td><td>0.500</td><td>0.250</td><td>0.750</td>" in page
-    assert "<td>foreroute doctor --model &#x27;&lt;x&gt;&#x27;</td><td>2</td>" in page
+    assert "<pre>foreroute doctor --model &#x27;&lt;x&gt;&#x27;   # 2 s</pre>" in page
 
 
 def test_a_page_that_loads_something_is_caught() -> None:

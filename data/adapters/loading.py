@@ -209,7 +209,7 @@ def find_prepared(name: str, config: Any, **hub: Unpack[HubSettings]) -> Path | 
 def load_model(
     name: str,
     *,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     device: torch.device | str = "cpu",
     device_map: str | None = None,
     **hub: Unpack[HubSettings],

@@ -91,6 +91,8 @@ def find_weight_files(source: str, config: Any, **hub: Any) -> WeightFiles:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(_not_found(source, folder, error)) from error
     paths = [Path(path) for path in found or ()]
+    if not paths:
+        raise ValueError(f"The index of {source} lists no files of weights.")
     if folder.is_dir():
         for path in paths:
             _require_inside(path, folder)

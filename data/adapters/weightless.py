@@ -62,8 +62,9 @@ def outline(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False)
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
     except Exception as error:  # whatever a value that cannot be ends in
+        place = f" of {config.name_or_path}" if config.name_or_path else ""
         raise ValueError(
-            f"Transformers cannot build a {config.model_type} model from this config: "
+            f"Transformers cannot build a {config.model_type} model from the config{place}: "
             f"{joined_lines(error)}."
         ) from error
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from foreroute.estimators.artifacts import shown
 from foreroute.estimators.forms.base import EstimatorForm
 from foreroute.estimators.forms.linear import Linear
 from foreroute.estimators.forms.low_rank import LowRank
@@ -33,7 +34,7 @@ def find_form(name: str) -> type[EstimatorForm]:
         ValueError: If there is none; the message lists the known names.
     """
     if name not in FORMS:
-        raise ValueError(f"Unknown estimator form {name!r}; known forms: {', '.join(FORMS)}.")
+        raise ValueError(f"Unknown estimator form {shown(name)}; known forms: {', '.join(FORMS)}.")
     return FORMS[name]
 
 

@@ -90,7 +90,7 @@ def _draw_recall(axes: Axes, rows: Sequence[Row]) -> None:
         axes.plot([low, high], [place, place], color=colour, linewidth=2)
         axes.plot(row["recall_at_k"], place, "o", color=colour)
     axes.set_yticks(range(len(ordered)), [f"{name_of(r)}, {r['input']}" for r in ordered])
-    axes.tick_params(axis="y", labelsize=6)
+    axes.tick_params(axis="y", labelsize=8)
     axes.set_xlabel("recall@K, budget K")
 
 
@@ -101,7 +101,7 @@ def _draw_worth(axes: Axes, rows: Sequence[Row]) -> None:
         axes.barh(place, 100 * row["tpot_saved"], color=colour)
     names = [f"{name_of(r)}, {r['input']}: recall {r['recall_at_k']:.3f}" for r in ordered]
     axes.set_yticks(range(len(ordered)), names)
-    axes.tick_params(axis="y", labelsize=6)
+    axes.tick_params(axis="y", labelsize=8)
     first = rows[0]
     axes.set_xlabel(f"TPOT saved, % ({first['profile']}, {first['slots']} slots)")
 

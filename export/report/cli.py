@@ -22,7 +22,7 @@ def report(
         run: Folder that train-estimator finished.
         out: Folder of the page, its pictures and report.json, made new.
         also: Further runs on the same traces; a comma list.
-        bundle: Folder that export-estimator wrote from them.
+        bundle: Folder that export-estimator wrote from them, or a Hub id.
         learning_curve: Fit on 1/16, 1/8, 1/4, 1/2 of the training tokens too (minutes).
         traces: Where the runs' traces lie now, if they have moved.
         device: Where to predict and fit: auto, cpu or cuda.

@@ -33,7 +33,7 @@ def tune_page(
     links = [
         f'<li><a href="{name}">{name}</a>: {html.escape(text)}</li>' for name, text in MORE.items()
     ]
-    seconds = [f"{took:.0f}" for _, took in steps]
+    typed = "\n".join(f"{command}   # {took:.0f} s" for command, took in steps)
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         *bench_parts(bench),
@@ -42,10 +42,7 @@ def tune_page(
         "<h2>More</h2>",
         f"<ul>{''.join(links)}</ul>",
         "<h2>Made by</h2>",
-        table(
-            ["command", "seconds"],
-            [[command, took] for (command, _), took in zip(steps, seconds, strict=True)],
-        ),
+        f"<pre>{html.escape(typed)}</pre>",
     ]
     return document(f"foreroute tune: {title}", parts)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -51,6 +51,16 @@ class Workload:
     repeats: int
     """Rounds: how often every mode runs every prompt, after a warm-up that is thrown away."""
 
+    @classmethod
+    def cut(cls, sequences: Sequence[Tensor], prompt_tokens: int, repeats: int) -> Workload:
+        """Cut sequences of one length, [1, T], into prompts and continuations."""
+        return cls(
+            prompts=[tokens[:, :prompt_tokens] for tokens in sequences],
+            continuations=[tokens[:, prompt_tokens:] for tokens in sequences],
+            new_tokens=sequences[0].shape[1] - prompt_tokens,
+            repeats=repeats,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModeResult:
@@ -91,6 +101,7 @@ def modes_for(
     has_anchors: bool,
     budget: int | None,
     can_speculate: bool,
+    has_room_for_all: bool = True,
 ) -> list[Mode]:
     """All modes, baselines first.
 
@@ -101,11 +112,15 @@ def modes_for(
             that need predictions are left out unless there is a bundle.
         budget: Experts prefetched per token and layer; top-k if None.
         can_speculate: Whether experts can be weighed that this model's routers did not choose.
+        has_room_for_all: Whether the device holds all experts at once.
     """
     demand = EngineConfig(expert_slots=expert_slots)
     prefetch = EngineConfig(expert_slots=expert_slots, prefetch="auto", budget=budget)
-    modes = [
-        Mode(name="all-resident", config=EngineConfig(expert_slots="100%"), is_filled=True),
+    modes = []
+    if has_room_for_all:
+        every = EngineConfig(expert_slots="100%")
+        modes.append(Mode(name="all-resident", config=every, is_filled=True))
+    modes += [
         Mode(name="on-demand-no-cache", config=replace(demand, cache="none")),
         Mode(name=BASELINE, config=demand),
     ]
@@ -203,9 +218,9 @@ def needs_perplexity(mode: Mode) -> bool:
     return mode.name == BASELINE or not mode.config.is_exact
 
 
-def num_ticks(modes: list[Mode], work: Workload) -> int:
-    """How often `tick` will be called for the stock model and these modes."""
-    stock = 1 + work.repeats * len(work.prompts)
+def num_ticks(modes: list[Mode], work: Workload, *, has_stock: bool = False) -> int:
+    """How often `tick` will be called for these modes, and for the stock model before them."""
+    stock = has_stock * (1 + work.repeats * len(work.prompts))
     timed = len(modes) * work.repeats * (1 + len(work.prompts))
     return stock + timed + len(work.prompts) * sum(map(needs_perplexity, modes))
 
@@ -235,12 +250,13 @@ def to_json(results: list[ModeResult], *, is_cpu: bool) -> dict[str, Any]:
     """Rows by name, and whether the exact modes gave the tokens that they must give.
 
     Args:
-        results: Of the stock model, then of all modes.
+        results: Of the stock model, if it was measured, then of all modes.
         is_cpu: Whether it ran on a CPU, where exact modes are bit-equal to the stock model; on a
             GPU they are to each other, whose kernels are not the stock model's.
     """
-    reference = next(r for r in results if r.name == (STOCK if is_cpu else BASELINE))
-    compared = [r for r in results if r.is_exact and (is_cpu or r.name != STOCK)]
+    is_stocks = is_cpu and results[0].name == STOCK
+    reference = next(r for r in results if r.name == (STOCK if is_stocks else BASELINE))
+    compared = [r for r in results if r.is_exact and (is_stocks or r.name != STOCK)]
     return {
         "reference": reference.name,
         "exact_tokens_equal": all(r.tokens == reference.tokens for r in compared),

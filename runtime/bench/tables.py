@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.table import Table
 
+from foreroute.runtime.bench.measure import BASELINE, STOCK, ModeResult
+
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from foreroute.runtime.bench.measure import ModeResult
 
 SPECULATIVE_NOTE = (
     "predicted runs the predicted experts with the true router's gate weights or, as the paper's "
     "engine does, with predicted ones; substitute puts residents in the place of light missing "
     "experts, skip leaves missing ones out: these change the output."
+)
+NO_STOCK_NOTE = (
+    "The stock model was left out: it is prepared, in slices, or larger than the device's memory."
 )
 ALL_NOTE = "prefetch-all fetches each prediction, whether or not that pays."
 CPU_NOTE = (
@@ -46,14 +49,17 @@ def notes(results: list[ModeResult], *, is_cpu: bool) -> list[str]:
         results: Of all modes.
         is_cpu: Whether it ran on a CPU.
     """
-    lines = (gave_up_note(results), ALL_NOTE, SPECULATIVE_NOTE, CPU_NOTE if is_cpu else "")
+    speculative = "" if all(r.is_exact for r in results) else SPECULATIVE_NOTE
+    whole = "" if results[0].name == STOCK else NO_STOCK_NOTE
+    lines = (whole, gave_up_note(results), ALL_NOTE, speculative, CPU_NOTE if is_cpu else "")
     return [line for line in lines if line]
 
 
 def time_table(results: list[ModeResult], title: str) -> Table:
     """What each mode took."""
     table = _table(title, "TPOT ms", "p25-p75", "x on-demand", "TTFT ms", "tokens")
-    baseline = next(r.tpot_ms for r in results if r.name == "on-demand")
+    baseline = next(r.tpot_ms for r in results if r.name == BASELINE)
+    same = "stock's" if results[0].name == STOCK else "same"
     for r in results:
         table.add_row(
             r.name,
@@ -61,7 +67,7 @@ def time_table(results: list[ModeResult], title: str) -> Table:
             f"{r.tpot_ms_p25:.1f}-{r.tpot_ms_p75:.1f}",
             f"{r.tpot_ms / baseline:.2f}",
             f"{r.ttft_ms:.0f}",
-            "stock's" if r.tokens == results[0].tokens else "other",
+            same if r.tokens == results[0].tokens else "other",
         )
     return table
 

@@ -20,6 +20,16 @@ from foreroute.runtime.device.decode_graph import DecodeGraph, DecodeStep
 from foreroute.runtime.device.expert_form import find_expert_form, why_no_form
 from foreroute.runtime.device.fusions import fuse_norms
 from foreroute.runtime.device.kernels.fetch import WORD, fetch
+from foreroute.runtime.device.kernels.miss import (
+    AGREED,
+    CHOSEN,
+    IS_CLOSED,
+    NUM_JUDGED,
+    RECENTLY_AGREED,
+    RECENTLY_CHOSEN,
+    LayerRule,
+    why_not_ruled,
+)
 from foreroute.runtime.device.kernels.quasi_hidden import add_expected_output
 from foreroute.runtime.device.kernels.tables import (
     EMPTY,
@@ -43,6 +53,9 @@ from foreroute.runtime.device.run_state import DeviceRun
 from foreroute.runtime.device.sampling import decode_loop
 from foreroute.runtime.device.streams import borrow_stream
 from foreroute.runtime.look_ahead import LookAhead
+from foreroute.runtime.on_miss.agreement import AgreementGuard
+from foreroute.runtime.on_miss.gates import exact_layers_of, gates_of
+from foreroute.runtime.planning.machine import find_profile
 from foreroute.runtime.policies import find_policy
 from foreroute.runtime.policies.give_up import LOOK_AHEAD, ON_DEMAND
 from foreroute.runtime.policies.prefetching import PRIOR_PREFETCHES, READOUT_SHARE
@@ -74,9 +87,14 @@ def why_not_on_device(
     """What keeps this model from deciding on the GPU, in one line; None if nothing does."""
     if offloaded.device.type != "cuda":
         return "it needs a CUDA device"
-    if not config.is_exact or config.cache == "none":
-        return "speculative execution and running without a cache are decided on the host"
-    if find_policy(config.eviction).worth == "static" or find_policy(config.eviction).likely_bonus:
+    if offloaded.is_divided:
+        return "everything but the experts is divided by transformers' own plan"
+    if config.cache == "none":
+        return "running without a cache is decided on the host"
+    if reason := why_not_ruled(config.rule):
+        return reason
+    policy = find_policy(config.eviction)
+    if policy.worth in ("static", "adaptive") or policy.likely_bonus:
         return f"eviction={config.eviction} is decided on the host"
     if len(set(map(_shape_of, offloaded.store.layouts))) > 1:
         return "its layers have experts of different shapes"
@@ -87,12 +105,45 @@ def why_not_on_device(
     return None
 
 
+def layer_rules(
+    offloaded: OffloadedModel, config: EngineConfig, judged: Tensor
+) -> list[LayerRule | None]:
+    """The rule on a miss for each layer, [L]; None where a layer is exact.
+
+    Args:
+        offloaded: The model.
+        config: Names the rule, and layers that are exact all the same.
+        judged: Counters on the device, shared by the layers; see `LayerRule`.
+
+    Raises:
+        ValueError: If the rule weighs experts and the model's gate rule is unknown.
+    """
+    moe, rule, size = offloaded.moe, config.rule, offloaded.expert_bytes
+    if rule.is_exact:
+        return [None] * len(moe.layers)
+    exact = exact_layers_of(config, moe.geometry)
+    per_token = rule.budget_experts(size, find_profile(config.profile).copy_ms(size))
+    return [
+        None
+        if layer.layer_idx in exact
+        else LayerRule(
+            rule=rule,
+            gates=gates,
+            judged=judged,
+            floor=config.agreement_floor,
+            allowed=per_token * (place + 1) / len(moe.layers),
+            is_first=place == 0,
+        )
+        for place, (layer, gates) in enumerate(zip(moe.layers, gates_of(moe, rule), strict=True))
+    ]
+
+
 def _shape_of(layout: Any) -> tuple[Any, ...]:
     return tuple((name, spec.shape, spec.dtype) for name, spec in layout.parameters.items())
 
 
 class DeviceDriver:
-    """Drives a model with every decision on the GPU; always exact."""
+    """Drives a model with every decision on the GPU."""
 
     def __init__(
         self,
@@ -140,6 +191,10 @@ class DeviceDriver:
         num_layers = len(offloaded.moe.layers)
         self._counters = torch.zeros(num_layers, NUM_COUNTERS, dtype=torch.int32, device=device)
         self._counted_before = self._counters.clone()
+        self._judged = torch.zeros(NUM_JUDGED, dtype=torch.int32, device=device)
+        self._judged_before = self._judged.clone()
+        self._guard = AgreementGuard(config.agreement_floor)
+        self._rules = layer_rules(offloaded, config, self._judged)
         self._prefill = StreamedPrefill(
             store.layouts[0], self._prefill_group(), device, store.pins.copy_row
         )
@@ -156,14 +211,17 @@ class DeviceDriver:
         store, run = self._offloaded.store, self.run
         return [
             DeviceLayer(
-                DeviceResidency(layer, rows, layout, num_slots, run, counters), self._prefill, run
+                DeviceResidency(layer, rows, layout, num_slots, run, counters, on_miss),
+                self._prefill,
+                run,
             )
-            for layer, rows, layout, num_slots, counters in zip(
+            for layer, rows, layout, num_slots, counters, on_miss in zip(
                 self._offloaded.moe.layers,
                 store.rows,
                 store.layouts,
                 slots_per_layer,
                 self._counters,
+                self._rules,
                 strict=True,
             )
         ]
@@ -187,6 +245,8 @@ class DeviceDriver:
                 run.predictor.ahead.readouts.attach(undo, lambda: not run.is_prefill)
             for layer, own in zip(moe.layers, self.layers, strict=True):
                 own.states.watch(layer, undo)
+        for layer, own in zip(moe.layers, self.layers, strict=True):
+            own.watch_router(layer, undo)
         fuse_norms(moe.model, undo)
 
     def begin_forward(self, tokens: Tensor) -> None:
@@ -270,6 +330,14 @@ class DeviceDriver:
             return tokens
         finally:
             self._is_decoding = False
+            self._note_agreement()
+
+    def _note_agreement(self) -> None:
+        """Say so, once, if the device has gone back to the router's choice."""
+        if self._guard.is_open and self._rules[-1] is not None:
+            judged = self._judged.tolist()
+            if judged[IS_CLOSED]:
+                self._guard.judge(judged[RECENTLY_AGREED], judged[RECENTLY_CHOSEN])
 
     def _before_step(self) -> int:
         """Count a decode step, and choose its variant."""
@@ -293,7 +361,7 @@ class DeviceDriver:
             stats, self.run.stats = self.run.stats, RuntimeStats()
             # what is learnt of real tokens: capturing and measuring run the same made-up one again
             tables = [layer.residency.tables for layer in self.layers]
-            learnt = [self._counters, self.run.trust]
+            learnt = [self._counters, self._judged, self.run.trust]
             learnt += [tensor for table in tables for tensor in (table.score, table.step)]
             before = [tensor.clone() for tensor in learnt]
             try:
@@ -394,6 +462,9 @@ class DeviceDriver:
             wasted_bytes=totals[WASTED] * expert_bytes + totals[WASTED_HEADS] * head_bytes,
         )
         stats.prefill.fetched_bytes = self._prefill.prompt_bytes
+        judged = (self._judged - self._judged_before).tolist()
+        stats.agreed_experts, stats.speculated_experts = judged[AGREED], judged[CHOSEN]
+        stats.is_speculation_off = not self._guard.is_open
         return stats
 
     def reset_stats(self) -> None:
@@ -401,6 +472,7 @@ class DeviceDriver:
         self.run.stats = RuntimeStats()
         self._prefill.prompt_bytes = 0
         self._counted_before.copy_(self._counters)
+        self._judged_before.copy_(self._judged)
 
     def fill_slots(self) -> None:
         """Make as many experts resident as fit, lowest ids first, not counted in the statistics."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from foreroute.data.adapters import MoELayer, router_logits_of
 from foreroute.runtime.device.fusions.deferred import Deferred, Source, settled
 from foreroute.runtime.device.fusions.routers import Routed
 from foreroute.runtime.device.kernels.demand import Demand
@@ -55,6 +59,8 @@ class DeviceLayer:
         self.target: DeviceLayer | None = None
         """The layer whose experts are predicted from this one's state."""
         self.states = SourceStates()
+        self.router_logits: Tensor | None = None
+        """Set by a hook on the router, [T, E], where a rule reads them and no launch fuses it."""
         self.num_calls = 0
         self._prefill = prefill
         self._run = run
@@ -85,10 +91,27 @@ class DeviceLayer:
         experts_of = _DeferredExperts(self, (router_input, expert_ids, gate_weights))
         return Deferred(experts_of, router_input.shape, router_input.dtype, router_input.device)
 
+    def watch_router(self, layer: MoELayer, undo: ExitStack) -> None:
+        """See the logits of a router that no launch fuses, if a rule on a miss is to read them.
+
+        Args:
+            layer: Handles on the model's modules.
+            undo: Gets what takes the hook off again.
+        """
+        if self.residency.on_miss is None:
+            return
+
+        def show(_: nn.Module, __: Any, output: Any) -> None:
+            parts = output if isinstance(output, tuple) else (output,)
+            if not any(isinstance(part, Deferred) for part in parts):
+                self.router_logits = router_logits_of(output, layer.num_experts)
+
+        undo.callback(layer.router.register_forward_hook(show).remove)
+
     def forget(self) -> None:
         """Empty the slots, and drop what a broken forward pass left."""
         self.residency.tables.forget()
-        self.residual = self.router_input = None
+        self.residual = self.router_input = self.router_logits = None
         self._arriving, self._read_ahead = None, ()
 
     def decode(
@@ -109,22 +132,33 @@ class DeviceLayer:
         Returns:
             [T, D].
         """
-        planned = self._routed(expert_ids, gate_weights)
+        source = gate_weights.source if isinstance(gate_weights, Deferred) else None
+        planned = self._routed(source, expert_ids)
         expert_ids, gate_weights = settled(expert_ids), settled(gate_weights)  # the router first:
         router_input = settled(router_input).contiguous()  # its launch takes the norm
+        logits = self._logits(source) if planned is None else None
+        if logits is not None and len(expert_ids) <= self._tokens_at_once:
+            self._join_prefetch()  # what comes ahead is there when the rule looks
+            planned, expert_ids, gate_weights = self.residency.plan_ruled(
+                logits, expert_ids, gate_weights
+            )
         guess = self._predict(router_input, expert_ids, gate_weights)
         self._join_prefetch()
         residency, form = self.residency, self._run.form
         output = torch.empty_like(router_input)
         for start in range(0, len(expert_ids), self._tokens_at_once):
             tokens = slice(start, start + self._tokens_at_once)
-            demand, places = planned or residency.plan_demand(expert_ids[tokens].contiguous())
+            ids, weights = expert_ids[tokens].contiguous(), gate_weights[tokens].contiguous()
+            if planned is None and logits is not None:
+                (demand, places), _, weights = residency.plan_ruled(logits[tokens], ids, weights)
+            else:
+                demand, places = planned or residency.plan_demand(ids)
             if guess is not None:
                 self._run.ahead.wait_stream(torch.cuda.current_stream())
             expert_products(
                 router_input[tokens],
                 places,
-                gate_weights[tokens].contiguous(),
+                weights,
                 residency.weights,
                 form,
                 output[tokens],
@@ -135,13 +169,23 @@ class DeviceLayer:
             self._look_ahead(*guess)
         return output
 
-    def _routed(self, expert_ids: Tensor, gate_weights: Tensor) -> tuple[Demand, Tensor] | None:
+    def _logits(self, source: Source | None) -> Tensor | None:
+        """The router's logits, [T, E], if a rule on a miss is to read them."""
+        if self.residency.on_miss is None:
+            return None
+        if isinstance(source, Routed):
+            return source.routing.results["logits"].value()
+        assert self.router_logits is not None  # the driver hooks the router
+        return self.router_logits
+
+    def _routed(self, source: Source | None, expert_ids: Tensor) -> tuple[Demand, Tensor] | None:
         """The plan by the router's own launch; None if that must not wait, or has run.
 
         While something is on its way ahead, the plan alone waits for it, not the router.
         """
-        source = gate_weights.source if isinstance(gate_weights, Deferred) else None
         can_plan = self._arriving is None and len(expert_ids) <= self._tokens_at_once
+        if self.residency.on_miss is not None:  # it decides on the router's own choice
+            can_plan = can_plan and isinstance(expert_ids, Deferred)
         if not isinstance(source, Routed) or not source.is_pending or not can_plan:
             return None
         return self.residency.route_and_plan(source.routing, expert_ids)

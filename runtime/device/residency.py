@@ -13,6 +13,7 @@ from foreroute.runtime.device.fusions.routers import Routing
 from foreroute.runtime.device.kernels.demand import Demand
 from foreroute.runtime.device.kernels.fetch import WORD, fetch
 from foreroute.runtime.device.kernels.head import plan_head
+from foreroute.runtime.device.kernels.miss import LayerRule, RuledChoice
 from foreroute.runtime.device.kernels.plan import plan
 from foreroute.runtime.device.kernels.route import DemandPlan
 from foreroute.runtime.device.kernels.staging import stage
@@ -40,6 +41,7 @@ class DeviceResidency:
         num_slots: int,
         run: DeviceRun,
         counters: Tensor,
+        on_miss: LayerRule | None = None,
     ) -> None:
         """Allocate the slots, all empty, on the device of the counters.
 
@@ -50,11 +52,14 @@ class DeviceResidency:
             num_slots: S.
             run: Shared with the engine's other layers.
             counters: This layer's, [7] int32, on the device.
+            on_miss: Rule about the router's experts that are absent; all are waited for if None.
         """
         device = counters.device
         self.layer_idx = layer.layer_idx
         self.top_k = layer.top_k
         self.rows = rows
+        self.on_miss = on_miss
+        """What is made of the router's choice before anything is planned."""
         self.slots = torch.zeros(num_slots, rows.shape[1], dtype=torch.uint8, device=device)
         self.weights = layout.weights(self.slots)
         """The slots, as the weights that the products read."""
@@ -118,6 +123,24 @@ class DeviceResidency:
             if expert >= 0:
                 copy_in_parts(self.slots[slot], self.rows[expert])
 
+    def plan_ruled(
+        self, router_logits: Tensor, expert_ids: Tensor, gate_weights: Tensor
+    ) -> tuple[tuple[Demand, Tensor], Tensor, Tensor]:
+        """The same after the layer's rule on a miss; and the ids [T, K] and weights that run.
+
+        Args:
+            router_logits: [T, E].
+            expert_ids: The router's, [T, K]; no more than there are slots.
+            gate_weights: [T, K].
+        """
+        assert self.on_miss is not None
+        demand, places = self.demand_of(expert_ids.numel())
+        choice = RuledChoice.of(router_logits, expert_ids.long(), gate_weights)
+        ruling = (self.on_miss, choice)
+        ids = choice.expert_ids
+        plan(ids, self.tables, self.rule, demand.copies, places=places, ruling=ruling)
+        return self._staged(demand, places), ids, choice.gate_weights
+
     def route_and_plan(self, routing: Routing, expert_ids: Tensor) -> tuple[Demand, Tensor]:
         """The same by the launch that runs the layer's router.
 
@@ -134,6 +157,7 @@ class DeviceResidency:
                 copies=demand.copies,
                 places=places,
                 expert_ids=None if is_own else expert_ids,
+                on_miss=self.on_miss,
             )
         )
         return self._staged(demand, places)

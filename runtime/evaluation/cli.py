@@ -45,7 +45,7 @@ def evaluate(
         slots: Slots per MoE layer that rules are measured at, numbers or shares; a comma list.
         out: The frontier's file, JSON; generate --quality-budget chooses from it.
         model: `bundled`, a local folder or a Hub id.
-        bundle: Estimators that export-estimator wrote.
+        bundle: Folder that export-estimator wrote, or a Hub id, `@` a revision.
         on_miss: Of --tasks: fetch (exact), or a rule; engines under rules read texts token by
             token, so that their price is measured.
         exact_layers: Layers that fetch whatever the rule: decoder layer indices, 0 or 0-1,7.
@@ -255,7 +255,7 @@ def _score_tasks(
     ) as engine:
         found = score(
             engine,
-            load_tokenizer(model, trust_remote_code=trust_remote_code),
+            load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code),
             names,
             batch_size=batch_size,
             limit=limit,

@@ -42,15 +42,18 @@ class LiveText(TextStreamer):  # type: ignore[misc]
         """
         super().__init__(tokenizer, skip_prompt=False, skip_special_tokens=True)
         self._engine, self._line = engine, ""
-        self._started, self._num_tokens, self._hit_rate = time.monotonic(), 0, ""
-        self._looked = self._started
+        self._num_tokens, self._hit_rate, self._is_prompt = 0, "", True
+        self._began = self._looked = 0.0
         self._live = Live(console=console, transient=True, auto_refresh=False)
 
     def put(self, value: Any) -> None:
-        """Count a token and print what can be printed."""
-        if self._num_tokens == 0:
+        """Count a token, unless it is the prompt, and print what can be printed."""
+        if self._is_prompt:
             self._live.start()
-        self._num_tokens += 1
+        elif self._num_tokens == 0:
+            self._began = self._looked = time.monotonic()
+        self._num_tokens += not self._is_prompt
+        self._is_prompt = False
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -66,8 +69,11 @@ class LiveText(TextStreamer):  # type: ignore[misc]
             self._live.update(Group(Text(self._line), Text(self._cost(), "dim")), refresh=True)
 
     def _cost(self) -> str:
+        if not self._num_tokens:
+            return "[reading the prompt]"
         now = time.monotonic()
         if now - self._looked > LOOK_EVERY_S:
             self._looked, self._hit_rate = now, f", hit rate {self._engine.stats().hit_rate:.3f}"
-        rate = self._num_tokens / max(now - self._started, 1e-6)
-        return f"[{self._num_tokens} tokens, {rate:.1f} tokens/s{self._hit_rate}]"
+        later = self._num_tokens - 1
+        rate = f", {later / max(now - self._began, 1e-6):.1f} tokens/s" if later else ""
+        return f"[{self._num_tokens} tokens{rate}{self._hit_rate}]"

@@ -52,8 +52,9 @@ def without_left(gate_weights: Tensor, is_run: Tensor, family: GateFamily) -> Te
     Returns:
         [T, K], zero where left out.
     """
-    kept = gate_weights * is_run
-    if not family.is_renormalised:
-        return kept
-    before, after = gate_weights.sum(-1, keepdim=True), kept.sum(-1, keepdim=True)
-    return kept * (before / after.clamp_min(SMALLEST_WEIGHT))
+    weights = gate_weights.float()
+    kept = weights * is_run
+    if family.is_renormalised:
+        before, after = weights.sum(-1, keepdim=True), kept.sum(-1, keepdim=True)
+        kept = kept * (before / after.clamp_min(SMALLEST_WEIGHT))
+    return kept.to(gate_weights.dtype)

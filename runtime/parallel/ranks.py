@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import datetime
 import os
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -76,12 +78,8 @@ class SliceRanks(Ranks):
             output: Any shape, contiguous, float.
         """
         total = output.float()
-        try:
+        with noticing_the_dead():
             dist.all_reduce(total)
-        except RuntimeError as error:
-            raise ConnectionError(
-                "Another process of this model has ended, so this one ends too."
-            ) from error
         return total.to(output.dtype)
 
     def share_random_state(self, device: torch.device) -> None:
@@ -90,17 +88,32 @@ class SliceRanks(Ranks):
         Args:
             device: Where tokens are sampled.
         """
-        if device.type == "cuda":
-            state = torch.cuda.get_rng_state(device).to(device)
+        is_gpu = device.type == "cuda"
+        state = torch.cuda.get_rng_state(device).to(device) if is_gpu else torch.get_rng_state()
+        with noticing_the_dead():
             dist.broadcast(state, 0)
+        if is_gpu:
             torch.cuda.set_rng_state(state.cpu(), device)
         else:
-            state = torch.get_rng_state()
-            dist.broadcast(state, 0)
             torch.set_rng_state(state)
 
 
 UNSLICED = SliceRanks()
+
+
+@contextlib.contextmanager
+def noticing_the_dead() -> Iterator[None]:
+    """Say in one line that another process has ended, where torch says it in many.
+
+    Raises:
+        ConnectionError: If it has.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(
+            "Another process of this model has ended, so this one ends too."
+        ) from error
 
 
 def _leave() -> None:

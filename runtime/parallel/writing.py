@@ -9,8 +9,10 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from foreroute.data.adapters.weightless import SHAPES_ATTRIBUTE
+from foreroute.runtime.parallel.cuts import Cuts
 from foreroute.runtime.parallel.ranks import SliceRanks
 from foreroute.runtime.parallel.slicing import ExpertSlice
+from foreroute.runtime.store.encodings import Encoder
 
 
 class Writer(Protocol):
@@ -24,39 +26,49 @@ class Writer(Protocol):
 class SlicedWriter:
     """Hands on what belongs to this process."""
 
-    def __init__(self, writer: Writer, cuts: ExpertSlice) -> None:
+    def __init__(self, writer: Writer, cuts: Cuts) -> None:
         """Write through another writer.
 
         Args:
-            writer: Of this process' parameters.
-            cuts: Of the layer.
+            writer: Of this process' tensors.
+            cuts: Of the layer's.
         """
         self._writer, self._cuts = writer, cuts
 
     def put(self, name: str, expert_id: int, row: int, part: Tensor) -> None:
-        """Write this process' share of part of one expert's parameter.
+        """Write this process' share of part of one expert's tensor.
 
         Args:
-            name: Of the parameter.
+            name: Of the tensor.
             expert_id: Which expert.
             row: First row that the part covers.
-            part: Some rows of the whole parameter.
+            part: Some rows of the whole tensor.
         """
         for at, rows in self._cuts.take(name, row, part):
             self._writer.put(name, expert_id, at, rows)
 
 
-def cut(all_experts: Sequence[nn.Module], ranks: SliceRanks) -> list[ExpertSlice]:
+def cut(
+    all_experts: Sequence[nn.Module],
+    ranks: SliceRanks,
+    encoder: Encoder | None = None,
+    *,
+    is_stored: bool = False,
+) -> list[ExpertSlice]:
     """Cut the experts of every layer; no cuts where there is one process.
 
     Args:
         all_experts: The experts modules.
         ranks: This process among the others.
+        encoder: How the experts are stored.
+        is_stored: Whether they come as they are stored.
 
     Raises:
         ValueError: If a layer cannot be cut for so many.
     """
-    return [] if ranks.is_alone else [ExpertSlice(experts, ranks) for experts in all_experts]
+    if ranks.is_alone:
+        return []
+    return [ExpertSlice(experts, ranks, encoder, is_stored=is_stored) for experts in all_experts]
 
 
 @contextlib.contextmanager

@@ -64,6 +64,10 @@ class MachineProfile:
     """One expert of the reference model."""
     layer_bytes: Count
     """Weights that one layer of the reference model reads for one token."""
+    all_reduce_us: Rates = ()
+    """(GPUs of a host, microseconds to add one token's outputs of a layer over them)."""
+    links_gbps: Rates = ()
+    """(GPUs of a host, GB/s that come over all their links at once)."""
     kernel_us: dict[str, float] = field(default_factory=dict)
     """Times of single kernels, to look at."""
 
@@ -92,12 +96,12 @@ class MachineProfile:
                 raise ValueError(f"{name} of profile {self.name} must not be negative.")
         if not self.link:
             raise ValueError(f"Profile {self.name} has no link rates.")
-        for rates in (self.link, self.gather):
+        for rates in (self.link, self.gather, self.all_reduce_us, self.links_gbps):
             sizes = [size for size, _ in rates]
             if sizes != sorted(set(sizes)) or any(s < 1 or r <= 0 for s, r in rates):
                 raise ValueError(
                     f"Profile {self.name} needs rates as (bytes, GB/s), positive and ascending by "
-                    f"bytes, not {rates}."
+                    f"bytes (or GPUs), not {rates}."
                 )
 
     @property

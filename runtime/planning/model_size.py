@@ -14,6 +14,7 @@ from foreroute.data.adapters import discover
 from foreroute.data.adapters.loading import HubSettings
 from foreroute.data.adapters.seam import is_experts_module
 from foreroute.data.adapters.weightless import outline
+from foreroute.runtime.parallel import SliceRanks, cut, narrowed
 from foreroute.runtime.policies.slots import cache_values
 from foreroute.runtime.store.checkpoint import Checkpoint
 from foreroute.runtime.store.encodings import EXPERT_DTYPES, Encoder, encoder_named
@@ -49,6 +50,8 @@ class ModelSize:
     """Keys and values kept per token of context, in all layers."""
     dtype_bytes: int
     """Per value, as the checkpoint has it."""
+    num_gpus: int = 1
+    """GPUs with a slice of every expert each; `expert_bytes` are of one slice."""
 
     def bytes_as(self, expert_dtype: str) -> int:
         """One expert as copied, stored that way.
@@ -64,16 +67,18 @@ class ModelSize:
         return self.expert_bytes[expert_dtype]
 
 
-def measure_model(name: str, **hub: Unpack[HubSettings]) -> ModelSize:
+def measure_model(name: str, num_gpus: int = 1, **hub: Unpack[HubSettings]) -> ModelSize:
     """Build a model without memory and count.
 
     Args:
         name: `bundled`, a folder, a config.json, or a Hub id.
+        num_gpus: GPUs that share it, each with a slice of every expert.
         **hub: Where its files come from; see `HubSettings`.
 
     Raises:
         FileNotFoundError: If there is no such model.
-        ValueError: If it cannot be read, or has no experts that can be taken over.
+        ValueError: If it cannot be read, has no experts that can be taken over, or none that so
+            many GPUs can share.
     """
     checkpoint = Checkpoint.open(model_folder(name), device=torch.device("cuda"), **hub)
     config = checkpoint.config
@@ -104,33 +109,44 @@ def measure_model(name: str, **hub: Unpack[HubSettings]) -> ModelSize:
         num_experts=num_experts,
         top_k=_top_k(text),
         expert_params=expert_params,
-        expert_bytes=_expert_bytes(stacked, checkpoint),
+        expert_bytes=_expert_bytes(stacked, checkpoint, SliceRanks(0, num_gpus)),
         other_params=other,
         layer_params=max(0, other - outside) // layers,
         output_head_params=output_head_params,
         cache_values=cache_values(text, layers),
         dtype_bytes=_dtype_bytes(config),
+        num_gpus=num_gpus,
     )
 
 
-def _expert_bytes(modules: Sequence[nn.Module], checkpoint: Checkpoint) -> dict[str, int]:
-    """Bytes of one expert by expert dtype; the largest layer's."""
-    sizes = {"auto": _row_bytes(modules, checkpoint.encoder)}
-    if checkpoint.quantization is not None or checkpoint.prepared is not None:
+def _expert_bytes(
+    modules: Sequence[nn.Module], checkpoint: Checkpoint, ranks: SliceRanks
+) -> dict[str, int]:
+    """Bytes of one expert, or of a process' slice of it, by expert dtype; the largest layer's."""
+    is_stored = checkpoint.prepared is not None
+    sizes = {"auto": _row_bytes(modules, checkpoint.encoder, ranks, is_stored=is_stored)}
+    if checkpoint.quantization is not None or is_stored:
         return sizes  # it keeps its own way
-    plain = _row_bytes(modules, None)
+    plain = _row_bytes(modules, None, ranks)
     for name in EXPERT_DTYPES:
         try:
-            size = _row_bytes(modules, encoder_named(name))
-        except ValueError:  # it has no form for matrices of this shape
+            size = _row_bytes(modules, encoder_named(name), ranks)
+        except ValueError:  # it has no form for matrices, or slices, of this shape
             continue
         if size <= plain:
             sizes[name] = size
     return sizes
 
 
-def _row_bytes(modules: Sequence[nn.Module], encoder: Encoder | None) -> int:
-    return max(RowLayout.of(module, encoder).row_bytes for module in modules)
+def _row_bytes(
+    modules: Sequence[nn.Module],
+    encoder: Encoder | None,
+    ranks: SliceRanks,
+    *,
+    is_stored: bool = False,
+) -> int:
+    with narrowed(cut(modules, ranks, encoder, is_stored=is_stored)):
+        return max(RowLayout.of(module, encoder).row_bytes for module in modules)
 
 
 def model_folder(name: str) -> str:

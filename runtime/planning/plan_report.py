@@ -11,6 +11,7 @@ from foreroute.estimators.artifacts import require_file_place, write_json
 from foreroute.estimators.byte_sizes import parse_bytes
 from foreroute.estimators.console import plain_console
 from foreroute.runtime.planning.doctor import diagnose
+from foreroute.runtime.planning.gpus import GpuGroup
 from foreroute.runtime.planning.machine import find_profile
 from foreroute.runtime.planning.model_size import ModelSize, measure_model, model_folder
 from foreroute.runtime.planning.planner import PlanChoice, assumptions, command_line, plan_choices
@@ -30,6 +31,7 @@ def run_plan(
     json: Path | None,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    gpus: int = 1,
 ) -> None:
     """Plan a run and print it; takes the command's flags.
 
@@ -41,12 +43,13 @@ def run_plan(
         raise ValueError(f"context must be at least 1 token, not {context}.")
     require_file_place(json)
     machine = find_profile(profile)
+    group = GpuGroup.of(gpus, machine)
     hub: HubSettings = {"revision": revision, "trust_remote_code": trust_remote_code}
     diagnose(model_folder(model), revision=revision, trust_remote_code=trust_remote_code)
-    size = measure_model(model, **hub)
+    size = measure_model(model, gpus, **hub)
     memory = {"gpu_bytes": parse_bytes(gpu_memory), "host_bytes": parse_bytes(host_memory)}
-    choices = plan_choices(size, machine, **memory, context=context)
-    notes = assumptions(size, machine, context)
+    choices = plan_choices(size, machine, **memory, context=context, gpus=group)
+    notes = assumptions(size, machine, context, group)
     console = plain_console()
     console.print(_table(size, choices))
     for note in notes:
@@ -63,7 +66,7 @@ def _table(model: ModelSize, choices: list[PlanChoice]) -> Table:
 
     title = (
         f"{model.name}: {model.num_layers} MoE layers, {model.num_experts} experts, "
-        f"top-{model.top_k}"
+        f"top-{model.top_k}" + f"; {model.num_gpus} GPUs" * (model.num_gpus > 1)
     )
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1))
     table.add_column("experts", no_wrap=True)

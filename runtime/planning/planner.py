@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 
+from foreroute.runtime.planning.gpus import GpuGroup
 from foreroute.runtime.planning.machine import MachineProfile
 from foreroute.runtime.planning.model_size import ModelSize
 from foreroute.runtime.policies.slots import (
@@ -14,6 +15,7 @@ from foreroute.runtime.policies.slots import (
     auto_slots,
 )
 
+ONE_GPU = GpuGroup()
 HOST_RESERVE_BYTES = 4 * 2**30
 """Host memory left for the system and the Python process."""
 HIT_RATES = (
@@ -39,10 +41,11 @@ class PlanChoice:
 
     expert_dtype: str
     expert_bytes: int
+    """One expert, or a GPU's slice of it."""
     host_bytes: int
     """All experts, in host memory."""
     device_bytes: int
-    """Everything on the device, slots included."""
+    """Everything on the device (on each), slots included."""
     slots: int
     """Per layer; 0 if not even one token's experts fit."""
     fits_host: bool
@@ -65,22 +68,24 @@ def plan_choices(
     gpu_bytes: int,
     host_bytes: int,
     context: int,
+    gpus: GpuGroup = ONE_GPU,
 ) -> list[PlanChoice]:
     """What fits for each way to hold the experts.
 
     Args:
-        model: Its size.
+        model: Its size, measured for as many GPUs.
         profile: The machine.
-        gpu_bytes: Device memory to use.
+        gpu_bytes: Device memory to use, of each GPU.
         host_bytes: Host memory to use.
         context: Tokens of context, prompt and answer, batch 1.
+        gpus: What shares the model.
     """
     choices = []
     fixed = (model.other_params + context * model.cache_values) * model.dtype_bytes
     for dtype, size in model.expert_bytes.items():
         if dtype != "auto" and size == model.expert_bytes["auto"]:
             continue  # it is what auto stands for
-        total = size * model.num_layers * model.num_experts
+        total = size * model.num_layers * model.num_experts * model.num_gpus
         shape = {
             "expert_bytes": size,
             "num_layers": model.num_layers,
@@ -99,22 +104,24 @@ def plan_choices(
                 device_bytes=fixed + slots * model.num_layers * size,
                 slots=slots,
                 fits_host=total + HOST_RESERVE_BYTES <= host_bytes,
-                **_expected(model, profile, size, slots),
+                **_expected(model, profile, size, slots, gpus),
             )
         )
     return choices
 
 
 def _expected(
-    model: ModelSize, profile: MachineProfile, expert_bytes: int, slots: int
+    model: ModelSize, profile: MachineProfile, expert_bytes: int, slots: int, gpus: GpuGroup
 ) -> dict[str, float]:
     """Hit rate and TPOT on demand and with `prefetch="auto"`."""
     hit_rate = hit_rate_at(slots / model.num_experts)
     layer_bytes = model.layer_params * model.dtype_bytes + model.top_k * expert_bytes
     output_head_ms = model.output_head_params * model.dtype_bytes / profile.device_gbps / 1e6
-    compute = model.num_layers * profile.layer_ms_for(layer_bytes) + output_head_ms
+    layer_ms = profile.layer_ms_for(layer_bytes) + gpus.all_reduce_ms
+    compute = model.num_layers * layer_ms + output_head_ms
     missed = model.top_k * (1 - hit_rate)
-    stall = model.num_layers * missed * profile.copy_ms(2 * expert_bytes) / 2
+    copy_ms = profile.copy_ms(2 * expert_bytes) / 2 / gpus.link_share
+    stall = model.num_layers * missed * copy_ms
     saved = min(PREFETCH_OF_STALL * stall, PREFETCH_OF_COMPUTE * compute)
     return {
         "hit_rate": hit_rate,
@@ -135,9 +142,12 @@ def hit_rate_at(share: float) -> float:
     return below + (share - low) / (high - low) * (above - below)
 
 
-def assumptions(model: ModelSize, profile: MachineProfile, context: int) -> list[str]:
+def assumptions(
+    model: ModelSize, profile: MachineProfile, context: int, gpus: GpuGroup = ONE_GPU
+) -> list[str]:
     """What the expected times rest on, one sentence each."""
     return [
+        *gpus.notes,
         f"Machine: {profile.describe()}.",
         "Hit rates are those of the default policy on the recorded route of Qwen3-30B-A3B at the "
         "same share of experts resident; other models and texts differ.",
@@ -161,7 +171,8 @@ def command_line(model: ModelSize, choice: PlanChoice) -> str:
     """What to type."""
     revision = f"--revision {model.revision} " if model.revision else ""
     dtype = "" if choice.expert_dtype == "auto" else f"--expert-dtype {choice.expert_dtype} "
-    return (
+    several = f"torchrun --standalone --nproc-per-node {model.num_gpus} --no-python "
+    return (several if model.num_gpus > 1 else "") + (
         f"foreroute generate --model {model.name} {revision}--expert-slots {choice.slots} "
         f"{dtype}"
         '--prompt "Hello" --max-new-tokens 64'

@@ -20,14 +20,19 @@ def serve(
     dtype: str = "auto",
     expert_dtype: str = "auto",
     pinned_memory: str | None = None,
+    share_experts: bool = False,
+    tp_plan: str = "none",
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
     """Serve a model to OpenAI clients: /v1/chat/completions, /v1/completions, /health, /metrics.
 
+    Of several processes that torchrun started, each with a slice of every expert, the first one
+    answers.
+
     Args:
         model: `bundled`, a local folder or a Hub id.
-        bundle: Estimators that export-estimator wrote.
+        bundle: Folder that export-estimator wrote, or a Hub id, `@` a revision.
         port: To listen on; 0 takes a free one.
         host: Address to listen on; others than this machine reach the server only if it says so.
         api_key: What clients must send as a bearer token; nothing unless said.
@@ -35,12 +40,16 @@ def serve(
         name: What clients call the model; as --model unless said.
         expert_slots: Slots per MoE layer: a number, a share such as 25%, or auto.
         prefetch: none, auto or all; auto where there is a bundle, unless said.
-        eviction: Which expert goes: default, lru, lfu, lrfu, predicted or static.
+        eviction: Which expert goes: default, lru, lfu, lrfu, adaptive, predicted or
+            static.
         device: auto, cpu or cuda.
         dtype: auto, float32, bfloat16 or float16.
         expert_dtype: How experts are stored; auto is exact.
         pinned_memory: Host memory to page-lock for experts, such as 24GiB; as much as the system
             allows unless said.
+        share_experts: Map a prepared model's rows: engines of one host have one copy in memory.
+        tp_plan: Of several processes: none (each has everything but the experts) or auto
+            (divided by transformers' own plan).
         revision: Branch, tag or commit of a Hub id.
         trust_remote_code: Run code that came with the checkpoint.
     """
@@ -58,7 +67,9 @@ def serve(
             'pip install "foreroute[serve]".'
         ) from error
     from foreroute.data.adapters import load_tokenizer
+    from foreroute.estimators.ranks import are_ranks_started
     from foreroute.runtime.engine import Engine
+    from foreroute.runtime.parallel import Lockstep
 
     tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
     with Engine.from_pretrained(
@@ -71,8 +82,16 @@ def serve(
         dtype=dtype,
         expert_dtype=expert_dtype,
         pinned_memory=pinned_memory,
+        share_experts=share_experts,
+        tp_plan=tp_plan,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        is_sliced=are_ranks_started(),
     ) as engine:
+        lockstep = Lockstep(engine.ranks, engine.generate)
+        if not engine.ranks.is_first:
+            lockstep.follow()
+            return
         app = make_app(engine, tokenizer, name or model, api_key=api_key, max_waiting=max_waiting)
-        run_server(app, host, port)
+        with lockstep.leading(engine.model):
+            run_server(app, host, port)

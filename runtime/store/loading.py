@@ -33,7 +33,9 @@ from foreroute.runtime.store.encodings import Encoder, TooManyExceptions, withou
 from foreroute.runtime.store.expert_reader import ExpertReader
 from foreroute.runtime.store.host_store import HostExpertStore, RowLayout
 from foreroute.runtime.store.prepared_rows import read_rows
+from foreroute.runtime.store.prepared_slices import read_slices
 from foreroute.runtime.store.row_writer import RowWriter
+from foreroute.runtime.store.shared_rows import map_rows
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +91,14 @@ def filled_store(
         ValueError: If its experts cannot be cut into slices.
     """
     experts, encoder = list(places_of(moe).values()), checkpoint.encoder
-    slices = cut(experts, ranks)
+    if moe.others and not ranks.is_alone:
+        raise ValueError(
+            f"{checkpoint.name} has experts beside its layers' own, which are not cut into slices; "
+            "run it on one GPU."
+        )
+    if checkpoint.is_shared:
+        return _shared_store(experts, moe, checkpoint, device)
+    slices = cut(experts, ranks, encoder, is_stored=checkpoint.prepared is not None)
     while True:
         with narrowed(slices):
             store = HostExpertStore(
@@ -97,12 +106,6 @@ def filled_store(
                 is_pinned=device.type == "cuda",
                 encoder=encoder,
                 most_pinned_bytes=most_pinned_bytes,
-            )
-        is_native = any(layout.is_native for layout in store.layouts)
-        if slices and (checkpoint.prepared is not None or moe.others or is_native):
-            raise ValueError(
-                "Experts that are prepared, stored in fewer bits by their checkpoint, or beside a "
-                "layer's own cannot be cut into slices yet; run this model on one GPU."
             )
         try:
             fill_store(store, moe, replace(checkpoint, encoder=encoder), device, slices)
@@ -113,6 +116,19 @@ def filled_store(
             store.close()
             continue
         return store
+
+
+def _shared_store(
+    experts: list[nn.Module], moe: MoEModel, checkpoint: Checkpoint, device: torch.device
+) -> HostExpertStore:
+    """The rows of a prepared model where they lie."""
+    prepared, folder = checkpoint.prepared, checkpoint.rows_folder
+    assert prepared is not None  # `Checkpoint.shared` has looked
+    prepared.require_routers(folder, moe.geometry.router_fingerprint)
+    num_bytes = sum(shard.experts * shard.row_bytes for shard in prepared.shards)
+    with byte_progress("experts", num_bytes) as tick:
+        is_pinned = device.type == "cuda"
+        return map_rows(prepared, folder, experts, checkpoint.encoder, tick, is_pinned=is_pinned)
 
 
 def load_the_rest(checkpoint: Checkpoint) -> Any:
@@ -127,7 +143,11 @@ def load_the_rest(checkpoint: Checkpoint) -> Any:
     logging.disable_progress_bar()
     try:
         model = weightless(model_class, checkpoint.tensors).from_pretrained(
-            checkpoint.source, config=config, dtype=checkpoint.dtype, **checkpoint.settings
+            checkpoint.source,
+            config=config,
+            dtype=checkpoint.dtype,
+            **checkpoint.settings,
+            **checkpoint.division,
         )
     except (OSError, RuntimeError, ValueError, ImportError) as error:
         raise ValueError(f"Model {checkpoint.name} cannot be read: {first_line(error)}") from error
@@ -161,7 +181,10 @@ def fill_store(
         folder = checkpoint.rows_folder
         checkpoint.prepared.require_routers(folder, moe.geometry.router_fingerprint)
         with byte_progress("experts", store.num_bytes) as tick:
-            read_rows(checkpoint.prepared, folder, store, tick)
+            if slices:
+                read_slices(checkpoint.prepared, folder, store, slices, tick)
+            else:
+                read_rows(checkpoint.prepared, folder, store, tick)
         return
     reader = LayerReader(checkpoint, moe, device, slices)
     with reader.progress() as tick:
@@ -224,7 +247,8 @@ class LayerReader:
         targets = self._targets[number]
         writer: RowWriter | SlicedWriter = RowWriter(layout, rows, self._gpu)
         if self._slices:
-            writer = SlicedWriter(writer, self._slices[number])
+            cuts = self._slices[number]
+            writer = SlicedWriter(writer, cuts.stored if layout.is_native else cuts.parameters)
         done = 0
         for part in self._reader.parts(targets):
             name, shape = targets[part.target]

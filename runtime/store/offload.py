@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Unpack
 
 import torch
@@ -27,6 +27,9 @@ from foreroute.runtime.store.whole_model import WholeModel
 
 logger = logging.getLogger(__name__)
 
+TP_PLANS = ("none", "auto")
+"""Whether processes with a slice of every expert divide everything else as transformers does."""
+
 
 @dataclass(frozen=True)
 class OffloadedModel:
@@ -45,6 +48,8 @@ class OffloadedModel:
     """The store's weights as the model shows them."""
     others: Mapping[nn.Module, ExpertsFunction] = field(default_factory=dict)
     """What computes experts that no text reaches, from host memory."""
+    is_divided: bool = False
+    """Whether `ranks` divide everything else too, by transformers' plan."""
 
     @classmethod
     def whole(
@@ -171,6 +176,8 @@ def load_offloaded(
     dtype: str | torch.dtype = "auto",
     expert_dtype: str = "auto",
     ranks: SliceRanks = UNSLICED,
+    tp_plan: str = "none",
+    share_experts: bool = False,
     attn_implementation: str | None = None,
     pinned_memory: str | int | None = None,
     **hub: Unpack[HubSettings],
@@ -184,6 +191,9 @@ def load_offloaded(
         expert_dtype: How experts are stored: `auto`, lossless, bf16, fp8, int8 or int4; see
             `default_expert_dtype`.
         ranks: The processes that hold a slice of each expert each.
+        tp_plan: `auto`: those processes divide everything else by transformers' own plan; `none`:
+            each has all of it.
+        share_experts: Map a prepared model's rows: one copy for all engines of a host.
         attn_implementation: Transformers' name of the attention to run; its own choice if None.
         pinned_memory: Host memory to page-lock for experts, such as 24GiB; as much as the system
             allows if None. The host hands out experts that are not: docs/lossless.md.
@@ -198,10 +208,21 @@ def load_offloaded(
         checkpoint = Checkpoint.open(
             name, dtype=dtype, expert_dtype=expert_dtype, device=target, **hub
         )
+        if tp_plan not in TP_PLANS:
+            raise ValueError(f"tp_plan is {' or '.join(TP_PLANS)}, not {tp_plan!r}.")
+        if tp_plan == "auto":
+            checkpoint = checkpoint.divided(ranks)
+        if share_experts:
+            if pinned_memory is not None:
+                raise ValueError(
+                    "Rows that engines share are locked whole: leave out pinned_memory."
+                )
+            checkpoint = checkpoint.shared(ranks)
         if attn_implementation is not None:
             checkpoint.config._attn_implementation = attn_implementation
         moe, store, others = load_with_host_experts(checkpoint, target, ranks, most_pinned_bytes)
-        return OffloadedModel.whole(moe, store, others, target, checkpoint.expert_dtype, ranks)
+        loaded = OffloadedModel.whole(moe, store, others, target, checkpoint.expert_dtype, ranks)
+        return replace(loaded, is_divided=checkpoint.num_parts > 1)
 
 
 @torch.inference_mode(False)

@@ -6,6 +6,7 @@ its rows are read straight into the store's memory. docs/formats.md says what is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +16,7 @@ import msgspec
 from foreroute.estimators.artifacts import Count, first_line, read_versioned
 from foreroute.estimators.fingerprint import is_same_checkpoint
 from foreroute.runtime.store.encodings import Encoder, encoder_named, without
-from foreroute.runtime.store.host_store import HostExpertStore, RowLayout
+from foreroute.runtime.store.host_store import RowLayout
 
 FORMAT_VERSION = 2
 REMEDY = "Pack the model again with foreroute pack."
@@ -164,16 +165,22 @@ class PreparedModel:
                 f"their routers differ. {REMEDY}"
             )
 
-    def require_fits(self, folder: Path, store: HostExpertStore) -> None:
+    def require_fits(
+        self, folder: Path, layouts: Sequence[RowLayout], num_experts: Sequence[int]
+    ) -> None:
         """Refuse rows that are laid out in another way than this program does.
+
+        Args:
+            folder: Where they are.
+            layouts: How this program lays them out, by layer.
+            num_experts: How many it expects, by layer.
 
         Raises:
             ValueError: If the model, or the way it is to be loaded, does not fit the rows.
         """
         laid_out = [shard.parameters for shard in self.shards]
-        is_same = laid_out == [describe_layout(layout) for layout in store.layouts]
-        num_experts = [len(rows) for rows in store.rows]
-        if not is_same or [shard.experts for shard in self.shards] != num_experts:
+        is_same = laid_out == [describe_layout(layout) for layout in layouts]
+        if not is_same or [shard.experts for shard in self.shards] != list(num_experts):
             raise ValueError(
                 f"The rows in {folder} are of a model in {self.dtype} with {len(self.shards)} MoE "
                 "layers; it is being loaded as another (its config, its transformers, or --dtype). "

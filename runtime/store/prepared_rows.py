@@ -6,22 +6,25 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
 from foreroute.estimators.artifacts import require_digest
-from foreroute.runtime.store.host_store import HostExpertStore
-from foreroute.runtime.store.prepared import REMEDY, PreparedModel
+from foreroute.runtime.store.host_store import ALIGNMENT_BYTES, HostExpertStore
+from foreroute.runtime.store.prepared import REMEDY, PreparedModel, RowFile
 
 ROWS = "rows"
 BLOCK_BYTES = 32 << 20
 """Rows of this size have a sha256 of their own, so that all cores can check one layer."""
 PIECE_BYTES = 256 << 10
 """Read at once, and hashed while a core's own cache still holds it."""
+LENGTH_BYTES = 8
+"""A safetensors file begins with its header's length in so many bytes."""
 MOST_READERS = 16
 MOST_HEADER_BYTES = 1 << 16
 
@@ -38,6 +41,18 @@ def bytes_of(rows: Tensor) -> memoryview:
     return rows.numpy().data.cast("B")
 
 
+def aligning(rows: Tensor) -> dict[str, str]:
+    """Metadata of such a length that the rows of a safetensors file lie on a boundary for kernels.
+
+    Args:
+        rows: The file's one tensor, [E, row_bytes] uint8.
+    """
+    entry = {"dtype": "U8", "shape": list(rows.shape), "data_offsets": [0, rows.nbytes]}
+    header = {"__metadata__": {"padding": ""}, ROWS: entry}
+    begin = LENGTH_BYTES + len(json.dumps(header, separators=(",", ":")))
+    return {"padding": " " * (-begin % ALIGNMENT_BYTES)}
+
+
 def read_rows(
     prepared: PreparedModel, folder: Path, store: HostExpertStore, tick: Callable[[int], None]
 ) -> None:
@@ -52,16 +67,39 @@ def read_rows(
     Raises:
         ValueError: If a file is missing or damaged; names it.
     """
-    prepared.require_fits(folder, store)
-    blocks = [
-        block
-        for shard, rows in zip(prepared.shards, store.rows, strict=True)
-        for block in _blocks(folder / shard.file, bytes_of(rows), shard.blocks_sha256)
-    ]
+    prepared.require_fits(folder, store.layouts, [len(rows) for rows in store.rows])
     rest = folder / prepared.rest.file
+    jobs = [partial(require_digest, rest, prepared.rest.sha256, REMEDY)]
+    for shard, rows in zip(prepared.shards, store.rows, strict=True):
+        blocks = blocks_of(folder / shard.file, bytes_of(rows), shard.blocks_sha256)
+        jobs += [partial(_read_block, block, tick) for block in blocks]
+    run(jobs)
+
+
+def read_layer(folder: Path, shard: RowFile, rows: Tensor, tick: Callable[[int], None]) -> None:
+    """Read the experts of one layer, each block checked against its sha256.
+
+    Args:
+        folder: Where the prepared model was found.
+        shard: The manifest's entry.
+        rows: Written, [E, row_bytes] uint8.
+        tick: Called with the bytes that were read.
+
+    Raises:
+        ValueError: If the file is missing or damaged; names it.
+    """
+    blocks = blocks_of(folder / shard.file, bytes_of(rows), shard.blocks_sha256)
+    run([partial(_read_block, block, tick) for block in blocks])
+
+
+def run(calls: Sequence[Callable[[], None]]) -> None:
+    """Run all of them on all cores; the first that raises ends the others.
+
+    Args:
+        calls: Take no arguments, and need no order.
+    """
     with ThreadPoolExecutor(min(MOST_READERS, len(os.sched_getaffinity(0)))) as threads:
-        jobs = [threads.submit(require_digest, rest, prepared.rest.sha256, REMEDY)]
-        jobs += [threads.submit(_read_block, block, tick) for block in blocks]
+        jobs = [threads.submit(call) for call in calls]
         try:
             for job in jobs:
                 job.result()
@@ -70,31 +108,42 @@ def read_rows(
             raise
 
 
-class _Block(NamedTuple):
+class Block(NamedTuple):
     """Part of a file of rows, and where it is to lie."""
 
     path: Path
     at: int
     """First byte in the file."""
     room: memoryview
+    """Memory of the block's size."""
     sha256: str
+    """What it must have, in hex."""
 
 
-def _blocks(path: Path, rows: memoryview, digests: list[str]) -> list[_Block]:
-    """The blocks of one layer's file, whose header must be that of such rows and nothing else."""
+def blocks_of(path: Path, rows: memoryview, digests: list[str]) -> list[Block]:
+    """The blocks of one layer's file.
+
+    Args:
+        path: The file.
+        rows: Where they are to lie.
+        digests: What the manifest says of each.
+
+    Raises:
+        ValueError: If the file is missing, or its header is not that of such rows.
+    """
     if not path.is_file():
         raise ValueError(f"{path} is missing. {REMEDY}")
     with path.open("rb") as file:
-        start = file.read(8)
+        start = file.read(LENGTH_BYTES)
         size = int.from_bytes(start, "little")
         header = file.read(size) if size <= MOST_HEADER_BYTES else b""
     starts = range(0, len(rows), BLOCK_BYTES)
     is_whole = path.stat().st_size == len(start) + len(header) + len(rows)
     if not is_whole or not _describes(header, len(rows)) or len(starts) != len(digests):
-        raise _damaged(path)
+        raise damaged(path)
     begin = len(start) + len(header)
     return [
-        _Block(path, begin + at, rows[at : at + BLOCK_BYTES], digest)
+        Block(path, begin + at, rows[at : at + BLOCK_BYTES], digest)
         for at, digest in zip(starts, digests, strict=True)
     ]
 
@@ -104,12 +153,12 @@ def _describes(header: bytes, num_bytes: int) -> bool:
     try:
         entry = json.loads(header)[ROWS]
         is_so = entry["dtype"] == "U8" and math.prod(entry["shape"]) == num_bytes
+        return bool(is_so and entry["data_offsets"] == [0, num_bytes])
     except (ValueError, KeyError, TypeError, RecursionError):
         return False
-    return bool(is_so and entry["data_offsets"] == [0, num_bytes])
 
 
-def _read_block(block: _Block, tick: Callable[[int], None]) -> None:
+def _read_block(block: Block, tick: Callable[[int], None]) -> None:
     """A block, straight into its memory; hashed while it is in the core's cache."""
     digest, at = hashlib.sha256(), 0
     with block.path.open("rb", buffering=0) as file:
@@ -122,9 +171,10 @@ def _read_block(block: _Block, tick: Callable[[int], None]) -> None:
             digest.update(piece[:count])
             at += count
     if digest.hexdigest() != block.sha256:
-        raise _damaged(block.path)
+        raise damaged(block.path)
     tick(at)
 
 
-def _damaged(path: Path) -> ValueError:
+def damaged(path: Path) -> ValueError:
+    """What is raised for a file that is not what the manifest says."""
     return ValueError(f"{path} is damaged: it is not what the manifest says. {REMEDY}")

@@ -38,11 +38,14 @@ def tune(
         prompt: Text to go on with at the end.
         trust_remote_code: Run code that came with the checkpoint.
     """
+    from foreroute.data.adapters import resolve_device
+    from foreroute.data.adapters.loading import HubSettings
     from foreroute.estimators.artifacts import read_json, write_json, write_text
     from foreroute.estimators.console import plain_console
     from foreroute.estimators.host_memory import available_host_bytes
     from foreroute.export.report.bench_page import verdict
     from foreroute.export.report.tune_page import tune_page
+    from foreroute.runtime.store.checkpoint import Checkpoint
     from foreroute.runtime.tune.plan import Tuning
     from foreroute.runtime.tune.steps import Journal, run_all
     from foreroute.runtime.tune.summary import show, summarise
@@ -50,6 +53,8 @@ def tune(
     if out.is_file():
         raise ValueError(f"{out} is a file; give a folder.")
     _require_enough(tokens)
+    hub: HubSettings = {"revision": revision, "trust_remote_code": trust_remote_code}
+    checkpoint = Checkpoint.open(model, **hub)
     tuning = Tuning(
         model=model,
         out=out,
@@ -63,6 +68,7 @@ def tune(
         revision=revision,
         prompt=prompt,
         trust_remote_code=trust_remote_code,
+        is_held=checkpoint.is_held_by(resolve_device(device), is_stock=True),
     )
     out.mkdir(parents=True, exist_ok=True)
     journal = Journal(out)

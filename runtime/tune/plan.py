@@ -36,6 +36,8 @@ class Tuning:
     """Gone on with at the end; None for nothing."""
     trust_remote_code: bool
     """Run code that came with the checkpoint."""
+    is_held: bool = True
+    """Whether the device holds the whole model; if not, it is recorded in an engine."""
 
     def steps(self) -> list[Step]:
         """The commands, in order."""
@@ -55,7 +57,8 @@ class Tuning:
             to = ("--json", str(out / "plan.json"))
             steps.append(Step("plan", (*plan, *to), reads=("profile",)))
         amount = ("--tokens", str(self.tokens), "--generated-share", "0.25", "--batch-size", "16")
-        record = ("collect-traces", *model, "--dataset", self.dataset, *amount, *on)
+        engine = () if self.is_held else ("--expert-slots", self.expert_slots)
+        record = ("collect-traces", *model, "--dataset", self.dataset, *amount, *on, *engine)
         fit = ("train-estimator", "--traces", traces, "--layers", "all", "--form", self.form)
         slots = ("--expert-slots", self.expert_slots)
         measure = ("foreroute", "bench", *model, "--bundle", bundle, *slots, "--num-prompts", "3")

@@ -45,7 +45,7 @@ def summarise(out: Path, seconds: Mapping[str, float]) -> dict[str, Any]:
         "baselines": {name: _recall(row) for name, row in metrics["baselines"].items()},
         "runtime": modes | {"exact_tokens_equal": bench["exact_tokens_equal"]},
         "device": bench["device"],
-        "stock_tpot_ms": bench["modes"]["stock"]["tpot_ms"],
+        "stock_tpot_ms": bench["modes"].get("stock", {}).get("tpot_ms"),
         "seconds": sum(seconds.values()),
         "seconds_by_step": dict(seconds),
     }

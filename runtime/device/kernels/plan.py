@@ -11,6 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from foreroute.runtime.device.kernels.demand import DEMAND_PROGRAMS, MOST_TRIES, let_pass
+from foreroute.runtime.device.kernels.miss import (
+    LayerRule,
+    RuledChoice,
+    rule_arguments,
+    rule_ids,
+)
 from foreroute.runtime.device.kernels.tables import (
     AT_MISSES,
     AT_PREFETCHES,
@@ -54,6 +60,7 @@ def plan_ids(  # noqa: ANN201
     num_slots,
     decay,
     memory,
+    credited,
     IS_RECENCY: tl.constexpr,
     IS_PREFETCH: tl.constexpr,
     HAS_PLACES: tl.constexpr,
@@ -80,6 +87,8 @@ def plan_ids(  # noqa: ANN201
         some = tl.load(expert_ids + some_at, mask=some_at < NUM_IDS, other=-1).to(tl.int32)
         is_held = (held[:, None] == some[None, :]) & (some >= 0)[None, :]
         taken = tl.maximum(taken, tl.max(is_held.to(tl.int32), 1))
+        if credited is not None:
+            some = tl.load(credited + some_at, mask=some_at < NUM_IDS, other=-1).to(tl.int32)
         is_used = experts[:, None] == some[None, :]
         in_use = tl.maximum(in_use, tl.max(is_used.to(tl.int32), 1))
     copied = tl.full([IDS], -1, dtype=tl.int32)
@@ -191,7 +200,17 @@ def _plan_kernel(
     num_slots,
     decay,
     memory,
+    credited,
     behind,
+    rule_logits,
+    given,
+    ruled,
+    ruled_gates,
+    selection_bias,
+    judged,
+    floor,
+    allowed,
+    is_first,
     IS_RECENCY: tl.constexpr,
     IS_PREFETCH: tl.constexpr,
     HAS_PLACES: tl.constexpr,
@@ -202,9 +221,56 @@ def _plan_kernel(
     EXPERTS: tl.constexpr,
     HAS_BEHIND: tl.constexpr,
     MOST_TRIES: tl.constexpr,
+    HAS_RULE: tl.constexpr,
+    BONUS: tl.constexpr,
+    IS_LEAVING: tl.constexpr,
+    SHARE: tl.constexpr,
+    MASS: tl.constexpr,
+    HAS_BUDGET: tl.constexpr,
+    REPLACES: tl.constexpr,
+    KIND: tl.constexpr,
+    RENORMALISES: tl.constexpr,
+    SCALE: tl.constexpr,
+    HAS_SELECTION_BIAS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    RULED_TOKENS: tl.constexpr,
+    RULED_K: tl.constexpr,
+    RULED_PADDED: tl.constexpr,
 ):
     if HAS_BEHIND:
         let_pass(behind, MOST_TRIES)
+    if HAS_RULE:
+        rule_ids(
+            rule_logits,
+            credited,
+            given,
+            ruled,
+            ruled_gates,
+            selection_bias,
+            slot_of,
+            pending,
+            judged,
+            floor,
+            allowed,
+            is_first,
+            num_experts,
+            BONUS,
+            IS_LEAVING,
+            SHARE,
+            MASS,
+            HAS_BUDGET,
+            REPLACES,
+            KIND,
+            RENORMALISES,
+            SCALE,
+            HAS_SELECTION_BIAS,
+            WINDOW,
+            RULED_TOKENS,
+            RULED_K,
+            RULED_PADDED,
+            EXPERTS,
+        )
+        tl.debug_barrier()  # the plan reads the ids
     plan_ids(
         expert_ids,
         slot_of,
@@ -224,6 +290,7 @@ def _plan_kernel(
         num_slots,
         decay,
         memory,
+        credited,
         IS_RECENCY,
         IS_PREFETCH,
         HAS_PLACES,
@@ -242,6 +309,7 @@ def plan_arguments(
     copies: Tensor,
     *,
     places: Tensor | None = None,
+    credited: Tensor | None = None,
     is_prefetch: bool = False,
 ) -> dict[str, Any]:
     """Those of a kernel that calls `plan_ids`; takes what `plan` takes."""
@@ -256,6 +324,7 @@ def plan_arguments(
         "num_slots": num_slots,
         "decay": rule.decay,
         "memory": TRUST_MEMORY,
+        "credited": credited,
         "IS_RECENCY": rule.is_recency,
         "IS_PREFETCH": is_prefetch,
         "HAS_PLACES": places is not None,
@@ -280,6 +349,7 @@ def no_plan(anything: Tensor, num_experts: int) -> dict[str, Any]:
     return (
         dict.fromkeys([*tensors, "expert_ids", "copies", "places"], anything)
         | {"num_slots": 0, "decay": 1.0, "memory": 1.0, "num_experts": num_experts}
+        | {"credited": None}
         | {**flags, **ones, "EXPERTS": triton.next_power_of_2(num_experts)}
     )
 
@@ -293,6 +363,7 @@ def plan(
     places: Tensor | None = None,
     is_prefetch: bool = False,
     behind: Tensor | None = None,
+    ruling: tuple[LayerRule, RuledChoice] | None = None,
 ) -> None:
     """Give every absent expert a slot, evicting the lowest scores; one launch.
 
@@ -313,9 +384,23 @@ def plan(
             after each other.
         is_prefetch: Whether the experts are predicted, not yet needed.
         behind: `progress` of another layer's tables, whose demand is to be copied first.
+        ruling: A rule on a miss, and a router's choice, of which it makes the expert ids first; the
+            router's own are credited with the use.
     """
+    layer_rule, choice = ruling or (None, None)
     _plan_kernel[(1,)](
-        **plan_arguments(expert_ids, tables, rule, copies, places=places, is_prefetch=is_prefetch),
+        **plan_arguments(
+            expert_ids,
+            tables,
+            rule,
+            copies,
+            places=places,
+            credited=None if choice is None else choice.chosen,
+            is_prefetch=is_prefetch,
+        ),
+        **rule_arguments(layer_rule, choice),
+        rule_logits=None if choice is None else choice.logits,
+        given=None if choice is None else choice.given,
         behind=tables.progress if behind is None else behind,
         HAS_BEHIND=behind is not None,
         MOST_TRIES=MOST_TRIES,
@@ -330,9 +415,10 @@ def plan_reference(
     copies: Tensor,
     *,
     places: Tensor | None = None,
+    credited: Tensor | None = None,
     is_prefetch: bool = False,
 ) -> None:
-    """What `plan` does, in plain Python."""
+    """What `plan` does, in plain Python, with the use of some experts credited to others."""
     ids = [int(e) for e in expert_ids.flatten()]
     worth = {s: float(tables.score[e]) if e >= 0 else -1.0 for s, e in _held(tables).items()}
     tables.step += 0 if is_prefetch else 1
@@ -380,7 +466,8 @@ def plan_reference(
         seen.add(slot)
     if places is not None:
         _place(ids, tables, copies, places)
-    named = torch.tensor(sorted({e for e in ids if e >= 0}), dtype=torch.long)
+    used = ids if credited is None else credited.flatten().tolist()
+    named = torch.tensor(sorted({e for e in used if e >= 0}), dtype=torch.long)
     if rule.is_recency:
         tables.score[named] = now
     elif not is_prefetch:

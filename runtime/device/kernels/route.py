@@ -6,6 +6,7 @@ Each program computes a few logits; the one that comes last ranks them all, and 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -13,6 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from foreroute.runtime.device.kernels.linear import products_reference
+from foreroute.runtime.device.kernels.miss import (
+    LayerRule,
+    RuledChoice,
+    rule_arguments,
+    rule_ids,
+)
 from foreroute.runtime.device.kernels.norm import (
     NORM_WARPS,
     Norm,
@@ -64,9 +71,9 @@ class Choice:
     logits: Tensor
     """[T, E]."""
     gate_weights: Tensor
-    """[T, K]."""
+    """[T, K]; after a rule on a miss, of what runs."""
     expert_ids: Tensor
-    """[T, K] int64."""
+    """[T, K] int64, likewise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +88,8 @@ class DemandPlan:
     """Written, [2, T * K] int32."""
     expert_ids: Tensor | None = None
     """Planned for in place of the router's own choice, [T, K]; a replayed recording's."""
+    on_miss: LayerRule | None = None
+    """What is made of that choice before; not where another one is planned for."""
 
 
 @triton.jit
@@ -114,6 +123,14 @@ def _route_kernel(
     num_slots,
     decay,
     memory,
+    credited,
+    ruled,
+    ruled_gates,
+    selection_bias,
+    judged,
+    floor,
+    allowed,
+    is_first,
     HAS_NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_PLAN: tl.constexpr,
@@ -132,6 +149,21 @@ def _route_kernel(
     IDS: tl.constexpr,
     SLOTS: tl.constexpr,
     EXPERTS: tl.constexpr,
+    HAS_RULE: tl.constexpr,
+    BONUS: tl.constexpr,
+    IS_LEAVING: tl.constexpr,
+    SHARE: tl.constexpr,
+    MASS: tl.constexpr,
+    HAS_BUDGET: tl.constexpr,
+    REPLACES: tl.constexpr,
+    KIND: tl.constexpr,
+    RENORMALISES: tl.constexpr,
+    SCALE: tl.constexpr,
+    HAS_SELECTION_BIAS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    RULED_TOKENS: tl.constexpr,
+    RULED_K: tl.constexpr,
+    RULED_PADDED: tl.constexpr,
 ):
     block, token, num_blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     rows, columns = block * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
@@ -175,6 +207,38 @@ def _route_kernel(
             tl.store(ids + one * TOP_K + at, chosen.to(tl.int64), mask=at < TOP_K)
             share = shares.to(gates.dtype.element_ty)
             tl.store(gates + one * TOP_K + at, share, mask=at < TOP_K)
+        if HAS_RULE:
+            tl.debug_barrier()  # the rule reads the ids
+            rule_ids(
+                logits,
+                ids,
+                gates,
+                ruled,
+                ruled_gates,
+                selection_bias,
+                slot_of,
+                pending,
+                judged,
+                floor,
+                allowed,
+                is_first,
+                num_experts,
+                BONUS,
+                IS_LEAVING,
+                SHARE,
+                MASS,
+                HAS_BUDGET,
+                REPLACES,
+                KIND,
+                RENORMALISES,
+                SCALE,
+                HAS_SELECTION_BIAS,
+                WINDOW,
+                RULED_TOKENS,
+                RULED_K,
+                RULED_PADDED,
+                EXPERTS,
+            )
         if HAS_PLAN:
             tl.debug_barrier()  # the plan reads the ids
             plan_ids(
@@ -196,6 +260,7 @@ def _route_kernel(
                 num_slots,
                 decay,
                 memory,
+                credited,
                 IS_RECENCY,
                 IS_PREFETCH,
                 HAS_PLACES,
@@ -226,13 +291,14 @@ def route(
     logits = state.new_empty(num_tokens, num_experts)
     gates = state.new_empty(num_tokens, router.top_k, dtype=router.dtype)
     ids = torch.empty(num_tokens, router.top_k, dtype=torch.int64, device=state.device)
+    ruled = None
     if demand is None:
         plan = no_plan(ids, num_experts)
+    elif demand.on_miss is not None:
+        ruled = RuledChoice.of(logits, ids, gates)
+        plan = _plan_of(demand, ruled.expert_ids, credited=ids)
     else:
-        planned = ids if demand.expert_ids is None else demand.expert_ids
-        plan = plan_arguments(
-            planned, demand.tables, demand.rule, demand.copies, places=demand.places
-        )
+        plan = _plan_of(demand, ids if demand.expert_ids is None else demand.expert_ids)
     _route_kernel[(triton.cdiv(num_experts, ROWS), num_tokens)](
         state=state,
         factor=state if norm is None else norm.factor,
@@ -257,8 +323,18 @@ def route(
         COLUMNS=columns_of(depth),
         num_warps=NORM_WARPS,
         **plan,
+        **rule_arguments(None if demand is None else demand.on_miss, ruled),
     )
+    if ruled is not None:
+        ids, gates = ruled.expert_ids, ruled.gate_weights
     return Choice(router_input=router_input, logits=logits, gate_weights=gates, expert_ids=ids)
+
+
+def _plan_of(demand: DemandPlan, ids: Tensor, credited: Tensor | None = None) -> dict[str, Any]:
+    places = demand.places
+    return plan_arguments(
+        ids, demand.tables, demand.rule, demand.copies, places=places, credited=credited
+    )
 
 
 def route_reference(
@@ -267,7 +343,7 @@ def route_reference(
     norm: Norm | None = None,
     demand: DemandPlan | None = None,
 ) -> Choice:
-    """What `route` does, in plain PyTorch."""
+    """What `route` does without a rule on a miss, in plain PyTorch."""
     state = state if norm is None else normed_reference(state, norm)
     biases = None if router.bias is None else [router.bias]
     logits = products_reference(state, [router.weight], biases)

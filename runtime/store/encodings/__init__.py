@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from foreroute.estimators.artifacts import shown
 from foreroute.runtime.store.encodings.encoding import Encoder, Encoding, Part
 from foreroute.runtime.store.encodings.fewer_bits import (
     Cast,
@@ -62,7 +63,8 @@ def encoder_named(name: str) -> Encoder | None:
     if name == "auto":
         return None
     if name not in EXPERT_DTYPES:
-        raise ValueError(f"Unknown expert_dtype {name!r}; known: auto, {', '.join(EXPERT_DTYPES)}.")
+        known = ", ".join(EXPERT_DTYPES)
+        raise ValueError(f"Unknown expert_dtype {shown(name)}; known: auto, {known}.")
     encoding = EXPERT_DTYPES[name]
     return lambda _, rows, columns: encoding(rows, columns)
 

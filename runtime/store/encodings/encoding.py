@@ -23,6 +23,15 @@ class Encoding(ABC):
     is_native: ClassVar[bool] = False
     """Whether checkpoints hold the parts themselves, under the parameter's name and suffix."""
 
+    @property
+    def grain(self) -> tuple[int, int]:
+        """Rows and columns of the smallest block that is stored by itself.
+
+        Raises:
+            ValueError: If the shape cannot be stored so.
+        """
+        return 1, 1
+
     @abstractmethod
     def parts(self) -> dict[str, Part]:
         """What is stored for one matrix, by the suffix that is added to the parameter's name."""

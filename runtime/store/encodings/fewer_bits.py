@@ -93,6 +93,11 @@ class Int4(Encoding):
     """
 
     @property
+    def grain(self) -> tuple[int, int]:
+        """See `Encoding.grain`."""
+        return 1, self.group
+
+    @property
     def group(self) -> int:
         """Inputs that share a step.
 

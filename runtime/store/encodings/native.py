@@ -22,6 +22,11 @@ class Mxfp4(Encoding):
 
     is_native = True
 
+    @property
+    def grain(self) -> tuple[int, int]:
+        """See `Encoding.grain`."""
+        return 1, MXFP4_GROUP
+
     def parts(self) -> dict[str, Part]:
         """See `Encoding.parts`."""
         groups = self.columns // MXFP4_GROUP
@@ -47,6 +52,11 @@ class Fp8Blocks(Encoding):
     stacked: int = 1
     """Matrices that lie one below the other, each with blocks of its own (gate and up: 2)."""
     block: int = FP8_BLOCK
+
+    @property
+    def grain(self) -> tuple[int, int]:
+        """See `Encoding.grain`."""
+        return self.block, self.block
 
     def parts(self) -> dict[str, Part]:
         """See `Encoding.parts`."""

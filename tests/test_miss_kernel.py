@@ -1,0 +1,273 @@
+"""Rules on a miss inside the device's launches are those of the host; interpreted on a CPU."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="needs triton")
+
+from tiny_models import tiny_model
+
+from foreroute.data.adapters.seam import routed_through
+from foreroute.estimators.types import GateFamily
+from foreroute.runtime import Engine, EngineConfig
+from foreroute.runtime.device import decode_graph
+from foreroute.runtime.device.decode_graph import DecodeStep
+from foreroute.runtime.device.driver import layer_rules
+from foreroute.runtime.device.expert_form import find_expert_form
+from foreroute.runtime.device.kernels import demand as demand_module
+from foreroute.runtime.device.kernels import plan as plan_module
+from foreroute.runtime.device.kernels import route as route_module
+from foreroute.runtime.device.kernels.miss import (
+    AGREED,
+    CHOSEN,
+    IS_CLOSED,
+    NUM_JUDGED,
+    SPENT,
+    LayerRule,
+    RuledChoice,
+    why_not_ruled,
+)
+from foreroute.runtime.device.kernels.plan import plan, plan_reference
+from foreroute.runtime.device.kernels.tables import NUM_COUNTERS, ResidencyTables
+from foreroute.runtime.device.layer import DeviceLayer
+from foreroute.runtime.device.residency import DeviceResidency
+from foreroute.runtime.device.run_state import DeviceRun
+from foreroute.runtime.on_miss import find_rule
+from foreroute.runtime.on_miss.agreement import WINDOW_LAYER_STEPS
+from foreroute.runtime.on_miss.budget import Allowance
+from foreroute.runtime.on_miss.choice import Gates, RouterChoice
+from foreroute.runtime.on_miss.decide import decide
+from foreroute.runtime.policies import find_policy
+from foreroute.runtime.store.offload import offload
+
+EXPERTS, TOP_K, SLOTS = 13, 3, 8
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LRFU = find_policy("lrfu").device_rule()
+RULES = (
+    "skip:1.2",
+    "threshold:0.4",
+    "substitute:0.9",
+    "substitute+threshold:0.4",
+    "bonus:0.2",
+    "bonus:0.15+substitute:0.7",
+    "budget:1MB",
+    "substitute+budget:1MB",
+)
+
+
+def layer_rule(text: str, gates: Gates, **changes: Any) -> LayerRule:
+    judged = torch.zeros(NUM_JUDGED, dtype=torch.int32, device=DEVICE)
+    settings: dict[str, Any] = {"floor": 0.0, "allowed": 1.3, "is_first": True, "judged": judged}
+    return LayerRule(rule=find_rule(text), gates=gates, **(settings | changes))
+
+
+def random_choice(gates: Gates, tokens: int, dtype: torch.dtype, seed: int) -> RouterChoice:
+    generator = torch.Generator().manual_seed(seed)
+    logits = (2 * torch.randn(tokens, EXPERTS, generator=generator)).to(DEVICE, dtype)
+    ids = gates.ranking(logits).topk(TOP_K).indices
+    weights = gates.weights(logits, ids).to(dtype)
+    return RouterChoice(expert_ids=ids, gate_weights=weights, gates=gates, router_logits=logits)
+
+
+CASES = [
+    *((text, GateFamily.SOFTMAX_RENORM, 1, False) for text in RULES),
+    *(("bonus:0.15+substitute:0.7", family, 2, False) for family in GateFamily if family.scores),
+    *((text, GateFamily.SIGMOID_RENORM, 2, True) for text in ("bonus:0.2", "substitute:0.9")),
+    ("threshold:0.4", GateFamily.SOFTMAX, 2, False),
+    ("threshold:0.4", GateFamily.OTHER, 1, False),
+    ("substitute+budget:1MB", GateFamily.SOFTMAX, 2, False),
+]
+
+
+@pytest.mark.parametrize(("text", "family", "tokens", "has_bias"), CASES)
+def test_the_kernel_decides_as_the_reference(
+    text: str, family: GateFamily, tokens: int, has_bias: bool
+) -> None:
+    bias = torch.linspace(-0.2, 0.2, EXPERTS, device=DEVICE) if has_bias else None
+    gates = Gates(family=family, scale=1.5, selection_bias=bias)
+    if family is GateFamily.OTHER:  # made as if softmax's; the rule must not ask
+        made = random_choice(Gates(family=GateFamily.SOFTMAX), tokens, torch.float32, 0)
+    own, allowance = layer_rule(text, gates), Allowance(per_token=1.3, num_layers=1)
+    both = [ResidencyTables.empty(EXPERTS, SLOTS, DEVICE) for _ in range(2)]
+    agreed = num_left = 0
+    for step in range(8):
+        if family is not GateFamily.OTHER:
+            made = random_choice(gates, tokens, torch.float32, step)
+        choice = RouterChoice(**{**vars(made), "gates": gates})
+        is_here = both[1].slot_of >= 0
+        allowance.begin_step()
+        expected = decide(own.rule, choice, is_here, allowance.at(0, tokens))
+        given = (made.logits, choice.expert_ids, choice.gate_weights)
+        ruled = RuledChoice.of(*given)
+        copies = torch.zeros(2, 3, tokens * TOP_K, dtype=torch.int32, device=DEVICE)
+        places = torch.zeros(2, 2, tokens * TOP_K, dtype=torch.int32, device=DEVICE)
+        plan(ruled.expert_ids, both[0], LRFU, copies[0], places=places[0], ruling=(own, ruled))
+        plan_reference(
+            expected.expert_ids,
+            both[1],
+            LRFU,
+            copies[1],
+            places=places[1],
+            credited=choice.expert_ids,
+        )
+        assert torch.equal(ruled.expert_ids, expected.expert_ids)
+        torch.testing.assert_close(ruled.gate_weights, expected.gate_weights)
+        assert torch.equal(places[0], places[1])
+        for name in ("slot_of", "expert_in", "counters", "score"):
+            torch.testing.assert_close(getattr(both[0], name), getattr(both[1], name))
+        for true, ids, is_run in zip(
+            choice.expert_ids, expected.expert_ids, expected.is_run, strict=True
+        ):
+            agreed += len(set(true.tolist()) & set(ids[is_run].tolist()))
+        absent = set(expected.expert_ids[~is_here[expected.expert_ids]].tolist())
+        assert int(own.judged[SPENT]) == len(absent)
+        num_left += int((expected.expert_ids != choice.expert_ids).sum())
+    assert num_left > 0
+    assert own.judged[[AGREED, CHOSEN]].tolist() == [agreed, 8 * tokens * TOP_K]
+
+
+def test_weights_in_half_precision_are_rounded_once() -> None:
+    gates = Gates(family=GateFamily.SOFTMAX_RENORM)
+    own = layer_rule("substitute:0.9", gates)
+    tables = ResidencyTables.empty(EXPERTS, SLOTS, DEVICE)
+    tables.slot_of[:6] = torch.arange(6, device=DEVICE)
+    tables.expert_in[:6] = torch.arange(6, device=DEVICE)
+    choice = random_choice(gates, 1, torch.float16, 4)
+    expected = decide(own.rule, choice, tables.slot_of >= 0)
+    assert not torch.equal(expected.expert_ids, choice.expert_ids)
+    ruled = RuledChoice.of(choice.logits, choice.expert_ids, choice.gate_weights)
+    copies = torch.zeros(3, TOP_K, dtype=torch.int32, device=DEVICE)
+    plan(ruled.expert_ids, tables, LRFU, copies, places=copies[:2].clone(), ruling=(own, ruled))
+    assert torch.equal(ruled.expert_ids, expected.expert_ids)
+    torch.testing.assert_close(ruled.gate_weights, expected.gate_weights, atol=1e-3, rtol=1e-3)
+
+
+def test_the_device_goes_back_to_the_routers_choice_under_the_floor() -> None:
+    gates = Gates(family=GateFamily.SOFTMAX)
+    own = layer_rule("substitute:9", gates, floor=1.0)
+    own.judged[4] = WINDOW_LAYER_STEPS - 1  # the window's last step comes
+    tables = ResidencyTables.empty(EXPERTS, SLOTS, DEVICE)
+    tables.slot_of[:6] = torch.arange(6, device=DEVICE)
+    tables.expert_in[:6] = torch.arange(6, device=DEVICE)
+    copies = torch.zeros(3, TOP_K, dtype=torch.int32, device=DEVICE)
+    changed = []
+    for step in range(3):
+        choice = random_choice(gates, 1, torch.float32, step)
+        ruled = RuledChoice.of(choice.logits, choice.expert_ids, choice.gate_weights)
+        plan(ruled.expert_ids, tables, LRFU, copies, places=copies[:2].clone(), ruling=(own, ruled))
+        changed.append(not torch.equal(ruled.expert_ids, choice.expert_ids))
+    assert changed == [True, False, False]
+    assert int(own.judged[IS_CLOSED]) == 1
+    assert int(own.judged[CHOSEN]) == TOP_K
+
+
+def test_what_the_host_alone_does_is_said() -> None:
+    for text in ("predicted", "skip", "substitute+later"):
+        assert "host" in str(why_not_ruled(find_rule(text)))
+    for text in RULES:
+        assert why_not_ruled(find_rule(text)) is None
+
+
+class RuledExperts:
+    """A tiny model whose experts run by the device's kernels under a rule, from few slots."""
+
+    def __init__(self, model: Any, config: EngineConfig, slots: int) -> None:
+        self.offloaded = offload(model, device=torch.device("cpu"), model_name="tiny")
+        store, moe = self.offloaded.store, self.offloaded.moe
+        form = find_expert_form(moe.layers[0].experts)
+        assert form is not None
+        run: Any = DeviceRun(
+            config=config,
+            rule=find_policy(config.eviction).device_rule(),
+            form=form,
+            predictor=None,
+            ahead=None,  # type: ignore[arg-type]
+            head_words=torch.zeros(1, dtype=torch.int32),
+            num_whole=torch.zeros(1, dtype=torch.int32),
+            trust=torch.ones(2),
+            prompt_weight=0.0,
+        )
+        run.is_prefill = False
+        counters = torch.zeros(len(moe.layers), NUM_COUNTERS, dtype=torch.int32)
+        self.judged = torch.zeros(NUM_JUDGED, dtype=torch.int32)
+        rules = layer_rules(self.offloaded, config, self.judged)
+        self.layers = [
+            DeviceLayer(
+                DeviceResidency(layer, rows, layout, slots, run, own, rule),
+                None,  # type: ignore[arg-type]
+                run,
+            )
+            for layer, rows, layout, own, rule in zip(
+                moe.layers, store.rows, store.layouts, counters, rules, strict=True
+            )
+        ]
+        self.counters = counters
+
+    def step(self, tokens: Tensor) -> tuple[Tensor, DecodeStep]:
+        """Logits of decode steps from an empty cache, [steps, V]."""
+        moe = self.offloaded.moe
+        handlers = {m.experts: own for m, own in zip(moe.layers, self.layers, strict=True)}
+        with routed_through(moe.model, handlers), ExitStack() as undo:
+            for layer, own in zip(moe.layers, self.layers, strict=True):
+                own.watch_router(layer, undo)
+            step = DecodeStep(moe.model, 1, 8, [layer.router for layer in moe.layers])
+            for own in self.layers:  # what that read is forgotten
+                own.residency.tables.reset()
+                own.residency.fill()
+                own.residency.tables.counters.zero_()
+            self.judged.zero_()
+            step.begin(torch.ones(1, 1, dtype=torch.long))
+            step.positions.zero_()
+            step._write_at.zero_()
+            return torch.stack([step.replay(token.view(1))[0].clone() for token in tokens]), step
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="tests/test_gpu.py runs whole engines there")
+@pytest.mark.parametrize(
+    ("rule", "is_fused"),
+    [
+        ("bonus:0.05+substitute:1.5", True),
+        ("substitute+budget:{budget}", False),
+    ],
+)
+def test_a_decode_step_under_a_rule_is_the_host_engines(
+    rule: str, is_fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DecodeStep, "defers", is_fused)
+    monkeypatch.setattr(decode_graph, "LENGTH_STEP", 8)
+    monkeypatch.setattr(route_module, "ROWS", 16)  # few programs: they are interpreted
+    for module in (demand_module, plan_module):
+        monkeypatch.setattr(module, "DEMAND_PROGRAMS", 2)
+    model = tiny_model("qwen3_moe", num_hidden_layers=2).eval()
+    plain, tokens = copy.deepcopy(model), torch.tensor([7, 9, 4])
+    slots = model.config.num_experts_per_tok + 2
+    host = offload(plain, device=torch.device("cpu"), model_name="tiny")
+    rule = rule.format(budget=3 * host.expert_bytes)
+    config = EngineConfig(expert_slots=str(slots), on_miss=rule, agreement_floor=0.0)
+    with Engine(host, config) as engine:
+        engine.fill_slots()
+        cache, expected = None, []
+        for token in tokens:
+            output = engine(token.view(1, 1), past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            expected.append(output.logits[0, -1])
+        stats = engine.stats()
+    device = RuledExperts(model, config, slots)
+    got, step = device.step(tokens)
+    torch.testing.assert_close(got, torch.stack(expected), atol=2e-5, rtol=2e-5)
+    assert step.fused["plans in routers"] == model.config.num_hidden_layers * is_fused
+    assert device.judged[[AGREED, CHOSEN]].tolist() == [
+        stats.agreed_experts,
+        stats.speculated_experts,
+    ]
+    assert 0 < stats.agreement < 1
+    assert int(device.counters[:, 1].sum()) == stats.decode.misses
+    for layer in device.layers:
+        layer.residency.check_integrity()
