@@ -214,9 +214,7 @@ def load_offloaded(
             checkpoint = checkpoint.divided(ranks)
         if share_experts:
             if pinned_memory is not None:
-                raise ValueError(
-                    "Rows that engines share are locked whole: leave out pinned_memory."
-                )
+                raise ValueError("Shared rows are locked whole: leave out pinned_memory.")
             checkpoint = checkpoint.shared(ranks)
         if attn_implementation is not None:
             checkpoint.config._attn_implementation = attn_implementation
