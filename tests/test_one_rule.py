@@ -120,6 +120,7 @@ def device_residency(policy: str) -> DeviceResidency:
         form=ExpertForm(activation="silu"),
         trust=None,
         prompt_weight=rule.prompt_weight,
+        staging=None,
     )
     layer: Any = SimpleNamespace(layer_idx=0, top_k=TOP_K)
     counters = torch.zeros(7, dtype=torch.int32)
