@@ -217,12 +217,20 @@ def _require_regular(path: Path) -> None:
         raise ValueError(f"{path} is no regular file.")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as safetensors so that a reader never sees half of them."""
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write tensors as safetensors so that a reader never sees half of them.
+
+    Args:
+        path: The file.
+        tensors: By name.
+        metadata: Texts for the file's header.
+    """
     whole = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     with new_file(path) as partial:
         mode = partial.stat().st_mode
-        save_file(whole, partial)  # replaces the file by one of its own mode
+        save_file(whole, partial, metadata)  # replaces the file by one of its own mode
         partial.chmod(mode)
 
 

@@ -28,14 +28,8 @@ from foreroute.estimators.artifacts import sha256_of, write_json, write_tensors
 from foreroute.runtime.planning.doctor import diagnose
 from foreroute.runtime.serving.requests import CHAT, checked
 from foreroute.runtime.store.host_store import HostExpertStore
-from foreroute.runtime.store.prepared import (
-    ROWS,
-    PreparedModel,
-    RestFile,
-    RowFile,
-    describe_layout,
-    read_rows,
-)
+from foreroute.runtime.store.prepared import PreparedModel, RestFile, RowFile, describe_layout
+from foreroute.runtime.store.prepared_rows import ROWS, block_digests, bytes_of, read_rows
 
 
 @dataclass(frozen=True)
@@ -85,9 +79,11 @@ def make_prepared(folder: Path) -> None:
     store.rows[0].fill_(1)
     (folder / "experts").mkdir()
     write_tensors(folder / "experts/layer-000.safetensors", {ROWS: store.rows[0]})
+    write_tensors(folder / "model.safetensors", {"norm": torch.ones(2)})
     entry = RowFile(
         file="experts/layer-000.safetensors",
         sha256=sha256_of(folder / "experts/layer-000.safetensors"),
+        blocks_sha256=block_digests(bytes_of(store.rows[0])),
         experts=len(store.rows[0]),
         row_bytes=store.layouts[0].row_bytes,
         parameters=describe_layout(store.layouts[0]),
@@ -102,7 +98,7 @@ def make_prepared(folder: Path) -> None:
         plain_bytes=96,
         exceptions={},
         shards=(entry,),
-        rest=RestFile(file="model.safetensors", sha256="0" * 64),
+        rest=RestFile(file="model.safetensors", sha256=sha256_of(folder / "model.safetensors")),
         versions={},
     )
     write_json(folder / PREPARED_MANIFEST, asdict(manifest))
@@ -124,9 +120,12 @@ def read_prepared(folder: Path) -> None:
 
 
 def repair_prepared(folder: Path) -> None:
-    """Give the manifest the digest of the rows as they are."""
+    """Give the manifest the digest of the rows as they are, if they are in a file's last bytes."""
     values = json.loads((folder / PREPARED_MANIFEST).read_text())
-    values["shards"][0]["sha256"] = sha256_of(folder / values["shards"][0]["file"])
+    shard, rows = values["shards"][0], tiny_store().rows[0]
+    content = (folder / shard["file"]).read_bytes()
+    shard["sha256"] = sha256_of(folder / shard["file"])
+    shard["blocks_sha256"] = block_digests(memoryview(content[-rows.nbytes :]))
     write_json(folder / PREPARED_MANIFEST, values)
 
 

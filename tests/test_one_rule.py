@@ -12,7 +12,9 @@ from torch import nn
 pytest.importorskip("triton", reason="needs triton")
 pytest.importorskip("numba", reason="needs numba")
 
-from foreroute.data.routes import Route
+from foreroute.data.routes import Route, Scores
+from foreroute.estimators.selection import router_scores
+from foreroute.estimators.types import GateFamily
 from foreroute.runtime.device.kernels.activation import ExpertForm
 from foreroute.runtime.device.kernels.head import plan_head_reference
 from foreroute.runtime.device.kernels.plan import plan_reference
@@ -24,9 +26,15 @@ from foreroute.runtime.device.kernels.tables import (
     ResidencyTables,
 )
 from foreroute.runtime.device.residency import DeviceResidency
-from foreroute.runtime.policies import LayerState, find_policy, find_prefetch_rule
+from foreroute.runtime.on_miss import find_rule
+from foreroute.runtime.on_miss.budget import Allowance
+from foreroute.runtime.on_miss.choice import Gates, RouterChoice
+from foreroute.runtime.on_miss.decide import decide
+from foreroute.runtime.policies import Duel, LayerState, find_policy, find_prefetch_rule
+from foreroute.runtime.policies.duel import LEAST_LEAD
 from foreroute.runtime.simulator import timeline
 from foreroute.runtime.simulator.link import LinkTimes
+from foreroute.runtime.simulator.misses import RuledSteps
 from foreroute.runtime.simulator.predictions import SimulatedPredictor
 from foreroute.runtime.simulator.replay import Replay
 from foreroute.runtime.store.host_store import HostExpertStore
@@ -112,6 +120,7 @@ def device_residency(policy: str) -> DeviceResidency:
         form=ExpertForm(activation="silu"),
         trust=None,
         prompt_weight=rule.prompt_weight,
+        staging=None,
     )
     layer: Any = SimpleNamespace(layer_idx=0, top_k=TOP_K)
     counters = torch.zeros(7, dtype=torch.int32)
@@ -148,3 +157,110 @@ def test_a_prompt_counts_the_same_on_the_host_on_the_device_and_in_the_simulator
     torch.testing.assert_close(simulated.float(), expected)
     if rule.worth == "recency":  # the next use is later than all of the prompt's
         assert int(device.tables.step) == host.step == len(prompt)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "skip:0.9",
+        "substitute:0.9",
+        "threshold:0.3",
+        "substitute:1.2+threshold:0.4",
+        "bonus:0.2",
+        "bonus:0.1+substitute:0.7",
+        "budget:2",
+        "substitute+budget:2",
+    ],
+)
+def test_simulator_and_host_decide_alike_on_misses(text: str, has_bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(TOKENS, 1, EXPERTS, generator=generator)
+    gates = Gates(
+        family=GateFamily.SIGMOID if has_bias else GateFamily.SOFTMAX,
+        selection_bias=torch.linspace(-0.3, 0.3, EXPERTS) if has_bias else None,
+    )
+    ranking, ids = gates.ranking(logits), gates.ranking(logits).topk(TOP_K).indices
+    scores = router_scores(logits, gates.family)
+    route = Route(
+        name="random",
+        expert_ids=ids.numpy().astype(np.int16),
+        is_decode=np.ones(TOKENS, dtype=bool),
+        num_experts=EXPERTS,
+    )
+    times = LinkTimes(
+        layer_ms=1.0, token_ms=0.0, predict_ms=0.0, demand_ms=(0.0,) * 4, pieces=1, piece_ms=0.0
+    )
+    rule, policy = find_rule(text), find_policy("lrfu:20")
+    allowance = Allowance(rule.budget_experts(1, 1.0), 1) if rule.has_budget else None
+    seen = Scores(ranking=ranking.numpy(), scores=scores.numpy())
+    ruled = RuledSteps(rule=rule, scores=seen, allowance=allowance)
+    replay = Replay(route, times, policy, [SLOTS], ruled=ruled)
+    replay.run()
+    state, agreed, fetched = LayerState(policy, EXPERTS, SLOTS), 0, 0
+    for t in range(TOKENS):
+        choice = RouterChoice(
+            expert_ids=ids[t],
+            gate_weights=gates.weights(logits[t], ids[t]),
+            gates=gates,
+            router_logits=logits[t],
+        )
+        allowed = int(rule.budget_experts(1, 1.0))
+        ruling = decide(rule, choice, torch.tensor(state.here), allowed)
+        run = ruling.expert_ids[ruling.is_run].tolist()
+        missing = [expert for expert in run if not state.here[expert]]
+        for expert in missing:
+            state.admit(expert, run)
+        state.use(ids[t, 0].tolist())
+        fetched += len(missing)
+        agreed += len(set(run) & set(ids[t, 0].tolist()))
+    counts = replay.cache.counts
+    assert replay.cache.expert_in.tolist() == state.expert_in
+    assert counts[timeline.FETCHED] == fetched > 0
+    assert counts[timeline.AGREED] == agreed
+    assert counts[timeline.CHOSEN] == TOKENS * TOP_K > agreed
+
+
+def route_of_two_kinds() -> Route:
+    """A prompt, then tokens that use again what was used last, then tokens that like some best."""
+    dice, tokens = random.Random(0), 400
+    orders = [list(range(EXPERTS)) for _ in range(LAYERS)]
+    rows = []
+    for token in range(tokens):
+        layers = []
+        for order in orders:
+            ids: dict[int, None] = {}
+            while len(ids) < TOP_K:
+                ids[order[min(int(dice.expovariate(0.3)), EXPERTS - 1)]] = None
+            if token < tokens // 2:
+                order.sort(key=lambda expert, ids=ids: expert not in ids)  # type: ignore[misc]
+            layers.append(list(ids))
+        rows.append(layers)
+    return Route(
+        name="two kinds",
+        expert_ids=np.array(rows, dtype=np.int16),
+        is_decode=np.arange(tokens) >= 20,
+        num_experts=EXPERTS,
+    )
+
+
+def test_host_and_simulator_adapt_alike() -> None:
+    route, policy, duel = route_of_two_kinds(), find_policy("adaptive"), Duel()
+    times = LinkTimes(
+        layer_ms=1.0, token_ms=0.0, predict_ms=0.0, demand_ms=(0.0,) * 4, pieces=1, piece_ms=0.0
+    )
+    replay = Replay(route, times, policy, [SLOTS] * LAYERS)
+    replay.run()
+    host = [LayerState(policy, EXPERTS, SLOTS, duel) for _ in range(LAYERS)]
+    prompt = route.expert_ids[~route.is_decode].tolist()
+    for layer, state in enumerate(host):
+        state.warm([token[layer] for token in prompt])
+    leads = []
+    for token in route.expert_ids[route.is_decode].tolist():
+        for state, ids in zip(host, token, strict=True):
+            state.demand(ids)
+        leads.append(duel.lead)
+    held = [layer * EXPERTS + expert for layer, s in enumerate(host) for expert in s.expert_in]
+    assert replay.cache.expert_in.tolist() == held
+    assert replay.cache.lead[0] == duel.lead
+    assert max(leads) > LEAST_LEAD > 0 > min(leads)  # each rule led

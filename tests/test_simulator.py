@@ -518,3 +518,28 @@ def test_the_size_of_a_models_experts_follows_their_dtype(tmp_path):
         size(expert_dtype="int8")
     with pytest.raises(ValueError, match="not both"):
         size(model=str(tmp_path), expert_bytes="3MiB")
+
+
+def test_rules_on_a_miss_save_copies_on_recorded_scores(tiny_traces: Path, tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    rules = "fetch,substitute:2,threshold:0.4,substitute+budget:9.44MB"
+    cli.simulate(routes=tiny_traces, slots="3", eviction="default", on_miss=rules, json=out)
+    rows = {
+        row["on_miss"]: row for row in json.loads(out.read_text())["rows"] if not row["is_bound"]
+    }
+    assert list(rows) == rules.split(",")
+    exact = rows.pop("fetch")
+    assert exact["agreement"] == 1
+    for row in rows.values():
+        assert row["agreement"] < 1
+        assert row["bytes_per_token"] < exact["bytes_per_token"]
+        assert row["tpot_ms"] < exact["tpot_ms"]
+    budget = rows["substitute+budget:9.44MB"]
+    assert 0 < budget["bytes_per_token"] <= 9_440_000
+    for change, message in (
+        ({"on_miss": "predicted"}, "is not simulated"),
+        ({"on_miss": "skip:1", "prefetch": "all"}, "use --prefetch none"),
+        ({"on_miss": "skip:1", "eviction": "belady"}, "a bound of exact runs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cli.simulate(**{"routes": tiny_traces, "slots": "3", **change})

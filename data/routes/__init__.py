@@ -2,7 +2,7 @@
 
 from foreroute.data.routes.assemble import ReadOptions
 from foreroute.data.routes.registry import READERS, RouteReader, read_route
-from foreroute.data.routes.route import ABSENT, Ids, Route
+from foreroute.data.routes.route import ABSENT, Ids, Route, Scores
 from foreroute.data.routes.traces import GUESSES_PER_EXPERT
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "ReadOptions",
     "Route",
     "RouteReader",
+    "Scores",
     "read_route",
 ]

@@ -13,6 +13,16 @@ ABSENT = -1
 
 
 @dataclass(frozen=True, kw_only=True)
+class Scores:
+    """How routers saw all experts, for every token of a route."""
+
+    ranking: NDArray[np.float32]
+    """[T, L, E]; the top-K of it are chosen."""
+    scores: NDArray[np.float32]
+    """[T, L, E]; gate weights are in proportion to these."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Route:
     """Tokens in the order they ran, batch 1."""
 

@@ -13,9 +13,9 @@ from foreroute.data.layout import DECODE
 from foreroute.data.manifest import MANIFEST_FILE
 from foreroute.data.opening import open_traces
 from foreroute.data.routes.assemble import ReadOptions
-from foreroute.data.routes.route import Route
+from foreroute.data.routes.route import Route, Scores
 from foreroute.data.traces import Traces
-from foreroute.estimators.selection import nearly_chosen
+from foreroute.estimators.selection import nearly_chosen, router_scores
 
 GUESSES_PER_EXPERT = 2
 """Experts taken to be likely for the next token, per expert that a token uses."""
@@ -63,3 +63,30 @@ def _likely(traces: Traces, layer_idx: int) -> tuple[Any, Any]:
     chances = nearly_chosen(gathered(traces, layer_idx, "router_logits"), top_k)  # [T, E]
     best = chances.topk(min(GUESSES_PER_EXPERT * top_k, chances.shape[-1]))
     return best.indices.numpy().astype(np.int16), best.values.numpy()
+
+
+def read_scores(path: Path) -> Scores | None:
+    """How the routers of traces ranked and weighed all experts.
+
+    Args:
+        path: A folder of traces.
+
+    Returns:
+        None if how gate weights follow from logits is not known.
+
+    Raises:
+        ValueError: If the traces are unfinished or damaged.
+    """
+    traces = open_traces(path)
+    geometry, biases = traces.geometry, None
+    if geometry.gate_family.scores is None:
+        return None
+    if traces.anchors is not None:
+        biases = traces.anchors.selection_bias
+    ranking, scores = [], []
+    for place, layer in enumerate(geometry.layer_indices):
+        logits = gathered(traces, layer, "router_logits").float()
+        found = router_scores(logits, geometry.gate_family)
+        scores.append(found.numpy())
+        ranking.append((logits if biases is None else found + biases[place]).numpy())
+    return Scores(ranking=np.stack(ranking, 1), scores=np.stack(scores, 1))

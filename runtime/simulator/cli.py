@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
-from foreroute.data.routes import ReadOptions, Route, read_route
+from foreroute.data.routes import ReadOptions, Route, Scores, read_route
 from foreroute.estimators.artifacts import package_versions, require_file_place, write_json
 from foreroute.estimators.byte_sizes import parse_bytes
 from foreroute.estimators.console import plain_console
@@ -40,6 +40,7 @@ class SimulateRequest:
     slots: str
     eviction: str
     prefetch: str
+    on_miss: str
     horizon: int
     bundle: Path | None
     recall: float
@@ -66,7 +67,7 @@ class SimulateRequest:
             if getattr(self, name) not in known:
                 word = getattr(self, name)
                 raise ValueError(f"Unknown {name} {word!r}; known: {', '.join(known)}.")
-        for name in ("slots", "eviction", "prefetch"):
+        for name in ("slots", "eviction", "prefetch", "on_miss"):
             if not self.words(name):
                 raise ValueError(f"--{name} is empty.")
 
@@ -108,6 +109,7 @@ def run_simulate(request: SimulateRequest) -> None:
         slots=request.words("slots"),
         eviction=request.words("eviction"),
         prefetch=request.words("prefetch"),
+        on_miss=request.words("on_miss"),
         horizon=request.horizon,
     )
     needs_predictions = set(sweep.prefetch) != {"none"}
@@ -121,6 +123,7 @@ def run_simulate(request: SimulateRequest) -> None:
         times=times.delayed(told.delay_share),
         expert_bytes=size,
         predictions=told.predictions,
+        scores=None if set(sweep.on_miss) == {"fetch"} else _scores(request),
         layer_slots=request.layer_slots,  # type: ignore[arg-type]
         warms_up=request.warm_start != "none",
         warm_route=_warm_route(told.route, request),
@@ -149,6 +152,13 @@ def _expert_bytes(request: SimulateRequest, profile: MachineProfile) -> int:
     from foreroute.runtime.planning.model_size import measure_model
 
     return measure_model(request.model).bytes_as(request.expert_dtype)
+
+
+def _scores(request: SimulateRequest) -> Scores | None:
+    """How the routers ranked all experts; None where that was not recorded, or is not known."""
+    from foreroute.data.routes.traces import is_traces, read_scores
+
+    return read_scores(request.routes) if is_traces(request.routes) else None
 
 
 def _foretold(route: Route, request: SimulateRequest) -> Foretold:
@@ -273,6 +283,10 @@ def table(rows: list[SimulationRow], title: str) -> Table:
     shown = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
     shown.add_column("eviction", no_wrap=True)
     shown.add_column("prefetch", no_wrap=True)
+    has_rules = any(row.on_miss != "fetch" for row in rows)
+    if has_rules:
+        shown.add_column("on a miss", overflow="fold", min_width=12)
+        shown.add_column("agree", justify="right", no_wrap=True)
     for column in ("slots", "hits", "TPOT ms", "MB", "wasted", "stall"):
         shown.add_column(column, justify="right", no_wrap=True)
     before = rows[0].slots if rows else 0
@@ -284,6 +298,7 @@ def table(rows: list[SimulationRow], title: str) -> Table:
         shown.add_row(
             row.eviction,
             f"{row.prefetch}{ahead}",
+            *((row.on_miss, f"{row.agreement:.3f}") if has_rules else ()),
             f"{row.slots_share:.0%}",
             f"{row.hit_rate:.3f}",
             f"{row.tpot_ms:.2f}",

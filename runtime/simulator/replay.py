@@ -9,9 +9,11 @@ from numpy.typing import NDArray
 
 from foreroute.data.routes import Route
 from foreroute.runtime.policies import EvictionPolicy, PrefetchRule
+from foreroute.runtime.policies.duel import duelling_layers
 from foreroute.runtime.policies.prefetching import PRIOR_DEMAND, PRIOR_PREFETCHES
 from foreroute.runtime.simulator import timeline
 from foreroute.runtime.simulator.link import LinkTimes
+from foreroute.runtime.simulator.misses import RuledSteps
 from foreroute.runtime.simulator.predictions import Predictions
 from foreroute.runtime.simulator.result import ReplayCounts
 from foreroute.runtime.simulator.timeline import (
@@ -27,6 +29,7 @@ from foreroute.runtime.simulator.timeline import (
 KINDS = {
     "frequency": timeline.FREQUENCY,
     "recency": timeline.RECENCY,
+    "adaptive": timeline.ADAPTIVE,
     "static": timeline.STATIC,
     "future": timeline.FUTURE,
 }
@@ -45,6 +48,7 @@ class Replay:
         slots: Sequence[int],
         rule: PrefetchRule | None = None,
         predictions: Predictions | None = None,
+        ruled: RuledSteps | None = None,
     ) -> None:
         """Start with empty slots.
 
@@ -55,6 +59,7 @@ class Replay:
             slots: Per layer.
             rule: What is fetched early; nothing if None.
             predictions: Of all horizons up to the rule's.
+            ruled: Replays the steps under a rule on a miss; without prefetch.
         """
         self.route, self.policy = route, policy
         self._machine = times.machine()
@@ -64,6 +69,10 @@ class Replay:
         if policy.needs_future:
             self._foresee()
         self._step = self._step_of(rule, predictions)
+        if ruled is not None:
+            self._step = lambda t: ruled.run(
+                self.cache, self._machine, self._rows[t], self._next_use[t], t
+            )
 
     def _foresee(self) -> None:
         """Give every expert the worth of its first use."""
@@ -154,6 +163,7 @@ def number(ids: NDArray[np.int16], num_experts: int) -> Integers:
 
 def _empty_cache(route: Route, policy: EvictionPolicy, slots: Sequence[int]) -> Cache:
     experts = route.num_layers * route.num_experts
+    rivals = experts if policy.worth == "adaptive" else 0
     return Cache(
         kind=KINDS[policy.worth],
         decay=policy.decay,
@@ -167,6 +177,11 @@ def _empty_cache(route: Route, policy: EvictionPolicy, slots: Sequence[int]) -> 
         step=np.zeros(route.num_layers, dtype=np.int64),
         unused=np.full(experts, NOTHING_UNUSED),
         counts=np.zeros(timeline.NUM_COUNTS),
+        used_at=np.zeros(rivals),
+        shadows=np.zeros((2, rivals), dtype=np.bool_),
+        duels=np.array(duelling_layers(route.num_layers)),
+        lead=np.zeros(1, dtype=np.int64),
+        is_recent=np.zeros(route.num_layers, dtype=np.bool_),
     )
 
 

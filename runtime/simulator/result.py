@@ -30,6 +30,10 @@ class ReplayCounts:
     """Experts (and parts of one) copied early."""
     wasted: float = 0.0
     """Prefetched experts, parts counted as parts, that were evicted or dropped before use."""
+    agreed: int = 0
+    """Experts of the router's choice that ran where a rule on a miss decided."""
+    chosen: int = 0
+    """Experts that it chose there."""
     step_ms: list[float] = field(default_factory=list)
     """Time of each decode step."""
 
@@ -46,6 +50,8 @@ class ReplayCounts:
             fetched=float(counts[timeline.FETCHED]),
             prefetched=float(counts[timeline.PREFETCHED]),
             wasted=float(counts[timeline.WASTED]),
+            agreed=int(counts[timeline.AGREED]),
+            chosen=int(counts[timeline.CHOSEN]),
             step_ms=step_ms,
         )
 
@@ -70,6 +76,10 @@ class SimulationRow:
     stall_ms: float
     """Per token."""
     late_per_token: float
+    on_miss: str = "fetch"
+    """The rule about experts that are not resident."""
+    agreement: float = 1.0
+    """Share of the router's experts that ran, 0..1."""
     is_bound: bool = False
     """Whether no engine can reach it."""
 
@@ -84,6 +94,7 @@ class SimulationRow:
         slots: float,
         num_experts: int,
         expert_bytes: int,
+        on_miss: str = "fetch",
         is_bound: bool = False,
     ) -> SimulationRow:
         """Turn sums into ratios."""
@@ -102,6 +113,8 @@ class SimulationRow:
             wasted_bytes_per_token=counts.wasted * expert_bytes / tokens,
             stall_ms=counts.stall_ms / tokens,
             late_per_token=counts.late / tokens,
+            on_miss=on_miss,
+            agreement=counts.agreed / counts.chosen if counts.chosen else 1.0,
             is_bound=is_bound,
         )
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from foreroute.data.routes import Route
+from foreroute.data.routes import Route, Scores
 from foreroute.runtime.config import LayerSlots
+from foreroute.runtime.on_miss import find_rule
+from foreroute.runtime.on_miss.budget import Allowance
 from foreroute.runtime.policies import (
     EvictionPolicy,
     PrefetchRule,
@@ -17,6 +19,7 @@ from foreroute.runtime.policies import (
 )
 from foreroute.runtime.policies.slots import parse_slots
 from foreroute.runtime.simulator.link import LinkTimes
+from foreroute.runtime.simulator.misses import RuledSteps
 from foreroute.runtime.simulator.predictions import Predictions
 from foreroute.runtime.simulator.replay import Replay
 from foreroute.runtime.simulator.result import SimulationRow
@@ -35,6 +38,8 @@ class Scenario:
     """Whether prompts fill the slots."""
     warm_route: Route | None = None
     """Counted before, to fill the slots."""
+    scores: Scores | None = None
+    """How the routers ranked all experts; needed by every rule on a miss but `fetch`."""
     layer_slots: LayerSlots = "equal"
     """`by-misses`: layers that missed more in the warm route, or in the prompt, get more."""
 
@@ -70,6 +75,7 @@ def simulate(
     prefetch: str = "none",
     horizon: int = 1,
     slots: str = "25%",
+    on_miss: str = "fetch",
 ) -> SimulationRow:
     """Replay a scenario.
 
@@ -79,14 +85,20 @@ def simulate(
         prefetch: `none`, `all`, `head` or `pieces`.
         horizon: Layers ahead.
         slots: Per layer, a number or a share.
+        on_miss: As `find_rule` takes it.
 
     Raises:
-        ValueError: If a name is unknown, or predictions are missing.
+        ValueError: If a name is unknown, or predictions or scores are missing.
     """
     rule = find_policy(eviction)
     ahead = find_prefetch_rule(prefetch, horizon)
     per_layer = scenario.slots_of(slots, rule)
-    replay = _replay(scenario, rule, ahead, per_layer)
+    ruled = _ruled_steps(scenario, ahead, on_miss)
+    if ruled is not None and rule.needs_future:
+        raise ValueError(
+            f"Policy {eviction} is a bound of exact runs; use --on-miss fetch with it."
+        )
+    replay = _replay(scenario, rule, ahead, per_layer, ruled)
     if scenario.warm_route is not None:
         replay.warm_from(scenario.warm_route)
     counts = replay.run(warms_up=scenario.warms_up)
@@ -98,6 +110,7 @@ def simulate(
         slots=sum(per_layer) / len(per_layer),
         num_experts=scenario.route.num_experts,
         expert_bytes=scenario.expert_bytes,
+        on_miss=on_miss,
         is_bound=rule.needs_future,
     )
 
@@ -113,11 +126,15 @@ def bounds(scenario: Scenario, slots: str) -> list[SimulationRow]:
 
 
 def _replay(
-    scenario: Scenario, policy: EvictionPolicy, rule: PrefetchRule, slots: list[int]
+    scenario: Scenario,
+    policy: EvictionPolicy,
+    rule: PrefetchRule,
+    slots: list[int],
+    ruled: RuledSteps | None,
 ) -> Replay:
     common = (scenario.route, scenario.times, policy, slots)
     if rule.kind == "none":
-        return Replay(*common)
+        return Replay(*common, ruled=ruled)
     if policy.needs_future:
         raise ValueError(f"Policy {policy.name} is a bound on demand; use --prefetch none with it.")
     predictions = scenario.predictions
@@ -128,6 +145,25 @@ def _replay(
             f"there are {have} layers of them."
         )
     return Replay(*common, rule, predictions)
+
+
+def _ruled_steps(scenario: Scenario, ahead: PrefetchRule, on_miss: str) -> RuledSteps | None:
+    """What replays steps under a rule on a miss; None under the exact one."""
+    rule, size = find_rule(on_miss), scenario.expert_bytes
+    if rule.is_exact:
+        return None
+    if ahead.kind != "none":
+        raise ValueError(f"on_miss={on_miss} is simulated on demand: use --prefetch none with it.")
+    if scenario.scores is None:
+        raise ValueError(
+            f"on_miss={on_miss} reads how routers ranked all experts: --routes must be traces of a "
+            "model whose gate rule is known."
+        )
+    allowance = None
+    if rule.has_budget:
+        per_token = rule.budget_experts(size, scenario.times.demand_ms[1])
+        allowance = Allowance(per_token, scenario.route.num_layers)
+    return RuledSteps(rule=rule, scores=scenario.scores, allowance=allowance)
 
 
 def _prompt_rows(route: Route) -> list[list[tuple[int, ...]]]:

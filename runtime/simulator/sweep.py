@@ -18,6 +18,8 @@ class Sweep:
     """Policies, as `find_policy` takes them."""
     prefetch: tuple[str, ...]
     """Kinds of prefetch, as `find_prefetch_rule` takes them."""
+    on_miss: tuple[str, ...] = ("fetch",)
+    """Rules about experts that are not resident, as `find_rule` takes them."""
     horizon: int = 1
     """Layers ahead; what can look further is tried at 1, 2, 4, ... of them."""
 
@@ -38,7 +40,8 @@ class Sweep:
                         continue
                     for ahead in self._horizons(prefetch):
                         tried = {"eviction": eviction, "prefetch": prefetch, "slots": slots}
-                        rows.append(simulate(scenario, **tried, horizon=ahead))
+                        for rule in self.on_miss:
+                            rows.append(simulate(scenario, **tried, horizon=ahead, on_miss=rule))
             rows += [row for row in bounds(scenario, slots) if row.eviction not in self.eviction]
         return rows
 

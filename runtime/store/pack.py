@@ -34,7 +34,7 @@ from foreroute.runtime.store.prepared import (
     RowFile,
     describe_layout,
 )
-from foreroute.runtime.store.prepared_rows import ROWS, block_digests, bytes_of
+from foreroute.runtime.store.prepared_rows import ROWS, aligning, block_digests, bytes_of
 from foreroute.runtime.store.publish import push_prepared
 
 logger = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ class _Packing:
     def _write_shard(self, number: int, store: HostExpertStore) -> None:
         layout, rows = store.layouts[0], store.rows[0]
         file = f"experts/layer-{number:03}.safetensors"
-        write_tensors(self._folder / file, {ROWS: rows})
+        write_tensors(self._folder / file, {ROWS: rows}, aligning(rows))
         for name, parameter in layout.encoded.items():
             if isinstance(parameter.encoding, Lossless):
                 count = count_exceptions(layout.views(rows)[f"{name}_lines"])

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from foreroute.estimators.artifacts import require_digest
-from foreroute.runtime.store.host_store import HostExpertStore
+from foreroute.runtime.store.host_store import ALIGNMENT_BYTES, HostExpertStore
 from foreroute.runtime.store.prepared import REMEDY, PreparedModel, RowFile
 
 ROWS = "rows"
@@ -23,6 +23,8 @@ BLOCK_BYTES = 32 << 20
 """Rows of this size have a sha256 of their own, so that all cores can check one layer."""
 PIECE_BYTES = 256 << 10
 """Read at once, and hashed while a core's own cache still holds it."""
+LENGTH_BYTES = 8
+"""A safetensors file begins with its header's length in so many bytes."""
 MOST_READERS = 16
 MOST_HEADER_BYTES = 1 << 16
 
@@ -37,6 +39,18 @@ def block_digests(content: memoryview) -> list[str]:
 def bytes_of(rows: Tensor) -> memoryview:
     """The memory of contiguous bytes, [n, m] uint8."""
     return rows.numpy().data.cast("B")
+
+
+def aligning(rows: Tensor) -> dict[str, str]:
+    """Metadata of such a length that the rows of a safetensors file lie on a boundary for kernels.
+
+    Args:
+        rows: The file's one tensor, [E, row_bytes] uint8.
+    """
+    entry = {"dtype": "U8", "shape": list(rows.shape), "data_offsets": [0, rows.nbytes]}
+    header = {"__metadata__": {"padding": ""}, ROWS: entry}
+    begin = LENGTH_BYTES + len(json.dumps(header, separators=(",", ":")))
+    return {"padding": " " * (-begin % ALIGNMENT_BYTES)}
 
 
 def read_rows(
@@ -57,9 +71,9 @@ def read_rows(
     rest = folder / prepared.rest.file
     jobs = [partial(require_digest, rest, prepared.rest.sha256, REMEDY)]
     for shard, rows in zip(prepared.shards, store.rows, strict=True):
-        blocks = _blocks(folder / shard.file, bytes_of(rows), shard.blocks_sha256)
+        blocks = blocks_of(folder / shard.file, bytes_of(rows), shard.blocks_sha256)
         jobs += [partial(_read_block, block, tick) for block in blocks]
-    _run(jobs)
+    run(jobs)
 
 
 def read_layer(folder: Path, shard: RowFile, rows: Tensor, tick: Callable[[int], None]) -> None:
@@ -74,12 +88,16 @@ def read_layer(folder: Path, shard: RowFile, rows: Tensor, tick: Callable[[int],
     Raises:
         ValueError: If the file is missing or damaged; names it.
     """
-    blocks = _blocks(folder / shard.file, bytes_of(rows), shard.blocks_sha256)
-    _run([partial(_read_block, block, tick) for block in blocks])
+    blocks = blocks_of(folder / shard.file, bytes_of(rows), shard.blocks_sha256)
+    run([partial(_read_block, block, tick) for block in blocks])
 
 
-def _run(calls: Sequence[Callable[[], None]]) -> None:
-    """Run all of them on all cores; the first that raises ends the others."""
+def run(calls: Sequence[Callable[[], None]]) -> None:
+    """Run all of them on all cores; the first that raises ends the others.
+
+    Args:
+        calls: Take no arguments, and need no order.
+    """
     with ThreadPoolExecutor(min(MOST_READERS, len(os.sched_getaffinity(0)))) as threads:
         jobs = [threads.submit(call) for call in calls]
         try:
@@ -90,31 +108,42 @@ def _run(calls: Sequence[Callable[[], None]]) -> None:
             raise
 
 
-class _Block(NamedTuple):
+class Block(NamedTuple):
     """Part of a file of rows, and where it is to lie."""
 
     path: Path
     at: int
     """First byte in the file."""
     room: memoryview
+    """Memory of the block's size."""
     sha256: str
+    """What it must have, in hex."""
 
 
-def _blocks(path: Path, rows: memoryview, digests: list[str]) -> list[_Block]:
-    """The blocks of one layer's file, whose header must be that of such rows and nothing else."""
+def blocks_of(path: Path, rows: memoryview, digests: list[str]) -> list[Block]:
+    """The blocks of one layer's file.
+
+    Args:
+        path: The file.
+        rows: Where they are to lie.
+        digests: What the manifest says of each.
+
+    Raises:
+        ValueError: If the file is missing, or its header is not that of such rows.
+    """
     if not path.is_file():
         raise ValueError(f"{path} is missing. {REMEDY}")
     with path.open("rb") as file:
-        start = file.read(8)
+        start = file.read(LENGTH_BYTES)
         size = int.from_bytes(start, "little")
         header = file.read(size) if size <= MOST_HEADER_BYTES else b""
     starts = range(0, len(rows), BLOCK_BYTES)
     is_whole = path.stat().st_size == len(start) + len(header) + len(rows)
     if not is_whole or not _describes(header, len(rows)) or len(starts) != len(digests):
-        raise _damaged(path)
+        raise damaged(path)
     begin = len(start) + len(header)
     return [
-        _Block(path, begin + at, rows[at : at + BLOCK_BYTES], digest)
+        Block(path, begin + at, rows[at : at + BLOCK_BYTES], digest)
         for at, digest in zip(starts, digests, strict=True)
     ]
 
@@ -122,14 +151,16 @@ def _blocks(path: Path, rows: memoryview, digests: list[str]) -> list[_Block]:
 def _describes(header: bytes, num_bytes: int) -> bool:
     """Whether a safetensors header is that of rows of so many bytes."""
     try:
-        entry = json.loads(header)[ROWS]
+        found = json.loads(header)
+        entry, padding = found.pop(ROWS), found.pop("__metadata__", {}).pop("padding", "")
         is_so = entry["dtype"] == "U8" and math.prod(entry["shape"]) == num_bytes
-    except (ValueError, KeyError, TypeError, RecursionError):
+        is_at = entry["data_offsets"] == [0, num_bytes]
+        return bool(is_so and is_at and not found and not padding.strip(" "))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
-    return bool(is_so and entry["data_offsets"] == [0, num_bytes])
 
 
-def _read_block(block: _Block, tick: Callable[[int], None]) -> None:
+def _read_block(block: Block, tick: Callable[[int], None]) -> None:
     """A block, straight into its memory; hashed while it is in the core's cache."""
     digest, at = hashlib.sha256(), 0
     with block.path.open("rb", buffering=0) as file:
@@ -142,9 +173,10 @@ def _read_block(block: _Block, tick: Callable[[int], None]) -> None:
             digest.update(piece[:count])
             at += count
     if digest.hexdigest() != block.sha256:
-        raise _damaged(block.path)
+        raise damaged(block.path)
     tick(at)
 
 
-def _damaged(path: Path) -> ValueError:
+def damaged(path: Path) -> ValueError:
+    """What is raised for a file that is not what the manifest says."""
     return ValueError(f"{path} is damaged: it is not what the manifest says. {REMEDY}")

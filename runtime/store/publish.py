@@ -78,7 +78,7 @@ def prepared_card(prepared: PreparedModel, repo_id: str, folder: Path) -> ModelC
     source = without_paths(prepared.source)
     data = ModelCardData(
         base_model=source if is_of_the_hub else None,
-        base_model_relation="quantized",
+        base_model_relation="quantized" if is_of_the_hub else None,
         library_name="foreroute",
         tags=["mixture-of-experts", "expert-offloading", "foreroute"],
         model_name=repo_id.rpartition("/")[2],
@@ -92,7 +92,7 @@ def prepared_card(prepared: PreparedModel, repo_id: str, folder: Path) -> ModelC
         revision=prepared.revision if is_of_the_hub else None,
         repo_id=repo_id,
         dtype=prepared.dtype,
-        expert_dtype=prepared.expert_dtype,
+        expert_dtype=_form(prepared),
         is_exact=prepared.is_exact,
         table=_table(prepared),
         fingerprint=prepared.router_fingerprint.partition("-")[0],
@@ -136,12 +136,16 @@ def _portable(value: Any) -> Any:
 
 def _licence(card: Path) -> dict[str, Any]:
     """What the source's card says about its licence, which is the rows' too."""
-    from huggingface_hub import ModelCard
+    from huggingface_hub import metadata_load
 
-    if not card.is_file():
-        return {}
-    data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    data = (metadata_load(card) if card.is_file() else None) or {}
     return {name: data[name] for name in data if name.startswith("license")}
+
+
+def _form(prepared: PreparedModel) -> str:
+    """How the experts are stored, for a sentence."""
+    is_as_it_was = prepared.expert_dtype == "auto"
+    return "as the source has them" if is_as_it_was else f"in {prepared.expert_dtype}"
 
 
 def _table(prepared: PreparedModel) -> str:
@@ -149,7 +153,7 @@ def _table(prepared: PreparedModel) -> str:
     stored = sum(shard.experts * shard.row_bytes for shard in prepared.shards)
     rows = {
         "experts": f"{num_experts:,} in {len(prepared.shards)} layers",
-        "stored as": prepared.expert_dtype,
+        "stored": _form(prepared),
         "size": format_bytes(stored),
         "in the source": format_bytes(prepared.plain_bytes),
         "ratio": f"{stored / prepared.plain_bytes:.3f}",
