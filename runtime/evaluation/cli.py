@@ -198,7 +198,7 @@ def _measure_rules(
             prompt_tokens,
             free_tokens,
         )
-        prices = PriceList(offloaded, loaded.stack if loaded else None, config)
+        prices = PriceList(offloaded, loaded.stack if loaded else None, config, frontier.rows)
         exact = prices.read_exact(texts, shares[0])
         for rule, share in todo:
             layers = "" if rule == "fetch" else exact_layers

@@ -77,7 +77,11 @@ class PriceList:
     """Measures rules of one model, one engine after the other."""
 
     def __init__(
-        self, offloaded: OffloadedModel, stack: EstimatorStack | None, config: EngineConfig
+        self,
+        offloaded: OffloadedModel,
+        stack: EstimatorStack | None,
+        config: EngineConfig,
+        measured: Sequence[PriceRow] = (),
     ) -> None:
         """Measure on a model.
 
@@ -86,10 +90,11 @@ class PriceList:
             stack: Estimators, if there are any.
             config: All settings but rule and slots. Where a rule runs predicted experts and this
                 looks ahead at nothing, every prediction is fetched.
+            measured: Rows that are there already, the exact rule's among them.
         """
         self._offloaded, self._stack = offloaded, stack
         self._config = replace(config, agreement_floor=0.0)  # what is asked for runs to the end
-        self._noise: dict[str, Measured] = {}
+        self._noise = {row.slots: row.kl for row in measured if row.rule == EXACT}
 
     def read_exact(self, texts: Texts, slots: str) -> Exact:
         """What the exact engine makes of the texts.
@@ -119,7 +124,7 @@ class PriceList:
     def measure(
         self, texts: Texts, exact: Exact, rule: str, slots: str, exact_layers: str = ""
     ) -> PriceRow:
-        """One rule's row.
+        """One rule's row; the exact one's comes before others at the same slots.
 
         Args:
             texts: What is read.
@@ -128,14 +133,12 @@ class PriceList:
             slots: Per layer, a number or a share.
             exact_layers: As the config takes it.
         """
-        if slots not in self._noise:
-            self._noise[slots] = self._measured(texts, exact, EXACT, slots, "")
-        found = self._noise[slots]
-        if rule != EXACT:
-            found = self._measured(texts, exact, rule, slots, exact_layers)
+        found = self._measured(texts, exact, rule, slots, exact_layers)
         comparison, stats = found.comparison, found.stats
         ratio, ratio_interval = comparison.perplexity_ratio()
         kl, kl_interval = comparison.mean_kl()
+        if rule == EXACT:
+            self._noise[slots] = kl
         top1, top1_interval = comparison.top1_agreement()
         return PriceRow(
             model=self._offloaded.moe.geometry.model_name,
@@ -144,7 +147,7 @@ class PriceList:
             exact_layers=exact_layers,
             kl=kl,
             kl_interval=kl_interval,
-            kl_noise=self._noise[slots].comparison.mean_kl()[0],
+            kl_noise=self._noise[slots],
             perplexity_ratio=ratio,
             perplexity_interval=ratio_interval,
             top1_agreement=top1,
