@@ -31,7 +31,9 @@ def generate(
     dtype: str = "auto",
     revision: str | None = None,
     expert_dtype: str = "auto",
+    pinned_memory: str | None = None,
     share_experts: bool = False,
+    tp_plan: str = "none",
     trust_remote_code: bool = False,
 ) -> None:
     """Generate text, streamed, and say what it cost.
@@ -52,7 +54,8 @@ def generate(
         budget: Experts prefetched per token and layer; the model's top-k unless said.
         prefetch: What is fetched early: none, auto (what pays) or all (each prediction); auto
             where there is a bundle, unless said.
-        eviction: Which expert goes: default, lru, lfu, lrfu, predicted or static.
+        eviction: Which expert goes: default, lru, lfu, lrfu, adaptive, predicted or
+            static.
         warm_start: What fills the slots before the first token: prompt, none, or recorded routing.
         layer_slots: equal, or by-misses: layers that miss more in that recording get more slots.
         temperature: 0 is greedy; above, tokens are sampled.
@@ -63,7 +66,11 @@ def generate(
         revision: Branch, tag or commit of a Hub id.
         expert_dtype: How experts are stored: auto (exact: on a GPU lossless, else as the checkpoint
             has them), lossless (bfloat16 in 12 bits), bf16, fp8, int8 or int4.
+        pinned_memory: Host memory to page-lock for experts, such as 24GiB; as much as the system
+            allows unless said.
         share_experts: Map a prepared model's rows: engines of one host have one copy in memory.
+        tp_plan: Of several processes: none (each has everything but the experts) or auto
+            (divided by transformers' own plan).
         trust_remote_code: Run code that came with the checkpoint.
     """
     given = locals().copy()
@@ -90,6 +97,7 @@ def bench(
     dtype: str = "auto",
     revision: str | None = None,
     expert_dtype: str = "auto",
+    pinned_memory: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
     """Run every mode on the same prompts and print what each cost.
@@ -115,6 +123,8 @@ def bench(
         revision: Branch, tag or commit of a Hub id, for weights and tokenizer.
         expert_dtype: How experts are stored: auto (exact: on a GPU lossless, else as the checkpoint
             has them), lossless (bfloat16 in 12 bits), bf16, fp8, int8 or int4.
+        pinned_memory: Host memory to page-lock for experts, such as 24GiB; as much as the system
+            allows unless said.
         trust_remote_code: Run code that came with the checkpoint.
     """
     from foreroute.data.adapters import load_tokenizer, resolve_device
@@ -149,6 +159,7 @@ def bench(
         repeats=repeats,
         device=device,
         expert_dtype=expert_dtype,
+        pinned_memory=pinned_memory,
     )
     if measured is None:  # the first process speaks
         return
@@ -219,7 +230,7 @@ def simulate(
         routes: Traces, or another recording: route CSV, llama.cpp CSV, routed_experts, Megatron.
         profile: A machine: a built-in name such as h100-pcie5, or a file of foreroute profile.
         slots: Slots per MoE layer, each a number or a share; a comma list.
-        eviction: lru, lfu, lrfu, default, predicted, static, belady; a comma list.
+        eviction: lru, lfu, lrfu, default, adaptive, predicted, static, belady; a comma list.
         prefetch: none, all, head, pieces; a comma list.
         on_miss: fetch, substitute:0.5 or another rule; a comma list. Needs traces; on demand only.
         horizon: Layers ahead to predict; 1, 2, 4, ... up to it are tried.

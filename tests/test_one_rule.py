@@ -30,7 +30,8 @@ from foreroute.runtime.on_miss import find_rule
 from foreroute.runtime.on_miss.budget import Allowance
 from foreroute.runtime.on_miss.choice import Gates, RouterChoice
 from foreroute.runtime.on_miss.decide import decide
-from foreroute.runtime.policies import LayerState, find_policy, find_prefetch_rule
+from foreroute.runtime.policies import Duel, LayerState, find_policy, find_prefetch_rule
+from foreroute.runtime.policies.duel import LEAST_LEAD
 from foreroute.runtime.simulator import timeline
 from foreroute.runtime.simulator.link import LinkTimes
 from foreroute.runtime.simulator.misses import RuledSteps
@@ -119,6 +120,7 @@ def device_residency(policy: str) -> DeviceResidency:
         form=ExpertForm(activation="silu"),
         trust=None,
         prompt_weight=rule.prompt_weight,
+        staging=None,
     )
     layer: Any = SimpleNamespace(layer_idx=0, top_k=TOP_K)
     counters = torch.zeros(7, dtype=torch.int32)
@@ -217,3 +219,48 @@ def test_simulator_and_host_decide_alike_on_misses(text: str, has_bias: bool) ->
     assert counts[timeline.FETCHED] == fetched > 0
     assert counts[timeline.AGREED] == agreed
     assert counts[timeline.CHOSEN] == TOKENS * TOP_K > agreed
+
+
+def route_of_two_kinds() -> Route:
+    """A prompt, then tokens that use again what was used last, then tokens that like some best."""
+    dice, tokens = random.Random(0), 400
+    orders = [list(range(EXPERTS)) for _ in range(LAYERS)]
+    rows = []
+    for token in range(tokens):
+        layers = []
+        for order in orders:
+            ids: dict[int, None] = {}
+            while len(ids) < TOP_K:
+                ids[order[min(int(dice.expovariate(0.3)), EXPERTS - 1)]] = None
+            if token < tokens // 2:
+                order.sort(key=lambda expert, ids=ids: expert not in ids)  # type: ignore[misc]
+            layers.append(list(ids))
+        rows.append(layers)
+    return Route(
+        name="two kinds",
+        expert_ids=np.array(rows, dtype=np.int16),
+        is_decode=np.arange(tokens) >= 20,
+        num_experts=EXPERTS,
+    )
+
+
+def test_host_and_simulator_adapt_alike() -> None:
+    route, policy, duel = route_of_two_kinds(), find_policy("adaptive"), Duel()
+    times = LinkTimes(
+        layer_ms=1.0, token_ms=0.0, predict_ms=0.0, demand_ms=(0.0,) * 4, pieces=1, piece_ms=0.0
+    )
+    replay = Replay(route, times, policy, [SLOTS] * LAYERS)
+    replay.run()
+    host = [LayerState(policy, EXPERTS, SLOTS, duel) for _ in range(LAYERS)]
+    prompt = route.expert_ids[~route.is_decode].tolist()
+    for layer, state in enumerate(host):
+        state.warm([token[layer] for token in prompt])
+    leads = []
+    for token in route.expert_ids[route.is_decode].tolist():
+        for state, ids in zip(host, token, strict=True):
+            state.demand(ids)
+        leads.append(duel.lead)
+    held = [layer * EXPERTS + expert for layer, s in enumerate(host) for expert in s.expert_in]
+    assert replay.cache.expert_in.tolist() == held
+    assert replay.cache.lead[0] == duel.lead
+    assert max(leads) > LEAST_LEAD > 0 > min(leads)  # each rule led

@@ -28,6 +28,7 @@ from foreroute.runtime.on_miss.budget import Allowance
 from foreroute.runtime.on_miss.gates import exact_layers_of, gates_of
 from foreroute.runtime.planning.machine import find_profile
 from foreroute.runtime.policies import GiveUp, PrefetchChooser, find_policy, find_prefetch_rule
+from foreroute.runtime.policies.duel import duelling_layers
 from foreroute.runtime.policies.prefetching import ATTENTION_SHARE
 from foreroute.runtime.stats import RuntimeStats
 from foreroute.runtime.store.offload import OffloadedModel
@@ -60,7 +61,7 @@ class HostDriver:
         self._gates = gates_of(offloaded.moe, config.rule)
         self.run = HostRun(
             config=config,
-            transfers=Transfers.for_device(offloaded.device),
+            transfers=Transfers.for_device(offloaded.device, offloaded.store.pins.copy_row),
             predictor=HostPredictor(ahead) if ahead else None,
             guard=AgreementGuard(config.agreement_floor),
             policy=find_policy(config.eviction),
@@ -80,11 +81,19 @@ class HostDriver:
         moe, store, run = self._offloaded.moe, self._offloaded.store, self.run
         exact = exact_layers_of(run.config, moe.geometry)
         layers: list[HostLayer] = []
-        for moe_layer, rows, layout, num_slots, gates in zip(
-            moe.layers, store.rows, store.layouts, slots_per_layer, self._gates, strict=True
+        duels = duelling_layers(len(moe.layers))
+        for moe_layer, rows, layout, num_slots, gates, has_shadows in zip(
+            moe.layers, store.rows, store.layouts, slots_per_layer, self._gates, duels, strict=True
         ):
-            device = self._offloaded.device
-            cache = SlotCache(moe_layer.num_experts, num_slots, layout, device, run.policy)
+            cache = SlotCache(
+                moe_layer.num_experts,
+                num_slots,
+                layout,
+                self._offloaded.device,
+                run.policy,
+                run.duel,
+                has_shadows=has_shadows,
+            )
             judge = HostJudge(run, cache, gates, place=len(layers))
             is_exact = run.config.is_exact or moe_layer.layer_idx in exact
             residency = HostResidency(rows, cache, run)
@@ -145,7 +154,14 @@ class HostDriver:
         """A forward pass begins; see `RunState.begin_forward`."""
         self.run.begin_forward(tokens)
         if not self.run.is_prefill:
+            if not self._offloaded.store.pins.is_settled:
+                self._settle_pins()
             self.run.begin_step()
+
+    def _settle_pins(self) -> None:
+        """Pin what was used most so far, before the first step."""
+        worth = [torch.tensor(layer.residency.cache.state.worth) for layer in self.layers]
+        self._offloaded.store.pins.settle(worth)
 
     def forget(self) -> None:
         """Empty every slot: nothing of what is there need be right any more."""
@@ -153,6 +169,7 @@ class HostDriver:
             torch.cuda.synchronize(self._offloaded.device)  # copies on their way land before others
         for layer in self.layers:
             layer.forget()
+        self.run.duel.lead = 0
         self._begin_to_learn()
 
     def decoding(self, settings: dict[str, Any], streamer: Any) -> dict[str, Any]:

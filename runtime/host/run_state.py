@@ -10,7 +10,7 @@ from foreroute.runtime.host.predictor import HostPredictor
 from foreroute.runtime.host.transfers import Transfers
 from foreroute.runtime.on_miss.agreement import AgreementGuard
 from foreroute.runtime.on_miss.budget import Allowance
-from foreroute.runtime.policies import EvictionPolicy, GiveUp, PrefetchChooser
+from foreroute.runtime.policies import Duel, EvictionPolicy, GiveUp, PrefetchChooser
 from foreroute.runtime.policies.give_up import LOOK_AHEAD
 
 
@@ -22,6 +22,8 @@ class HostRun(RunState):
     predictor: HostPredictor | None
     guard: AgreementGuard
     policy: EvictionPolicy
+    duel: Duel = field(default_factory=Duel)
+    """Which rule evicts under an adaptive policy."""
     allowance: Allowance | None = None
     """What each decode step may still copy; only under a rule with a budget."""
     chooser: PrefetchChooser | None = None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from foreroute.runtime.host.transfers import Ticket
-from foreroute.runtime.policies import EvictionPolicy, LayerState, find_policy
+from foreroute.runtime.policies import Duel, EvictionPolicy, LayerState, find_policy
 from foreroute.runtime.store.host_store import RowLayout
 
 EMPTY = -1
@@ -24,6 +24,9 @@ class SlotCache:
         layout: RowLayout,
         device: torch.device,
         policy: EvictionPolicy | None = None,
+        duel: Duel | None = None,
+        *,
+        has_shadows: bool = True,
     ) -> None:
         """Allocate the slots, all empty.
 
@@ -33,6 +36,8 @@ class SlotCache:
             layout: How one expert lies in a slot.
             device: Where the slots are.
             policy: Who goes when room is needed; the default policy if None.
+            duel: See `LayerState`; so is the next.
+            has_shadows: Whether this layer's hits count in it.
         """
         self.num_slots = num_slots
         self.slots = torch.zeros(num_slots, layout.row_bytes, dtype=torch.uint8, device=device)
@@ -40,6 +45,7 @@ class SlotCache:
         self.weights = layout.weights(self.slots)
         """Parameters by name, [S, ...], sharing memory with the slots."""
         self._policy = policy or find_policy("default")
+        self._duel, self._has_shadows = duel, has_shadows
         self._num_experts = num_experts
         self.forget()
 
@@ -48,7 +54,13 @@ class SlotCache:
         self.arriving: dict[int, Ticket] = {}
         """Copies on their way, by expert."""
         self._slot_of = [EMPTY] * self._num_experts
-        self.state = LayerState(self._policy, self._num_experts, self.num_slots)
+        self.state = LayerState(
+            self._policy,
+            self._num_experts,
+            self.num_slots,
+            self._duel,
+            has_shadows=self._has_shadows,
+        )
         """What each expert is worth, and which are resident."""
         self._pinned: set[int] = set()
         self._unused_prefetches: set[int] = set()

@@ -1,6 +1,7 @@
 """Rules of the expert cache: what to evict, what to fetch early, how many slots a layer gets."""
 
 from foreroute.runtime.policies.chooser import PrefetchChooser
+from foreroute.runtime.policies.duel import Duel
 from foreroute.runtime.policies.eviction import (
     DEFAULT_POLICY,
     EvictionPolicy,
@@ -19,6 +20,7 @@ from foreroute.runtime.policies.prefetching import PrefetchRule, find_prefetch_r
 
 __all__ = [
     "DEFAULT_POLICY",
+    "Duel",
     "EvictionPolicy",
     "GiveUp",
     "LayerState",

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-WorthKind = Literal["recency", "frequency", "static", "future"]
+WorthKind = Literal["recency", "frequency", "adaptive", "static", "future"]
 DEFAULT_POLICY = "default"
 HALF_LIFE_STEPS = 20.0
 LIKELY_BONUS = 1.0
@@ -41,8 +41,9 @@ class EvictionPolicy:
     name: str
     """What the user types."""
     worth: WorthKind = "frequency"
-    """`frequency` as above; `recency`: the score is the step of the last use; `static`: uses of the
-    warm start alone count; `future`: the next use, which only a replay knows."""
+    """`frequency` as above; `recency`: the score is the step of the last use; `adaptive`: whichever
+    of the two a duel says (`duel.py`); `static`: uses of the warm start alone count; `future`: the
+    next use, which only a replay knows."""
     decay: float = 1.0
     """Factor on scores per decode step, over 0 and at most 1; 1 counts uses (LFU)."""
     likely_bonus: float = 0.0
@@ -99,6 +100,7 @@ _POLICIES = {
         EvictionPolicy(name="lru", worth="recency"),
         EvictionPolicy(name="lfu"),
         _LRFU,
+        dataclasses.replace(_BEST, name="adaptive", worth="adaptive"),
         dataclasses.replace(_BEST, name="predicted", likely_bonus=LIKELY_BONUS),
         EvictionPolicy(name="static", worth="static"),
         EvictionPolicy(name="belady", worth="future"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from heapq import heapify, heappop, heappush, heapreplace
 
+from foreroute.runtime.policies.duel import Duel, Shadow
 from foreroute.runtime.policies.eviction import EvictionPolicy
 
 EMPTY = -1
@@ -23,28 +24,42 @@ class LayerState:
     """
 
     __slots__ = (
+        "_duel",
         "_experts",
         "_grows_by",
         "_heap",
         "_is_recency",
         "_is_static",
         "_likely_bonus",
+        "_ranking",
+        "_shadows",
         "expert_in",
         "here",
         "num_slots",
         "policy",
         "step",
         "unit",
+        "used_at",
         "worth",
     )
 
-    def __init__(self, policy: EvictionPolicy, num_experts: int, num_slots: int) -> None:
+    def __init__(
+        self,
+        policy: EvictionPolicy,
+        num_experts: int,
+        num_slots: int,
+        duel: Duel | None = None,
+        *,
+        has_shadows: bool = True,
+    ) -> None:
         """Start with empty slots.
 
         Args:
             policy: How experts are scored.
             num_experts: E.
             num_slots: S.
+            duel: Shared with other layers under an adaptive policy; own if None.
+            has_shadows: Whether this layer's hits count in it.
         """
         self.policy = policy
         self.num_slots = num_slots
@@ -54,12 +69,18 @@ class LayerState:
         self.expert_in = [EMPTY] * num_slots
         self.worth = [0.0] * num_experts
         """Scores in growing units; only their order, or their ratio to `unit`, means something."""
+        self.used_at = [0.0] * num_experts
+        """Under an adaptive policy the step of each expert's last use."""
+        self._ranking = self.worth
         self.step = 0
         self.unit = 1.0
         self._grows_by = 1.0 / policy.decay
         self._is_recency = policy.worth == "recency"
         self._is_static = policy.worth in ("static", "future")
         self._likely_bonus = policy.likely_bonus
+        self._duel = (duel or Duel()) if policy.worth == "adaptive" else None
+        has_shadows = has_shadows and self._duel is not None
+        self._shadows = (Shadow(num_slots), Shadow(num_slots)) if has_shadows else None
         # one entry (worth, slot) per slot; a stale worth is too low, never too high
         self._heap = [(-1.0, slot) for slot in range(num_slots)]
 
@@ -83,6 +104,8 @@ class LayerState:
         """Count one decode step in which these experts were used."""
         worth = self.worth
         self.step += 1
+        if self._duel is not None:
+            self._compete(self._duel, ids)
         if self._is_recency:
             when = float(self.step)
             for expert in ids:  # within a token in the router's order, as the host's cache has it
@@ -94,6 +117,23 @@ class LayerState:
                 worth[expert] += unit
             if unit > RESCALE_ABOVE:
                 self._rescale()
+        if self._duel is not None:
+            self._follow(self._duel)
+
+    def _compete(self, duel: Duel, ids: Sequence[int]) -> None:
+        """Count what either rule would have hit, and when these experts were used."""
+        if self._shadows is not None:
+            by_frequency, by_recency = self._shadows
+            duel.count(by_recency.demand(ids, self.used_at), by_frequency.demand(ids, self.worth))
+        for expert in ids:
+            self.used_at[expert] = self.step
+
+    def _follow(self, duel: Duel) -> None:
+        """Evict by the rule that leads, until this layer is used again."""
+        ranking = self.used_at if duel.is_for_recency else self.worth
+        if ranking is not self._ranking:
+            self._ranking = ranking
+            self._reorder()
 
     def expect(self, ids: Sequence[int], probabilities: Sequence[float]) -> None:
         """Credit experts that the next token is likely to use."""
@@ -127,11 +167,11 @@ class LayerState:
 
     def _settle(self, expert: int, slot: int) -> None:
         """Enter the worth of an expert that now lies in the slot at the heap's top."""
-        heapreplace(self._heap, (self.worth[expert], slot))
+        heapreplace(self._heap, (self._ranking[expert], slot))
 
     def victim_slot(self, kept: Collection[int]) -> int:
         """The slot that would be emptied next (also the top of the heap), or -1 if none may be."""
-        heap, expert_in, worth = self._heap, self.expert_in, self.worth
+        heap, expert_in, worth = self._heap, self.expert_in, self._ranking
         aside: list[tuple[float, int]] = []
         slot = -1
         while heap:
@@ -150,6 +190,14 @@ class LayerState:
         if aside:
             self._put_back(aside, slot)
         return slot
+
+    def _reorder(self) -> None:
+        ranking = self._ranking
+        self._heap = [
+            (ranking[expert] if expert >= 0 else -1.0, slot)
+            for slot, expert in enumerate(self.expert_in)
+        ]
+        heapify(self._heap)
 
     def _put_back(self, aside: list[tuple[float, int]], slot: int) -> None:
         """Return entries that may not go; the victim's entry then lies at the top as if least."""
@@ -204,12 +252,19 @@ class LayerState:
                     self.worth[expert] = self.step + place * TIE
                 else:
                     self.worth[expert] += self.unit * weight
+                    self.used_at[expert] = self.step
             if self.unit > RESCALE_ABOVE:
                 self._rescale()
+        if self._shadows is not None:
+            by_frequency, by_recency = self._shadows
+            by_frequency.fill(self.worth)
+            by_recency.fill(self.used_at)
+        if self._duel is not None:
+            self._follow(self._duel)
 
     def fill(self) -> None:
         """Make the experts of most worth resident, none that was never used."""
-        worth = self.worth
+        worth = self._ranking
         used = [expert for expert in self._experts if worth[expert] > 0]
         best = sorted(used, key=lambda expert: -worth[expert])[: self.num_slots]
         best += [EMPTY] * (self.num_slots - len(best))
@@ -219,14 +274,13 @@ class LayerState:
             if expert >= 0:
                 self.here[expert] = True
         self.expert_in = best
-        self._heap = [(worth[e] if e >= 0 else -1.0, slot) for slot, e in enumerate(best)]
-        heapify(self._heap)
+        self._reorder()
 
     def _rescale(self) -> None:
         self.unit *= RESCALE_BY
         for expert in self._experts:
             self.worth[expert] *= RESCALE_BY
-        self._heap = [(key * RESCALE_BY if key > 0 else key, slot) for key, slot in self._heap]
+        self._reorder()
 
     def check_integrity(self) -> None:
         """Check the tables against each other.

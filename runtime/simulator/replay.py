@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from foreroute.data.routes import Route
 from foreroute.runtime.policies import EvictionPolicy, PrefetchRule
+from foreroute.runtime.policies.duel import duelling_layers
 from foreroute.runtime.policies.prefetching import PRIOR_DEMAND, PRIOR_PREFETCHES
 from foreroute.runtime.simulator import timeline
 from foreroute.runtime.simulator.link import LinkTimes
@@ -28,6 +29,7 @@ from foreroute.runtime.simulator.timeline import (
 KINDS = {
     "frequency": timeline.FREQUENCY,
     "recency": timeline.RECENCY,
+    "adaptive": timeline.ADAPTIVE,
     "static": timeline.STATIC,
     "future": timeline.FUTURE,
 }
@@ -161,6 +163,7 @@ def number(ids: NDArray[np.int16], num_experts: int) -> Integers:
 
 def _empty_cache(route: Route, policy: EvictionPolicy, slots: Sequence[int]) -> Cache:
     experts = route.num_layers * route.num_experts
+    rivals = experts if policy.worth == "adaptive" else 0
     return Cache(
         kind=KINDS[policy.worth],
         decay=policy.decay,
@@ -174,6 +177,11 @@ def _empty_cache(route: Route, policy: EvictionPolicy, slots: Sequence[int]) -> 
         step=np.zeros(route.num_layers, dtype=np.int64),
         unused=np.full(experts, NOTHING_UNUSED),
         counts=np.zeros(timeline.NUM_COUNTS),
+        used_at=np.zeros(rivals),
+        shadows=np.zeros((2, rivals), dtype=np.bool_),
+        duels=np.array(duelling_layers(route.num_layers)),
+        lead=np.zeros(1, dtype=np.int64),
+        is_recent=np.zeros(route.num_layers, dtype=np.bool_),
     )
 
 

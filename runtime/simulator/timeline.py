@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from foreroute.runtime.policies.duel import LEAST_LEAD, MOST_LEAD
 from foreroute.runtime.policies.layer_state import RESCALE_ABOVE, RESCALE_BY, TIE
 from foreroute.runtime.policies.prefetching import DEMAND_MEMORY
 from foreroute.runtime.simulator.compiled import compiled
@@ -19,7 +20,7 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
-FREQUENCY, RECENCY, STATIC, FUTURE = range(4)
+FREQUENCY, RECENCY, ADAPTIVE, STATIC, FUTURE = range(5)
 LOOKUPS, HITS, LATE, STALL_MS, FETCHED, PREFETCHED, WASTED, AGREED, CHOSEN = range(9)
 NUM_COUNTS = 9
 RIGHT, EXPECTED, MISSED, FEARED = range(4)
@@ -32,7 +33,7 @@ class Cache(NamedTuple):
     """Slots of all layers under one policy; arrays are changed in place."""
 
     kind: int
-    """`FREQUENCY`, `RECENCY`, `STATIC` or `FUTURE`."""
+    """`FREQUENCY`, `RECENCY`, `ADAPTIVE`, `STATIC` or `FUTURE`."""
     decay: float
     prompt_weight: float
     likely_bonus: float
@@ -52,6 +53,16 @@ class Cache(NamedTuple):
     """[L x E], prefetched and not used yet: how much was copied, in experts; or -1."""
     counts: Floats
     """[NUM_COUNTS]."""
+    used_at: Floats
+    """[L x E], under `ADAPTIVE` the step of the last use; else empty, as are the next two."""
+    shadows: Flags
+    """[2, L x E], what `worth` and `used_at` would have made resident, had they always ruled."""
+    duels: Flags
+    """[L], layers whose shadows are kept."""
+    lead: Integers
+    """[1], hits by which the shadows of `used_at` lead."""
+    is_recent: Flags
+    """[L], whether `used_at` led when the layer was last used: then it says who is evicted."""
 
 
 class Machine(NamedTuple):
@@ -115,14 +126,20 @@ def _is_among(expert: int, ids: Integers) -> bool:
 
 
 @compiled
+def _ranking(cache: Cache, layer: int) -> Floats:
+    """What a layer's evicted expert has least of, [L x E]."""
+    return cache.used_at if cache.is_recent[layer] else cache.worth
+
+
+@compiled
 def find_victim(cache: Cache, layer: int, kept: Integers) -> int:
     """The first empty slot, else the first of the least worth; -1 if all are kept."""
-    best, least = -1, np.inf
+    best, least, ranking = -1, np.inf, _ranking(cache, layer)
     for slot in range(cache.first[layer], cache.first[layer + 1]):
         expert = cache.expert_in[slot]
         if expert == EMPTY:
             return slot
-        worth = cache.worth[expert]
+        worth = ranking[expert]
         if (best < 0 or worth < least) and not _is_among(expert, kept):
             best, least = slot, worth
     return best
@@ -206,7 +223,41 @@ def _bring(cache: Cache, layer: int, ids: Integers) -> int:
 
 
 @compiled
+def _duel(cache: Cache, layer: int, ids: Integers) -> None:
+    """Compare the hits of the shadows."""
+    recent = _shadow_hits(cache, layer, ids, cache.shadows[1], cache.used_at)
+    frequent = _shadow_hits(cache, layer, ids, cache.shadows[0], cache.worth)
+    cache.lead[0] = min(MOST_LEAD, max(-MOST_LEAD, cache.lead[0] + recent - frequent))
+
+
+@compiled
+def _shadow_hits(cache: Cache, layer: int, ids: Integers, shadow: Flags, worth: Floats) -> int:
+    """Demand a token's experts of a shadow; of equal worth the lowest expert goes first."""
+    hits, size = 0, len(cache.worth) // len(cache.unit)
+    for expert in ids:
+        if expert >= 0:
+            hits += shadow[expert]
+            shadow[expert] = True
+    mine = range(layer * size, (layer + 1) * size)
+    for _ in range(shadow[mine.start : mine.stop].sum() - _num_slots(cache, layer)):
+        victim, least = EMPTY, np.inf
+        for expert in mine:
+            if shadow[expert] and worth[expert] < least and not _is_among(expert, ids):
+                victim, least = expert, worth[expert]
+        if victim != EMPTY:
+            shadow[victim] = False
+    return hits
+
+
+@compiled
+def _num_slots(cache: Cache, layer: int) -> int:
+    return int(cache.first[layer + 1] - cache.first[layer])
+
+
+@compiled
 def _use(cache: Cache, layer: int, ids: Integers, next_use: Floats) -> None:
+    if cache.kind == ADAPTIVE and cache.duels[layer]:
+        _duel(cache, layer, ids)
     _grow(cache, layer)
     place = 0
     for i in range(len(ids)):
@@ -217,10 +268,19 @@ def _use(cache: Cache, layer: int, ids: Integers, next_use: Floats) -> None:
             cache.worth[expert] = cache.step[layer] + place * TIE
         elif cache.kind == FREQUENCY:
             cache.worth[expert] += cache.unit[layer]
+        elif cache.kind == ADAPTIVE:
+            cache.worth[expert] += cache.unit[layer]
+            cache.used_at[expert] = cache.step[layer]
         elif cache.kind == FUTURE:
             cache.worth[expert] = next_use[i]
         place += 1
     _rescale(cache, layer)
+    _follow(cache, layer)
+
+
+@compiled
+def _follow(cache: Cache, layer: int) -> None:
+    cache.is_recent[layer] = cache.kind == ADAPTIVE and cache.lead[0] >= LEAST_LEAD
 
 
 @compiled
@@ -236,8 +296,11 @@ def warm(cache: Cache, layer: int, rows: Integers) -> None:
                 cache.worth[expert] = cache.step[layer] + place * TIE
             else:
                 cache.worth[expert] += cache.unit[layer] * cache.prompt_weight
+            if cache.kind == ADAPTIVE:
+                cache.used_at[expert] = cache.step[layer]
             place += 1
         _rescale(cache, layer)
+    _follow(cache, layer)
     _fill(cache, layer)
 
 
@@ -246,13 +309,25 @@ def _fill(cache: Cache, layer: int) -> None:
     size = len(cache.worth) // len(cache.unit)
     mine = slice(layer * size, (layer + 1) * size)
     cache.slot_of[mine] = EMPTY
-    order = np.argsort(-cache.worth[mine], kind="mergesort") + layer * size
-    for place in range(cache.first[layer + 1] - cache.first[layer]):
+    worth, num_slots = _ranking(cache, layer), _num_slots(cache, layer)
+    order = np.argsort(-worth[mine], kind="mergesort") + layer * size
+    for place in range(num_slots):
         slot = cache.first[layer] + place
-        is_used = place < size and cache.worth[order[place]] > 0
+        is_used = place < size and worth[order[place]] > 0
         cache.expert_in[slot] = order[place] if is_used else EMPTY
         if is_used:
             cache.slot_of[order[place]] = slot
+    if cache.kind == ADAPTIVE:
+        _fill_shadow(cache.shadows[0, mine], cache.worth[mine], num_slots)
+        _fill_shadow(cache.shadows[1, mine], cache.used_at[mine], num_slots)
+
+
+@compiled
+def _fill_shadow(shadow: Flags, worth: Floats, num_slots: int) -> None:
+    """Make those of most worth resident in a layer's shadow, none that was never used, [E] each."""
+    best = np.argsort(-worth, kind="mergesort")[:num_slots]
+    shadow[:] = False
+    shadow[best] = worth[best] > 0
 
 
 @compiled
