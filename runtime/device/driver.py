@@ -57,6 +57,7 @@ from foreroute.runtime.on_miss.agreement import AgreementGuard
 from foreroute.runtime.on_miss.gates import exact_layers_of, gates_of
 from foreroute.runtime.planning.machine import find_profile
 from foreroute.runtime.policies import find_policy
+from foreroute.runtime.policies.duel import duelling_layers
 from foreroute.runtime.policies.give_up import LOOK_AHEAD, ON_DEMAND
 from foreroute.runtime.policies.prefetching import PRIOR_PREFETCHES, READOUT_SHARE
 from foreroute.runtime.policies.slots import prefill_group
@@ -91,7 +92,7 @@ def why_not_on_device(
     if reason := why_not_ruled(config.rule):
         return reason
     policy = find_policy(config.eviction)
-    if policy.worth in ("static", "adaptive") or policy.likely_bonus:
+    if policy.worth == "static" or policy.likely_bonus:
         return f"eviction={config.eviction} is decided on the host"
     if len(set(map(_shape_of, offloaded.store.layouts))) > 1:
         return "its layers have experts of different shapes"
@@ -159,6 +160,7 @@ class DeviceDriver:
         """
         self._offloaded = offloaded
         self._policy = find_policy(config.eviction)
+        rule = self._policy.device_rule()
         store, device = offloaded.store, offloaded.device
         form = find_expert_form(offloaded.moe.layers[0].experts)
         assert form is not None  # `why_not_on_device` was asked before
@@ -166,13 +168,14 @@ class DeviceDriver:
             ahead.readouts.add_expected_output = add_expected_output
         self.run = DeviceRun(
             config=config,
-            rule=self._policy.device_rule(),
+            rule=rule,
             form=form,
             predictor=DevicePredictor(ahead, offloaded.moe.model.dtype) if ahead else None,
             ahead=borrow_stream(device, self, priority=-1),
             head_words=torch.zeros(1, dtype=torch.int32, device=device),
             num_whole=torch.zeros(1, dtype=torch.int32, device=device),
             trust=torch.full((2,), PRIOR_PREFETCHES, device=device),
+            lead=torch.zeros(1, dtype=torch.int32, device=device) if rule.is_adaptive else None,
             prompt_weight=self._policy.prompt_weight if config.warm_start == "prompt" else 0.0,
         )
         self.run.set_room(FIRST_ROOM, store.rows[0].shape[1])
@@ -199,17 +202,27 @@ class DeviceDriver:
         store, run = self._offloaded.store, self.run
         return [
             DeviceLayer(
-                DeviceResidency(layer, rows, layout, num_slots, run, counters, on_miss),
+                DeviceResidency(
+                    layer,
+                    rows,
+                    layout,
+                    num_slots,
+                    run,
+                    counters,
+                    on_miss,
+                    has_shadows=has_shadows,
+                ),
                 self._prefill,
                 run,
             )
-            for layer, rows, layout, num_slots, counters, on_miss in zip(
+            for layer, rows, layout, num_slots, counters, on_miss, has_shadows in zip(
                 self._offloaded.moe.layers,
                 store.rows,
                 store.layouts,
                 slots_per_layer,
                 self._counters,
                 self._rules,
+                duelling_layers(len(self._rules)),
                 strict=True,
             )
         ]
@@ -331,7 +344,7 @@ class DeviceDriver:
             # what is learnt of real tokens: capturing and measuring run the same made-up one again
             tables = [layer.residency.tables for layer in self.layers]
             learnt = [self._counters, self._judged, self.run.trust]
-            learnt += [tensor for table in tables for tensor in (table.score, table.step)]
+            learnt += [tensor for table in tables for tensor in table.learnt]
             before = [tensor.clone() for tensor in learnt]
             try:
                 graph = self._captured(batch, length)
