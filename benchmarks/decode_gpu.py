@@ -56,6 +56,7 @@ from foreroute.runtime.device.decode_graph import DecodeStep
 from foreroute.runtime.device.driver import DeviceDriver, why_not_on_device
 from foreroute.runtime.policies.slots import parse_slots
 from foreroute.runtime.store.offload import OffloadedModel
+from foreroute.runtime.store.pinning import Pins
 
 NO_CACHE_WARM_UP_TOKENS = 4
 EAGER_TOKENS = 16
@@ -65,6 +66,7 @@ PREDICTING = "resident-predicting"
 """All resident, and every prediction made for nothing: what predicting costs a step."""
 APART = "resident-apart"
 """All resident, every module by launches of its own: what joining them saves and changes."""
+PINNED_SHARES = (0.75, 0.5)
 EAGER_SLOTS = 25
 """Per cent; host-driven arms for several sequences and profiled arms run at this one alone."""
 
@@ -106,6 +108,9 @@ class Arm:
     recall: float | None = None
     """Of the replayed predictions."""
     has_cache: bool = True
+    pinned: float = 1.0
+    """Share of each layer's experts, those used most, that count as page-locked; the host hands out
+    the others."""
 
 
 def arms_at(slots: int, batch: int, recalls: list[float]) -> Iterator[Arm]:
@@ -118,6 +123,10 @@ def arms_at(slots: int, batch: int, recalls: list[float]) -> Iterator[Arm]:
             yield Arm(PREDICTING, EngineConfig(expert_slots=share, prefetch="auto"), recall=1.0)
         return
     yield Arm("on-demand", EngineConfig(expert_slots=share))
+    if slots == EAGER_SLOTS and batch == 1:
+        for pinned in PINNED_SHARES:
+            config = EngineConfig(expert_slots=share)
+            yield Arm(f"on-demand-pinned-{pinned:.0%}", config, pinned=pinned)
     for recall in recalls:
         name = "prefetch-perfect" if recall == 1 else f"prefetch-{recall:g}"
         config = EngineConfig(expert_slots=share, prefetch="auto")
@@ -130,6 +139,22 @@ def arms_at(slots: int, batch: int, recalls: list[float]) -> Iterator[Arm]:
     if slots == EAGER_SLOTS:
         no_cache = EngineConfig(expert_slots=share, cache="none")
         yield Arm("eager-no-cache", no_cache, has_cache=False)
+
+
+def _pins(routes: Tensor, num_experts: int, share: float) -> Pins:
+    """As a system that locks no more than a share of each layer's experts would leave them.
+
+    All memory is locked in truth; the host copies those that do not count as it would any other.
+    """
+    if share == 1:
+        return Pins()
+    are_pinned = []
+    for layer in range(routes.shape[1]):
+        uses = torch.bincount(routes[:, layer].flatten(), minlength=num_experts)
+        mask = torch.zeros(num_experts, dtype=torch.bool)
+        mask[uses.sort(descending=True, stable=True).indices[: int(share * num_experts)]] = True
+        are_pinned.append(mask)
+    return Pins(are_pinned=are_pinned, budget=0)
 
 
 def difference_from_stock(engine: Engine, num_tokens: int) -> float:
@@ -216,7 +241,7 @@ class ShapeBenchmark:
         share = EAGER_SLOTS
         for arm in [*arms_at(100, 1, []), *arms_at(share, 1, self.args.recalls)]:
             name = f"{self.label} {arm.config.expert_slots} {arm.name}"
-            left_out = ("eager-*", "*-all", PREDICTING)
+            left_out = ("eager-*", "*-all", "*-pinned-*", PREDICTING)
             is_left_out = any(fnmatch(arm.name, pattern) for pattern in left_out)
             if is_left_out or not self._is_wanted(arm.name):
                 continue
@@ -244,6 +269,7 @@ class ShapeBenchmark:
         routes = fit_routes(self.recorded, self.offloaded.moe, batch)
         num_experts = self.offloaded.moe.geometry.num_experts
         predictions = near_miss_predictions(routes, num_experts, arm.recall) if arm.recall else None
+        self.offloaded.store.pins = _pins(routes, num_experts, arm.pinned)
         with Engine(self.offloaded, arm.config) as engine:
             self._require_graph(engine, arm)
             if arm.name.startswith("resident"):

@@ -21,6 +21,7 @@ SLOTS_HELP = (
     "layer's on the device, a number or a share such as 25%; for models that it cannot hold whole."
 )
 HUB_HELP = "push_to_hub: Upload the finished traces there too, as a dataset with a card: user/name."
+PRIVATE_HELP = "private: Whether only its owner sees it there."
 
 
 def main() -> None:
@@ -32,22 +33,26 @@ def main() -> None:
 
         @functools.wraps(collect_traces)
         def command(
-            *, expert_slots: str | None = None, push_to_hub: str | None = None, **arguments: Any
+            *,
+            expert_slots: str | None = None,
+            push_to_hub: str | None = None,
+            private: bool = False,
+            **arguments: Any,
         ) -> None:
             with joined_ranks() as ranks:
                 try:
                     if expert_slots is not None:
                         collect(expert_slots=expert_slots, **arguments)
-                        _push(arguments["out"], push_to_hub)
-                        return
-                    prepare_process(is_quiet=not ranks.is_first)
-                    traces = collect_traces(**arguments)
+                    else:
+                        prepare_process(is_quiet=not ranks.is_first)
+                        traces = collect_traces(**arguments)
+                        if ranks.is_first:
+                            show_traces(traces)
                 except ShardsElsewhere as problem:
                     logging.getLogger(__name__).info("%s", problem)
                     return
-                if ranks.is_first:
-                    show_traces(traces)
-                    _push(arguments["out"], push_to_hub)
+                if ranks.is_first and push_to_hub is not None:
+                    _push(arguments["out"], push_to_hub, is_private=private)
 
         run_command("collect-traces", _with_more(command))
 
@@ -55,25 +60,23 @@ def main() -> None:
 def _with_more(command: Any) -> Any:
     """The command with what needs other rooms among its flags and in its help."""
     signature = inspect.signature(command)
+    kind = inspect.Parameter.KEYWORD_ONLY
     more = [
-        inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation="str | None"
-        )
-        for name in ("expert_slots", "push_to_hub")
+        inspect.Parameter("expert_slots", kind, default=None, annotation=str | None),
+        inspect.Parameter("push_to_hub", kind, default=None, annotation=str | None),
+        inspect.Parameter("private", kind, default=False, annotation=bool),
     ]
     command.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *more])
-    helps = f"    {SLOTS_HELP}\n        {HUB_HELP}\n\n    Returns:"
-    command.__doc__ = command.__doc__.replace("\n    Returns:", helps)
+    lines = "".join(f"        {text}\n" for text in (SLOTS_HELP, HUB_HELP, PRIVATE_HELP))
+    command.__doc__ = command.__doc__.replace("\n    Returns:", f"{lines}\n    Returns:")
     return command
 
 
-def _push(folder: Path, repo_id: str | None) -> None:
-    """Upload finished traces, if a place on the Hub was named, and print where they are."""
-    if repo_id is None:
-        return
+def _push(folder: Path, repo_id: str, *, is_private: bool) -> None:
+    """Upload finished traces and print where they are."""
     from foreroute.export.push import push_traces
 
-    print(push_traces(Path(folder), repo_id))
+    print(push_traces(Path(folder), repo_id, is_private=is_private))
 
 
 def collect(

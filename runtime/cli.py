@@ -31,7 +31,9 @@ def generate(
     dtype: str = "auto",
     revision: str | None = None,
     expert_dtype: str = "auto",
+    pinned_memory: str | None = None,
     share_experts: bool = False,
+    tp_plan: str = "none",
     trust_remote_code: bool = False,
 ) -> None:
     """Generate text, streamed, and say what it cost.
@@ -64,7 +66,11 @@ def generate(
         revision: Branch, tag or commit of a Hub id.
         expert_dtype: How experts are stored: auto (exact: on a GPU lossless, else as the checkpoint
             has them), lossless (bfloat16 in 12 bits), bf16, fp8, int8 or int4.
+        pinned_memory: Host memory to page-lock for experts, such as 24GiB; as much as the system
+            allows unless said.
         share_experts: Map a prepared model's rows: engines of one host have one copy in memory.
+        tp_plan: Of several processes: none (each has everything but the experts) or auto
+            (divided by transformers' own plan).
         trust_remote_code: Run code that came with the checkpoint.
     """
     given = locals().copy()
@@ -91,6 +97,7 @@ def bench(
     dtype: str = "auto",
     revision: str | None = None,
     expert_dtype: str = "auto",
+    pinned_memory: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
     """Run every mode on the same prompts and print what each cost.
@@ -116,6 +123,8 @@ def bench(
         revision: Branch, tag or commit of a Hub id, for weights and tokenizer.
         expert_dtype: How experts are stored: auto (exact: on a GPU lossless, else as the checkpoint
             has them), lossless (bfloat16 in 12 bits), bf16, fp8, int8 or int4.
+        pinned_memory: Host memory to page-lock for experts, such as 24GiB; as much as the system
+            allows unless said.
         trust_remote_code: Run code that came with the checkpoint.
     """
     from foreroute.data.adapters import load_tokenizer, resolve_device
@@ -150,6 +159,7 @@ def bench(
         repeats=repeats,
         device=device,
         expert_dtype=expert_dtype,
+        pinned_memory=pinned_memory,
     )
     if measured is None:  # the first process speaks
         return

@@ -113,11 +113,14 @@ class Engine:
                 a slice of every expert on a GPU of its own; see docs/scaling.md.
             **settings: Other fields of `EngineConfig`; of `HubSettings` (`revision`, `token`,
                 `cache_dir`, `local_files_only`, `subfolder`, `trust_remote_code`);
-                `attn_implementation`; and `expert_dtype`: how experts are stored and copied,
-                `lossless` (bfloat16 in 12 bits, every bit given back), `auto` (that on a GPU, else
-                as the checkpoint has them), `bf16`, `fp8`, `int8` or `int4` (fewer bits than the
-                checkpoint's change the output); `share_experts=True`: engines of one host share a
-                prepared model's rows in memory.
+                `attn_implementation`; `pinned_memory`: host memory to page-lock for experts, such
+                as 24GiB (as much as the system allows if None); `expert_dtype`: how experts are
+                stored and copied, `lossless` (bfloat16 in 12 bits, every bit given back), `auto`
+                (that on a GPU, else as the checkpoint has them), `bf16`, `fp8`, `int8` or `int4`
+                (fewer bits than the checkpoint's change the output); `share_experts=True`: engines
+                of one host share a prepared model's rows in memory; `tp_plan="auto"`: the processes
+                of `is_sliced` divide everything else as transformers does, where the model has a
+                plan.
 
         Raises:
             ValueError: If the model, the bundle and the settings do not fit together, or an

@@ -32,6 +32,7 @@ from foreroute.runtime.device.kernels.products import expert_products
 from foreroute.runtime.device.kernels.quasi_hidden import add_expected_output
 from foreroute.runtime.device.kernels.rotary import rotate
 from foreroute.runtime.device.kernels.route import DemandPlan, RouterProduct, route
+from foreroute.runtime.device.kernels.staging import stage
 from foreroute.runtime.device.kernels.tables import ResidencyTables
 from foreroute.runtime.device.kernels.top_k import softmax_top_k
 from foreroute.runtime.on_miss import find_rule
@@ -47,6 +48,7 @@ from foreroute.runtime.store.encodings import (
     Lossless,
     Mxfp4,
 )
+from foreroute.runtime.store.staging import Staging
 
 H100 = GPUTarget("cuda", 90, 32)
 TYPES = {
@@ -103,6 +105,9 @@ def call_everything() -> None:
     rows = torch.zeros(16, 64, dtype=torch.uint8)
     fetch(rows, rows, copies, num_blocks=4)
     fetch(rows, rows, copies, num_blocks=4, head_words=copies[0, :1])
+    area = Staging([rows], torch.device("cpu"))
+    demand = Demand(rows, rows, copies, copies[0, :1], tables.arrived, tables.progress, 48)
+    stage(demand, places, torch.ones(16, dtype=torch.int32), area, 0)
     forms = {
         "rows": ExpertForm(activation="silu"),
         "tanh": ExpertForm(activation="gelu-tanh"),

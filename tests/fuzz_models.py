@@ -120,7 +120,7 @@ def read_prepared(folder: Path) -> None:
 
 
 def repair_prepared(folder: Path) -> None:
-    """Give the manifest the digest of the rows as they are."""
+    """Give the manifest the digest of the rows as they are, if they are in a file's last bytes."""
     values = json.loads((folder / PREPARED_MANIFEST).read_text())
     shard, rows = values["shards"][0], tiny_store().rows[0]
     content = (folder / shard["file"]).read_bytes()

@@ -28,6 +28,11 @@ LONG = 200
 """Tokens of an answer that something ends before."""
 
 
+def cases_of(num_ranks: int) -> list[str]:
+    """What so many processes run; each core runs two of four."""
+    return [*CASES] if num_ranks == 2 else ["all", "quarter", "bundle"]
+
+
 def inputs() -> Any:
     return load_tokenizer("bundled")(PROMPT, return_tensors="pt")
 
@@ -57,6 +62,19 @@ def logits_in(dtype: str, ranks: SliceRanks) -> torch.Tensor:
     with Engine(offloaded, EngineConfig(expert_slots="25%")) as engine:
         logits: torch.Tensor = engine(text[:, :LICENSE_TOKENS]).logits[0]
         return logits.float()
+
+
+def divided(ranks: SliceRanks, stack: Any) -> Any:
+    """The same cases where everything else is divided too, by case; or why that is refused."""
+    try:
+        offloaded = load_offloaded(
+            "bundled", device="cpu", dtype="float32", ranks=ranks, tp_plan="auto"
+        )
+    except ValueError as error:
+        return str(error)
+    keys = offloaded.moe.model.model.layers[0].self_attn.k_proj.weight.to_local()
+    seen = {name: observe(offloaded, CASES[name]) for name in ("all", "quarter")}
+    return seen | {"bundle": observe(offloaded, CASES["bundle"], stack), "keys": len(keys)}
 
 
 class Failing:
@@ -126,10 +144,12 @@ def run_rank(out: Path, bundle: Path) -> None:
     ranks = SliceRanks.join(CPU)
     offloaded = load_offloaded("bundled", device="cpu", dtype="float32", ranks=ranks)
     stack = load_bundle(bundle).stack
-    for name, settings in CASES.items():
+    for name in cases_of(ranks.num_ranks):
+        settings = CASES[name]
         seen = observe(offloaded, settings, stack if name == "bundle" else None)
         torch.save(seen, out / f"{name}_{ranks.rank}.pt")
     torch.save({"logits": logits_in("bfloat16", ranks)}, out / f"bfloat16_{ranks.rank}.pt")
+    torch.save(divided(ranks, stack), out / f"divided_{ranks.rank}.pt")
     torch.save(lead_or_follow(offloaded), out / f"lockstep_{ranks.rank}.pt")
     seen = see_one_die(offloaded)
     torch.save(seen, out / f"die_{ranks.rank}.pt")

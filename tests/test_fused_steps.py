@@ -45,10 +45,12 @@ from foreroute.runtime.device.residency import DeviceResidency
 from foreroute.runtime.device.run_state import DeviceRun
 from foreroute.runtime.policies import find_policy
 from foreroute.runtime.store.offload import offload
+from foreroute.runtime.store.staging import Staging
 
 LRFU = find_policy("lrfu").device_rule()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Sums in another order: some units in the last place of each type, of numbers up to 16.
+PIECE_BYTES = 8192
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.3}
 
 
@@ -200,7 +202,18 @@ class ExpertsInSlots:
                 moe.layers, store.rows, store.layouts, counters, strict=True
             )
         ]
-        self.counters = counters
+        self.counters, self.run = counters, run
+
+    def hand_out(self, pinned: list[int]) -> Staging:
+        """Let the host hand out all other experts; where their rows are, kernels find nothing."""
+        rows = self.offloaded.store.rows
+        self.run.staging = Staging(rows, torch.device("cpu"), PIECE_BYTES)
+        for place, layer in enumerate(self.layers):
+            residency = layer.residency
+            residency.place, residency.rows = place, torch.full_like(rows[place], 255)
+            residency.rows[pinned] = rows[place][pinned]
+            residency.is_pinned[pinned] = 1
+        return self.run.staging
 
     def step(self, tokens: Tensor) -> tuple[Tensor, DecodeStep]:
         """Logits of decode steps from an empty cache, [steps, V]."""
@@ -235,4 +248,27 @@ def test_layers_that_plan_in_their_routers_give_the_plain_models_logits(
         assert step.fused[what] == num_layers, step.fused_parts()
     assert step.fused["projections that share a launch"] == 2 * num_layers
     for layer in experts.layers:
+        layer.residency.check_integrity()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="tests/test_gpu.py runs whole engines there")
+def test_steps_give_the_same_bits_whoever_hands_out_the_experts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(decode_graph, "LENGTH_STEP", 8)
+    monkeypatch.setattr(route_module, "ROWS", 16)
+    for module in (demand_module, plan_module):
+        monkeypatch.setattr(module, "DEMAND_PROGRAMS", 2)
+    model = tiny_model("qwen3_moe", num_hidden_layers=2).eval()
+    tokens, slots = torch.tensor([7, 9]), model.config.num_experts_per_tok + 1
+    expected, _ = ExpertsInSlots(copy.deepcopy(model), slots).step(tokens)
+    experts = ExpertsInSlots(model, slots)
+    staging = experts.hand_out([0, 2, 3, 5])
+    got, _ = experts.step(tokens)
+    staging.require_served()
+    staging.close()
+    assert torch.equal(got, expected)
+    assert int(staging.turns.sum()) > 0
+    for layer, rows in zip(experts.layers, experts.offloaded.store.rows, strict=True):
+        layer.residency.rows = rows
         layer.residency.check_integrity()

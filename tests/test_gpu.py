@@ -611,3 +611,27 @@ def test_an_adapter_is_heard_by_the_graph() -> None:
         assert not torch.equal(with_adapter, plain)
         with adapted.disable_adapter():
             assert torch.equal(engine.generate(tokens, **settings), plain)
+
+
+def test_experts_that_are_not_pinned_give_the_same_logits_bit_for_bit(make_tiny_moe: Any) -> None:
+    """Half of the experts come through the staging area, inside the graph and without."""
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 64, "num_experts": 16}
+    model = make_tiny_moe(**sizes, num_experts_per_tok=4).model
+    found = []
+    for pinned_memory in (None, "1KiB", "1MiB"):
+        half = copy.deepcopy(model).to(torch.bfloat16)
+        given = {"device": CUDA, "model_name": "tiny", "pinned_memory": pinned_memory}
+        offloaded = offload(half, **given)
+        share = offloaded.store.pins.budget
+        assert (share is None) == (pinned_memory is None)
+        for decide_on in ("auto", "host"):
+            config = EngineConfig(expert_slots="5", decide_on=decide_on)
+            with Engine(offloaded, config) as engine:
+                logits = step_logits(engine, prompt(), steps=20)
+                tokens = engine.generate(input_ids=prompt(), max_new_tokens=12, do_sample=False)
+                engine.check_integrity()
+            found.append((decide_on, logits, tokens))
+    for decide_on, logits, tokens in found[2:]:
+        expected = next(entry for entry in found if entry[0] == decide_on)
+        assert torch.equal(logits, expected[1])
+        assert torch.equal(tokens, expected[2])

@@ -134,6 +134,7 @@ def test_the_decode_benchmark_runs_to_its_end(
     of_one = {r["arm"] for r in written["rows"]}
     assert of_one == {
         *("resident", "resident-apart", "resident-predicting", "on-demand"),
+        *("on-demand-pinned-75%", "on-demand-pinned-50%"),
         *("prefetch-0.89", "prefetch-perfect"),
         *("prefetch-0.89-all", "prefetch-perfect-all"),
         *("eager-lru", "eager-no-cache", "accelerate"),

@@ -121,6 +121,7 @@ def device_residency(policy: str, lead: torch.Tensor | None = None) -> DeviceRes
         trust=None,
         prompt_weight=rule.prompt_weight,
         lead=lead,
+        staging=None,
     )
     layer: Any = SimpleNamespace(layer_idx=0, top_k=TOP_K)
     counters = torch.zeros(7, dtype=torch.int32)

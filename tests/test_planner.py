@@ -160,6 +160,7 @@ def test_the_cost_of_several_gpus_is_named_by_where_it_was_measured() -> None:
     assert "23 us, measured on 4 GPUs" in own.notes[1]
     assert "not this machine" in other.notes[1]
     assert "measured on 4 GPUs" in GpuGroup.of(3, find_profile("h100-engine")).notes[1]
+    assert GpuGroup.of(8, find_profile("h100-engine")).link_share == 165 / 8 / 51
     assert GpuGroup.of(1, find_profile("h100-engine")).notes == ()
 
 

@@ -304,5 +304,5 @@ def load_tokenizer(name: str, **hub: Unpack[HubSettings]) -> Any:
 
 def _unreadable(name: str, error: Exception) -> str:
     offline = os.environ.get("HF_HUB_OFFLINE") not in (None, "", "0")
-    hint = " (HF_HUB_OFFLINE is set: only local models can be read)" if offline else ""
+    hint = " (HF_HUB_OFFLINE is set: only local and cached models can be read)" if offline else ""
     return f"Model {name} cannot be read{hint}: {first_line(error)}"

@@ -35,6 +35,7 @@ def run_bench(
     repeats: int,
     device: str,
     expert_dtype: str,
+    pinned_memory: str | None,
 ) -> tuple[dict[str, Any], str] | None:
     """Measure every mode on the same prompts and print what each cost.
 
@@ -57,6 +58,7 @@ def run_bench(
         repeats: Times every prompt is run.
         device: As `load_offloaded` takes it.
         expert_dtype: How experts are stored.
+        pinned_memory: As `load_offloaded` takes it.
 
     Returns:
         Everything that was found, JSON-ready, and a title for it; None on processes that are not
@@ -78,7 +80,13 @@ def run_bench(
         moe = discover(whole, model)
     else:
         offloaded = load_offloaded(
-            model, device=target, dtype=dtype, expert_dtype=expert_dtype, ranks=ranks, **hub
+            model,
+            device=target,
+            dtype=dtype,
+            expert_dtype=expert_dtype,
+            ranks=ranks,
+            pinned_memory=pinned_memory,
+            **hub,
         )
         moe = offloaded.moe
     geometry = moe.geometry
@@ -106,7 +114,11 @@ def run_bench(
         if has_stock:
             results.append(measure.measure_stock(whole.to(target), work, tick))
             offloaded = offload(
-                whole.to("cpu"), device=target, model_name=model, expert_dtype=expert_dtype
+                whole.to("cpu"),
+                device=target,
+                model_name=model,
+                expert_dtype=expert_dtype,
+                pinned_memory=pinned_memory,
             )
         stack = loaded.stack if loaded else None
         results += measure.measure_modes(modes, offloaded, stack, work, tick)

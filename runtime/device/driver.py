@@ -63,6 +63,7 @@ from foreroute.runtime.policies.prefetching import PRIOR_PREFETCHES, READOUT_SHA
 from foreroute.runtime.policies.slots import prefill_group
 from foreroute.runtime.stats import PhaseStats, RuntimeStats
 from foreroute.runtime.store.offload import OffloadedModel
+from foreroute.runtime.store.staging import Staging
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,8 @@ def why_not_on_device(
     """What keeps this model from deciding on the GPU, in one line; None if nothing does."""
     if offloaded.device.type != "cuda":
         return "it needs a CUDA device"
+    if offloaded.is_divided:
+        return "everything but the experts is divided by transformers' own plan"
     if config.cache == "none":
         return "running without a cache is decided on the host"
     if reason := why_not_ruled(config.rule):
@@ -162,6 +165,9 @@ class DeviceDriver:
         self._policy = find_policy(config.eviction)
         rule = self._policy.device_rule()
         store, device = offloaded.store, offloaded.device
+        if store.pins.budget is not None and ahead is not None:
+            logger.info("Nothing is prefetched: the host hands out experts that are not pinned.")
+            ahead = None
         form = find_expert_form(offloaded.moe.layers[0].experts)
         assert form is not None  # `why_not_on_device` was asked before
         if ahead is not None and ahead.readouts is not None:
@@ -177,12 +183,14 @@ class DeviceDriver:
             trust=torch.full((2,), PRIOR_PREFETCHES, device=device),
             lead=torch.zeros(1, dtype=torch.int32, device=device) if rule.is_adaptive else None,
             prompt_weight=self._policy.prompt_weight if config.warm_start == "prompt" else 0.0,
+            staging=None if store.pins.budget is None else Staging(store.rows, device),
         )
         self.run.set_room(FIRST_ROOM, store.rows[0].shape[1])
         self._graph: DecodeStep | None = None
         self._choose_variant: Callable[[], int] = int
         self._has_look_ahead = False
         self._is_decoding = False
+        self._knows_pins = False
         num_layers = len(offloaded.moe.layers)
         self._counters = torch.zeros(num_layers, NUM_COUNTERS, dtype=torch.int32, device=device)
         self._counted_before = self._counters.clone()
@@ -190,8 +198,12 @@ class DeviceDriver:
         self._judged_before = self._judged.clone()
         self._guard = AgreementGuard(config.agreement_floor)
         self._rules = layer_rules(offloaded, config, self._judged)
-        self._prefill = StreamedPrefill(store.layouts[0], self._prefill_group(), device)
+        self._prefill = StreamedPrefill(
+            store.layouts[0], self._prefill_group(), device, store.pins.copy_row
+        )
         self.layers = self._make_layers(slots_per_layer)
+        for place, layer in enumerate(self.layers):
+            layer.residency.place = place
         if ahead is not None:
             by_idx = {layer.layer_idx: layer for layer in self.layers}
             for layer in self.layers:
@@ -260,9 +272,23 @@ class DeviceDriver:
                 f"dtype={str(torch.get_autocast_dtype('cuda'))[6:]}, or decide_on='host'."
             )
         run.begin_forward(tokens)
+        if not run.is_prefill:
+            self._settle_pins()
         run.stats.steps_ahead += (
             not run.is_prefill and run.predictor is not None and run.is_looking_ahead
         )
+
+    def _settle_pins(self) -> None:
+        """Pin what was used most so far, before the first step; see that every step was served."""
+        pins, staging = self._offloaded.store.pins, self.run.staging
+        if staging is None:
+            return
+        staging.require_served()
+        if not self._knows_pins:
+            self._knows_pins = True
+            pins.settle([layer.residency.tables.score for layer in self.layers])
+            for layer, is_pinned in zip(self.layers, pins.are_pinned, strict=True):
+                layer.residency.is_pinned.copy_(is_pinned)
 
     def forget(self) -> None:
         """Empty every slot and drop the graph: nothing of them need be right any more."""
@@ -303,7 +329,7 @@ class DeviceDriver:
         self._is_decoding = True  # whoever calls `generate` from within needs another cache
         try:
             graph = self.graph_for(len(input_ids), int(generation_config.max_length))
-            return decode_loop(
+            tokens = decode_loop(
                 model,
                 graph,
                 input_ids,
@@ -313,6 +339,8 @@ class DeviceDriver:
                 generation_config,
                 streamer,
             )
+            self._settle_pins()
+            return tokens
         finally:
             self._is_decoding = False
             self._note_agreement()
@@ -326,6 +354,8 @@ class DeviceDriver:
 
     def _before_step(self) -> int:
         """Count a decode step, and choose its variant."""
+        if self.run.staging is not None:
+            self.run.staging.require_served()
         self.run.stats.decode.forwards += 1
         variant = self._choose_variant()
         self.run.stats.steps_ahead += self._has_look_ahead and variant == LOOK_AHEAD
@@ -337,6 +367,7 @@ class DeviceDriver:
 
         A step that cannot be captured runs as it is, with the same kernels, and the log says so.
         """
+        self._settle_pins()
         graph = self._graph
         if graph is None or graph.batch != batch or graph.length < length:
             self._graph = None  # its cache's memory is free before the next one's is taken
@@ -483,8 +514,10 @@ class DeviceDriver:
             layer.residency.check_integrity()
 
     def close(self) -> None:
-        """Drop the captured graph."""
+        """Drop the captured graph, and let nobody wait for the host any more."""
         self._graph = None
+        if self.run.staging is not None:
+            self.run.staging.close()
 
 
 def _stopping_at_strings(settings: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from foreroute.runtime.device.kernels.plan import plan
 from foreroute.runtime.device.kernels.tables import EMPTY
 from foreroute.runtime.device.residency import DeviceResidency
 from foreroute.runtime.store.host_store import RowLayout
+from foreroute.runtime.store.pinning import CopyRow, copy_whole
 
 COPY_BLOCKS = 32
 
@@ -42,14 +43,22 @@ class _Buffer:
 class StreamedPrefill:
     """Two buffers and a copy stream, shared by all layers of an engine."""
 
-    def __init__(self, layout: RowLayout, group_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        layout: RowLayout,
+        group_size: int,
+        device: torch.device,
+        copy_row: CopyRow = copy_whole,
+    ) -> None:
         """Allocate the buffers.
 
         Args:
             layout: How an expert lies in a row; the same for every layer.
             group_size: Experts per buffer.
             device: The GPU.
+            copy_row: How a row comes from the host.
         """
+        self._copy_row = copy_row
         self.group_size = group_size
         self.prompt_bytes = 0
         """Bytes copied from the host so far."""
@@ -135,7 +144,7 @@ class StreamedPrefill:
         self._copies.wait_event(buffer.is_free)
         with torch.cuda.stream(self._copies):
             for place, expert in enumerate(experts):
-                buffer.rows[place].copy_(layer.rows[expert], non_blocking=True)
+                self._copy_row(buffer.rows[place], layer.rows[expert])
             buffer.is_filled.record()
         self.prompt_bytes += len(experts) * layer.rows.shape[1]
 

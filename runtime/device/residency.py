@@ -17,12 +17,14 @@ from foreroute.runtime.device.kernels.head import plan_head
 from foreroute.runtime.device.kernels.miss import LayerRule, RuledChoice
 from foreroute.runtime.device.kernels.plan import plan
 from foreroute.runtime.device.kernels.route import DemandPlan
+from foreroute.runtime.device.kernels.staging import stage
 from foreroute.runtime.device.kernels.tables import ResidencyTables
 from foreroute.runtime.device.run_state import MOST_WHOLE, DeviceRun
 from foreroute.runtime.policies import EvictionPolicy, LayerState
 from foreroute.runtime.policies.eviction import ScoreRule
 from foreroute.runtime.policies.layer_state import TIE
 from foreroute.runtime.store.host_store import RowLayout
+from foreroute.runtime.store.pinning import copy_in_parts
 
 FETCH_BLOCKS = 16
 """Thread blocks per expert that is copied beside the compute."""
@@ -74,6 +76,10 @@ class DeviceResidency:
             lead=run.lead,
             has_shadows=has_shadows and run.lead is not None,
         )
+        self.is_pinned = torch.zeros(len(rows), dtype=torch.int32, device=device)
+        """Whether the GPU can read an expert's row, [E]; read where the host hands out the rest."""
+        self.place = 0
+        """Which of the MoE layers this is."""
         self._first_bytes = _end_of(run.form.first, layout)
         self._run = run
 
@@ -109,7 +115,23 @@ class DeviceResidency:
         """
         demand, places = self.demand_of(expert_ids.numel())
         plan(expert_ids, self.tables, self.rule, demand.copies, places=places)
-        return demand, places
+        return self._staged(demand, places)
+
+    def _staged(self, demand: Demand, places: Tensor) -> tuple[Demand, Tensor]:
+        """The same, after the host has handed out what the GPU cannot read."""
+        staging = self._run.staging
+        if staging is None:
+            return demand, places
+        return stage(demand, places, self.is_pinned, staging, self.place)
+
+    def _copy(self, copies: Tensor) -> None:
+        """Make planned copies of whole experts on the current stream."""
+        if self._run.staging is None:
+            fetch(self.rows, self.slots, copies, num_blocks=FETCH_BLOCKS)
+            return
+        for expert, slot, _ in copies.T.tolist():
+            if expert >= 0:
+                copy_in_parts(self.slots[slot], self.rows[expert])
 
     def plan_ruled(
         self, router_logits: Tensor, expert_ids: Tensor, gate_weights: Tensor
@@ -127,7 +149,7 @@ class DeviceResidency:
         ruling = (self.on_miss, choice)
         ids = choice.expert_ids
         plan(ids, self.tables, self.rule, demand.copies, places=places, ruling=ruling)
-        return (demand, places), ids, choice.gate_weights
+        return self._staged(demand, places), ids, choice.gate_weights
 
     def route_and_plan(self, routing: Routing, expert_ids: Tensor) -> tuple[Demand, Tensor]:
         """The same by the launch that runs the layer's router.
@@ -148,7 +170,7 @@ class DeviceResidency:
                 on_miss=self.on_miss,
             )
         )
-        return demand, places
+        return self._staged(demand, places)
 
     def load(self, expert_ids: Tensor, behind: DeviceResidency | None = None) -> None:
         """Make experts resident before they are asked for, by copies on the current stream.
@@ -166,7 +188,7 @@ class DeviceResidency:
             is_prefetch=True,
             behind=None if behind is None else behind.tables.progress,
         )
-        fetch(self.rows, self.slots, copies, num_blocks=FETCH_BLOCKS)
+        self._copy(copies)
 
     def load_likely(self, expert_ids: Tensor, chances: Tensor, behind: DeviceResidency) -> None:
         """Copy as much of the likeliest absent experts as there is time for.

@@ -12,6 +12,7 @@ from foreroute.runtime.device.kernels.fetch import BLOCK_WORDS, WORD
 from foreroute.runtime.device.predictor import DevicePredictor
 from foreroute.runtime.driver import RunState
 from foreroute.runtime.policies.eviction import ScoreRule
+from foreroute.runtime.store.staging import Staging
 
 MOST_WHOLE = 3
 """Experts copied early for one layer, besides the head of one more."""
@@ -37,6 +38,8 @@ class DeviceRun(RunState):
     """See `ResidencyTables`; None unless the rule is adaptive."""
     prompt_weight: float
     """What one use by a prompt counts for eviction, in uses by a decode step."""
+    staging: Staging | None = None
+    """Where the host hands out experts that are not page-locked; None where all are."""
 
     def set_room(self, experts: float, row_bytes: int) -> None:
         """Say how much can be copied early: whole experts, and a head in whole blocks of `fetch`.

@@ -61,7 +61,7 @@ class HostDriver:
         self._gates = gates_of(offloaded.moe, config.rule)
         self.run = HostRun(
             config=config,
-            transfers=Transfers.for_device(offloaded.device),
+            transfers=Transfers.for_device(offloaded.device, offloaded.store.pins.copy_row),
             predictor=HostPredictor(ahead) if ahead else None,
             guard=AgreementGuard(config.agreement_floor),
             policy=find_policy(config.eviction),
@@ -154,7 +154,14 @@ class HostDriver:
         """A forward pass begins; see `RunState.begin_forward`."""
         self.run.begin_forward(tokens)
         if not self.run.is_prefill:
+            if not self._offloaded.store.pins.is_settled:
+                self._settle_pins()
             self.run.begin_step()
+
+    def _settle_pins(self) -> None:
+        """Pin what was used most so far, before the first step."""
+        worth = [torch.tensor(layer.residency.cache.state.worth) for layer in self.layers]
+        self._offloaded.store.pins.settle(worth)
 
     def forget(self) -> None:
         """Empty every slot: nothing of what is there need be right any more."""

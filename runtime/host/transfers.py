@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from foreroute.runtime.store.pinning import CopyRow, copy_whole
+
 
 class Ticket(ABC):
     """Stands for copies that were asked for together."""
@@ -40,9 +42,9 @@ class Transfers(ABC):
         """
 
     @staticmethod
-    def for_device(device: torch.device) -> Transfers:
-        """The kind of transfers that a device needs."""
-        return StreamTransfers(device) if device.type == "cuda" else ImmediateTransfers()
+    def for_device(device: torch.device, copy_row: CopyRow = copy_whole) -> Transfers:
+        """The kind of transfers that a device needs, by that way to copy a row."""
+        return StreamTransfers(device, copy_row) if device.type == "cuda" else ImmediateTransfers()
 
 
 class _Done(Ticket):
@@ -77,11 +79,16 @@ class _EventTicket(Ticket):
 
 
 class StreamTransfers(Transfers):
-    """Asynchronous copies from pinned memory on one CUDA stream, in the order asked for."""
+    """Copies on one CUDA stream, in the order asked for; from pinned memory asynchronous ones."""
 
-    def __init__(self, device: torch.device) -> None:
-        """Make the stream, on the device that copies go to."""
-        self._device = device
+    def __init__(self, device: torch.device, copy_row: CopyRow = copy_whole) -> None:
+        """Make the stream.
+
+        Args:
+            device: Where copies go to.
+            copy_row: How a row is copied.
+        """
+        self._device, self._copy_row = device, copy_row
         self._stream = torch.cuda.Stream(device=device, priority=-1)
 
     def copy(self, pairs: list[tuple[Tensor, Tensor]]) -> Ticket:
@@ -89,7 +96,7 @@ class StreamTransfers(Transfers):
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             for host_row, slot in pairs:
-                slot.copy_(host_row, non_blocking=True)
+                self._copy_row(slot, host_row)
             event = torch.cuda.Event()
             event.record(self._stream)
         return _EventTicket(event)

@@ -41,7 +41,7 @@ class GpuGroup:
         num_known, microseconds = _nearest(known.all_reduce_us, count)
         num_links, together = _nearest(known.links_gbps, count)
         one = known.links_gbps[0][1]
-        share = min(1.0, together / num_links / one)
+        share = min(1.0, together / max(count, num_links) / one)  # more links give no more
         where = f"{known.device}, profile {known.name}" + ("" if has_own else ", not this machine")
         return cls(
             all_reduce_ms=microseconds / 1e3,
@@ -51,8 +51,8 @@ class GpuGroup:
                 "sizes but the host's are one GPU's.",
                 f"Adding a layer's outputs takes {microseconds:g} us, measured on {num_known} GPUs "
                 f"({where}).",
-                f"{count} links give {share:.0%} of their own rate each while all copy, measured "
-                f"on {num_links} ({where}).",
+                f"{count} links give {share:.0%} of their own rate each while all copy: "
+                f"{together:g} GB/s together were measured on {num_links} ({where}).",
             ),
         )
 

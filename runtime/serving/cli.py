@@ -19,7 +19,9 @@ def serve(
     device: str = "auto",
     dtype: str = "auto",
     expert_dtype: str = "auto",
+    pinned_memory: str | None = None,
     share_experts: bool = False,
+    tp_plan: str = "none",
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
@@ -43,7 +45,11 @@ def serve(
         device: auto, cpu or cuda.
         dtype: auto, float32, bfloat16 or float16.
         expert_dtype: How experts are stored; auto is exact.
+        pinned_memory: Host memory to page-lock for experts, such as 24GiB; as much as the system
+            allows unless said.
         share_experts: Map a prepared model's rows: engines of one host have one copy in memory.
+        tp_plan: Of several processes: none (each has everything but the experts) or auto
+            (divided by transformers' own plan).
         revision: Branch, tag or commit of a Hub id.
         trust_remote_code: Run code that came with the checkpoint.
     """
@@ -75,7 +81,9 @@ def serve(
         device=device,
         dtype=dtype,
         expert_dtype=expert_dtype,
+        pinned_memory=pinned_memory,
         share_experts=share_experts,
+        tp_plan=tp_plan,
         revision=revision,
         trust_remote_code=trust_remote_code,
         is_sliced=are_ranks_started(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,6 +24,8 @@ from foreroute.runtime.store.encodings import Encoder, encoder_named, native_enc
 from foreroute.runtime.store.host_store import RowLayout
 from foreroute.runtime.store.prepared import PreparedModel
 from foreroute.runtime.store.quantised import DecodedTensors, are_in_blocks, require_readable
+
+logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
 
@@ -47,6 +50,8 @@ class Checkpoint:
     """What its manifest says, where `foreroute pack` has made it."""
     manifest: Path | None = None
     """That file: in the model's folder, or in the Hub's cache."""
+    num_parts: int = 1
+    """Processes that divide everything but the experts by transformers' tensor parallel plan."""
     is_shared: bool = False
     """Whether its rows are mapped, one copy for all engines of a host."""
     asked_dtype: torch.dtype | None
@@ -142,6 +147,40 @@ class Checkpoint:
         """Where the experts are read from: the files as they are, if they are kept so."""
         is_kept = self.quantization is not None and native_encoder(self.quantization) is not None
         return self.files if is_kept and self.encoder is not None else self.tensors
+
+    def divided(self, ranks: SliceRanks) -> Checkpoint:
+        """The same, everything but the experts divided by transformers' own plan, if it has one.
+
+        Args:
+            ranks: The processes that do so.
+
+        Raises:
+            ValueError: If there is one process, or the attention's heads cannot be divided so.
+        """
+        if ranks.is_alone:
+            raise ValueError("tp_plan=auto divides a model among processes that torchrun starts.")
+        if not self.outline.tp_plan:
+            logger.warning("%s has no tensor parallel plan: each process has all of it.", self.name)
+            return self
+        text, count = self.config.get_text_config(), ranks.num_ranks
+        for name in ("num_attention_heads", "num_key_value_heads"):
+            heads = getattr(text, name, None) or count
+            if heads % count:
+                works = [str(n) for n in range(2, heads + 1) if heads % n == 0]
+                raise ValueError(
+                    f"{count} processes do not divide the model's {heads} {name}, as tp_plan=auto "
+                    f"does; these do: {', '.join(works) or 'none'}."
+                )
+        return replace(self, num_parts=count)
+
+    @property
+    def division(self) -> dict[str, Any]:
+        """What transformers' `from_pretrained` is told about dividing all but the experts."""
+        if self.num_parts == 1:
+            return {}
+        from transformers.distributed import DistributedConfig
+
+        return {"distributed_config": DistributedConfig(tp_size=self.num_parts, tp_plan="auto")}
 
     def shared(self, ranks: SliceRanks) -> Checkpoint:
         """The same, its rows mapped instead of copied.

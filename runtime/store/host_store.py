@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +23,7 @@ from foreroute.runtime.store.encodings import (
     Part,
     Plain,
 )
+from foreroute.runtime.store.pinning import PinningRefused, Pins, lock
 
 ALIGNMENT_BYTES = 64  # every parameter starts on a boundary that any dtype and any kernel can use
 
@@ -159,29 +159,38 @@ def allocate_host(num_rows: int, row_bytes: int, *, is_pinned: bool) -> Tensor:
     Raises:
         RuntimeError: If CUDA refuses to pin it.
     """
+    memory, rows = map_host(num_rows, row_bytes)
+    if is_pinned:
+        try:
+            lock(memory, rows.data_ptr(), rows.nbytes)
+        except PinningRefused as refusal:
+            raise RuntimeError(
+                f"CUDA could not pin {rows.nbytes / 2**30:.1f} GiB of host memory ({refusal}); "
+                "free memory or raise the container's locked-memory limit."
+            ) from refusal
+    return rows
+
+
+def map_host(num_rows: int, row_bytes: int) -> tuple[mmap.mmap, Tensor]:
+    """A mapping, and the rows that lie in it, [num_rows, row_bytes] uint8, zeros."""
     num_bytes = num_rows * row_bytes
     if hasattr(mmap, "MAP_PRIVATE"):
         memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     else:  # Windows: the page file's memory, which is this process's own
         memory = mmap.mmap(-1, num_bytes)
-    rows = torch.frombuffer(memory, dtype=torch.uint8).view(num_rows, row_bytes)
-    if is_pinned:
-        address = rows.data_ptr()
-        status = torch.cuda.cudart().cudaHostRegister(address, rows.nbytes, 0)
-        if int(status) != 0:
-            raise RuntimeError(
-                f"CUDA could not pin {rows.nbytes / 2**30:.1f} GiB of host memory ({status}); "
-                "free memory or raise the container's locked-memory limit."
-            )
-        weakref.finalize(memory, torch.cuda.cudart().cudaHostUnregister, address)
-    return rows
+    return memory, torch.frombuffer(memory, dtype=torch.uint8).view(num_rows, row_bytes)
 
 
 class HostExpertStore:
     """The experts of all MoE layers, in host memory, out of the model's reach."""
 
     def __init__(
-        self, all_experts: list[nn.Module], *, is_pinned: bool, encoder: Encoder | None = None
+        self,
+        all_experts: list[nn.Module],
+        *,
+        is_pinned: bool,
+        encoder: Encoder | None = None,
+        most_pinned_bytes: int | None = None,
     ) -> None:
         """Allocate the rows, to be filled.
 
@@ -189,21 +198,30 @@ class HostExpertStore:
             all_experts: The experts modules of a model.
             is_pinned: Page-lock the memory, so that a CUDA device can copy from it unattended.
             encoder: How to store matrices; as they are if None.
+            most_pinned_bytes: To lock of it; as much as the system allows if None.
         """
         self.layouts: list[RowLayout] = []
         self.rows: list[Tensor] = []
         """Per MoE layer, [E, row_bytes] uint8."""
+        memories: list[mmap.mmap] = []
         for experts in all_experts:
             layout = RowLayout.of(experts, encoder)
             num_experts = next(iter(parameter_shapes(experts).values())).shape[0]
             self.layouts.append(layout)
-            self.rows.append(allocate_host(num_experts, layout.row_bytes, is_pinned=is_pinned))
+            memory, rows = map_host(num_experts, layout.row_bytes)
+            self.rows.append(rows)
+            memories.append(memory)
+        self.pins = Pins(memories, list(self.rows))
+        """Which rows are page-locked."""
+        if is_pinned:
+            self.pins.pin_all(most_pinned_bytes)
 
     def parted(self, count: int) -> tuple[HostExpertStore, HostExpertStore]:
         """The first modules of the store, and the others; both share its memory."""
         first, others = (HostExpertStore([], is_pinned=False) for _ in range(2))
         first.layouts, others.layouts = self.layouts[:count], self.layouts[count:]
         first.rows, others.rows = self.rows[:count], self.rows[count:]
+        first.pins, others.pins = self.pins.part(0, count), self.pins.part(count, len(self.rows))
         return first, others
 
     @property
@@ -219,3 +237,4 @@ class HostExpertStore:
     def close(self) -> None:
         """Let the experts' memory go; the store cannot be used afterwards."""
         self.rows.clear()
+        self.pins = Pins()

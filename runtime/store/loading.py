@@ -41,7 +41,10 @@ logger = logging.getLogger(__name__)
 
 
 def load_with_host_experts(
-    checkpoint: Checkpoint, device: torch.device, ranks: SliceRanks = UNSLICED
+    checkpoint: Checkpoint,
+    device: torch.device,
+    ranks: SliceRanks = UNSLICED,
+    most_pinned_bytes: int | None = None,
 ) -> tuple[MoEModel, HostExpertStore, HostExpertStore]:
     """Load a model on the CPU; its experts exist once, in stores: its layers', and all others.
 
@@ -49,6 +52,7 @@ def load_with_host_experts(
         checkpoint: What to load.
         device: Where it will run; memory for a GPU is page-locked, and the GPU encodes.
         ranks: The processes that hold a slice of each expert each.
+        most_pinned_bytes: To page-lock; as much as the system allows if None.
 
     Raises:
         ValueError: If it cannot be read, is no MoE that is supported, or does not fit in memory.
@@ -58,7 +62,7 @@ def load_with_host_experts(
         checkpoint = checkpoint.settled()
         checkpoint.require_host_memory()
         moe = discover(load_the_rest(checkpoint), checkpoint.name)
-        store = filled_store(moe, checkpoint, device, ranks)
+        store = filled_store(moe, checkpoint, device, ranks, most_pinned_bytes)
     return moe, *store.parted(len(moe.layers))
 
 
@@ -68,7 +72,11 @@ def places_of(moe: MoEModel) -> dict[str, nn.Module]:
 
 
 def filled_store(
-    moe: MoEModel, checkpoint: Checkpoint, device: torch.device, ranks: SliceRanks = UNSLICED
+    moe: MoEModel,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    ranks: SliceRanks = UNSLICED,
+    most_pinned_bytes: int | None = None,
 ) -> HostExpertStore:
     """A store of `places_of` a model, each parameter in the checkpoint's encoding if it can be.
 
@@ -77,6 +85,7 @@ def filled_store(
         checkpoint: Whose files to read.
         device: Where it will run.
         ranks: The processes that hold a slice of each expert each.
+        most_pinned_bytes: To page-lock; as much as the system allows if None.
 
     Raises:
         ValueError: If its experts cannot be cut into slices.
@@ -92,8 +101,12 @@ def filled_store(
     slices = cut(experts, ranks, encoder, is_stored=checkpoint.prepared is not None)
     while True:
         with narrowed(slices):
-            is_pinned = device.type == "cuda"
-            store = HostExpertStore(experts, is_pinned=is_pinned, encoder=encoder)
+            store = HostExpertStore(
+                experts,
+                is_pinned=device.type == "cuda",
+                encoder=encoder,
+                most_pinned_bytes=most_pinned_bytes,
+            )
         try:
             fill_store(store, moe, replace(checkpoint, encoder=encoder), device, slices)
         except TooManyExceptions as error:
@@ -130,7 +143,11 @@ def load_the_rest(checkpoint: Checkpoint) -> Any:
     logging.disable_progress_bar()
     try:
         model = weightless(model_class, checkpoint.tensors).from_pretrained(
-            checkpoint.source, config=config, dtype=checkpoint.dtype, **checkpoint.settings
+            checkpoint.source,
+            config=config,
+            dtype=checkpoint.dtype,
+            **checkpoint.settings,
+            **checkpoint.division,
         )
     except (OSError, RuntimeError, ValueError, ImportError) as error:
         raise ValueError(f"Model {checkpoint.name} cannot be read: {first_line(error)}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Unpack
 
 import torch
@@ -14,6 +14,7 @@ from foreroute.data.adapters import MoEModel, discover, resolve_device
 from foreroute.data.adapters.loading import HubSettings, loading_alone
 from foreroute.data.adapters.seam import ExpertsFunction
 from foreroute.data.adapters.weightless import load_awaited_adapter
+from foreroute.estimators.byte_sizes import parse_bytes
 from foreroute.runtime.parallel import UNSLICED, SliceRanks
 from foreroute.runtime.store.checkpoint import Checkpoint, default_expert_dtype
 from foreroute.runtime.store.encodings import TooManyExceptions, encoder_named, without
@@ -25,6 +26,9 @@ from foreroute.runtime.store.row_writer import move_weights
 from foreroute.runtime.store.whole_model import WholeModel
 
 logger = logging.getLogger(__name__)
+
+TP_PLANS = ("none", "auto")
+"""Whether processes with a slice of every expert divide everything else as transformers does."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class OffloadedModel:
     """The store's weights as the model shows them."""
     others: Mapping[nn.Module, ExpertsFunction] = field(default_factory=dict)
     """What computes experts that no text reaches, from host memory."""
+    is_divided: bool = False
+    """Whether `ranks` divide everything else too, by transformers' plan."""
 
     @classmethod
     def whole(
@@ -103,7 +109,12 @@ class OffloadedModel:
 
 
 def offload(
-    model: Any, *, device: torch.device, model_name: str = "", expert_dtype: str = "auto"
+    model: Any,
+    *,
+    device: torch.device,
+    model_name: str = "",
+    expert_dtype: str = "auto",
+    pinned_memory: str | int | None = None,
 ) -> OffloadedModel:
     """Take the experts out of a model that was loaded on the CPU, then move the rest.
 
@@ -113,6 +124,7 @@ def offload(
         model_name: What the user calls it, for messages.
         expert_dtype: How experts are stored: `auto`, lossless, bf16, fp8, int8 or int4; see
             `default_expert_dtype`.
+        pinned_memory: See `load_offloaded`.
 
     Raises:
         ValueError: If it is no MoE that is supported; says what is missing.
@@ -123,16 +135,30 @@ def offload(
     moe = discover(model, model_name)
     with torch.inference_mode(False):
         modules = list(places_of(moe).values())
-        every = _moved(modules, expert_dtype, is_pinned=device.type == "cuda")
+        every = _moved(modules, expert_dtype, device, _most_pinned_bytes(pinned_memory))
         store, others = every.parted(len(moe.layers))
         return OffloadedModel.whole(moe, store, others, device, expert_dtype)
 
 
-def _moved(experts: list[nn.Module], expert_dtype: str, *, is_pinned: bool) -> HostExpertStore:
+def _most_pinned_bytes(pinned_memory: str | int | None) -> int | None:
+    return None if pinned_memory is None else parse_bytes(pinned_memory)
+
+
+def _moved(
+    experts: list[nn.Module],
+    expert_dtype: str,
+    device: torch.device,
+    most_pinned_bytes: int | None,
+) -> HostExpertStore:
     """A store with the weights of modules, each parameter encoded if it can be."""
     encoder = encoder_named(expert_dtype)
     while True:
-        store = HostExpertStore(experts, is_pinned=is_pinned, encoder=encoder)
+        store = HostExpertStore(
+            experts,
+            is_pinned=device.type == "cuda",
+            encoder=encoder,
+            most_pinned_bytes=most_pinned_bytes,
+        )
         try:
             move_weights(experts, store)
         except TooManyExceptions as error:
@@ -150,8 +176,10 @@ def load_offloaded(
     dtype: str | torch.dtype = "auto",
     expert_dtype: str = "auto",
     ranks: SliceRanks = UNSLICED,
+    tp_plan: str = "none",
     share_experts: bool = False,
     attn_implementation: str | None = None,
+    pinned_memory: str | int | None = None,
     **hub: Unpack[HubSettings],
 ) -> OffloadedModel:
     """Load `bundled`, a folder or a Hub id with its experts in host memory, and only there.
@@ -163,25 +191,36 @@ def load_offloaded(
         expert_dtype: How experts are stored: `auto`, lossless, bf16, fp8, int8 or int4; see
             `default_expert_dtype`.
         ranks: The processes that hold a slice of each expert each.
+        tp_plan: `auto`: those processes divide everything else by transformers' own plan; `none`:
+            each has all of it.
         share_experts: Map a prepared model's rows: one copy for all engines of a host.
         attn_implementation: Transformers' name of the attention to run; its own choice if None.
+        pinned_memory: Host memory to page-lock for experts, such as 24GiB; as much as the system
+            allows if None. The host hands out experts that are not: docs/lossless.md.
         **hub: Where the files come from; see `HubSettings`.
 
     Raises:
         FileNotFoundError: If there is no such model.
         ValueError: If it cannot be read, is no MoE that is supported, or does not fit in memory.
     """
-    target = resolve_device(device)
+    target, most_pinned_bytes = resolve_device(device), _most_pinned_bytes(pinned_memory)
     with loading_alone():
         checkpoint = Checkpoint.open(
             name, dtype=dtype, expert_dtype=expert_dtype, device=target, **hub
         )
+        if tp_plan not in TP_PLANS:
+            raise ValueError(f"tp_plan is {' or '.join(TP_PLANS)}, not {tp_plan!r}.")
+        if tp_plan == "auto":
+            checkpoint = checkpoint.divided(ranks)
         if share_experts:
+            if pinned_memory is not None:
+                raise ValueError("Shared rows are locked whole: leave out pinned_memory.")
             checkpoint = checkpoint.shared(ranks)
         if attn_implementation is not None:
             checkpoint.config._attn_implementation = attn_implementation
-        moe, store, others = load_with_host_experts(checkpoint, target, ranks)
-        return OffloadedModel.whole(moe, store, others, target, checkpoint.expert_dtype, ranks)
+        moe, store, others = load_with_host_experts(checkpoint, target, ranks, most_pinned_bytes)
+        loaded = OffloadedModel.whole(moe, store, others, target, checkpoint.expert_dtype, ranks)
+        return replace(loaded, is_divided=checkpoint.num_parts > 1)
 
 
 @torch.inference_mode(False)

@@ -151,10 +151,12 @@ def blocks_of(path: Path, rows: memoryview, digests: list[str]) -> list[Block]:
 def _describes(header: bytes, num_bytes: int) -> bool:
     """Whether a safetensors header is that of rows of so many bytes."""
     try:
-        entry = json.loads(header)[ROWS]
+        found = json.loads(header)
+        entry, padding = found.pop(ROWS), found.pop("__metadata__", {}).pop("padding", "")
         is_so = entry["dtype"] == "U8" and math.prod(entry["shape"]) == num_bytes
-        return bool(is_so and entry["data_offsets"] == [0, num_bytes])
-    except (ValueError, KeyError, TypeError, RecursionError):
+        is_at = entry["data_offsets"] == [0, num_bytes]
+        return bool(is_so and is_at and not found and not padding.strip(" "))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 

@@ -14,7 +14,9 @@ from foreroute.data.adapters.loading import HubSettings
 from foreroute.runtime.store.offload import OffloadedModel, offload
 
 HUB_NAMES = tuple(HubSettings.__annotations__)
-MODEL_NAMES = ("attn_implementation", "expert_dtype", "share_experts")
+MODEL_NAMES = ("attn_implementation", "expert_dtype", "pinned_memory", "share_experts", "tp_plan")
+WHEN_TAKEN_OVER = ("expert_dtype", "pinned_memory")
+"""Those that can still be had of a model that is loaded."""
 NO_OPS = ("low_cpu_mem_usage", "use_safetensors", "weights_only", "offload_state_dict")
 """What they ask for is how models are loaded here anyway."""
 INSTEAD = {
@@ -25,10 +27,9 @@ INSTEAD = {
     "load_in_8bit": "give expert_dtype='int8'",
     "load_in_4bit": "give expert_dtype='int4'",
     "experts_implementation": "the engine computes the experts itself",
-    "tp_plan": "an engine runs on one GPU",
-    "tp_size": "an engine runs on one GPU",
-    "distributed_config": "an engine runs on one GPU",
-    "device_mesh": "an engine runs on one GPU",
+    "tp_size": "torchrun says how many processes share a model; see tp_plan",
+    "distributed_config": "torchrun says how many processes share a model; see tp_plan",
+    "device_mesh": "torchrun says how many processes share a model; see tp_plan",
     "config": "a checkpoint is run with its own config; save a changed one beside the weights",
     "state_dict": "weights are read from safetensors files",
     "variant": "weights are read from model.safetensors; rename the variant's files",
@@ -129,8 +130,8 @@ def take_over(model: Any, given: PretrainedArguments) -> OffloadedModel:
     Raises:
         ValueError: If an argument says how to load it, or it is no MoE that is supported.
     """
-    asked = [name for name, value in given.model.items() if value]
-    too_late = [*given.hub, *(name for name in asked if name != "expert_dtype")]
+    asked = [name for name, value in given.model.items() if value not in (None, False, "none")]
+    too_late = [*given.hub, *(name for name in asked if name not in WHEN_TAKEN_OVER)]
     if too_late:
         raise ValueError(f"{too_late[0]} says how to load a model; this one is loaded already.")
     if not hasattr(model, "get_experts_implementation"):
@@ -144,4 +145,5 @@ def take_over(model: Any, given: PretrainedArguments) -> OffloadedModel:
         device=resolve_device(given.device),
         model_name=str(model.name_or_path),
         expert_dtype=given.model.get("expert_dtype", "auto"),
+        pinned_memory=given.model.get("pinned_memory"),
     )
