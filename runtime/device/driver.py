@@ -18,7 +18,7 @@ from foreroute.estimators.stack import EstimatorStack
 from foreroute.runtime.config import EngineConfig
 from foreroute.runtime.device.decode_graph import DecodeGraph, DecodeStep
 from foreroute.runtime.device.expert_form import find_expert_form, why_no_form
-from foreroute.runtime.device.fusions import fuse_norms
+from foreroute.runtime.device.fusions import fuse_norms, survey
 from foreroute.runtime.device.kernels.fetch import WORD, fetch
 from foreroute.runtime.device.kernels.miss import (
     AGREED,
@@ -414,6 +414,8 @@ class DeviceDriver:
             return DecodeStep(self._offloaded.moe.model, batch, length, routers)
         variants[0]()
         logger.info("Fused in a decode step: %s.", graph.fused_parts())
+        left = survey(self._offloaded.moe.model, routers).left_text
+        logger.info("Left in a decode step as the model has it: %s.", left)
         if len(variants) > 1:
             self._tune(graph)
         return graph
