@@ -28,7 +28,7 @@ class ScoreRule:
     is_recency: bool = False
     """Least recently used goes first."""
     is_adaptive: bool = False
-    """Of these two scores the one that leads counts; see `duel.py`."""
+    """Whichever of these two scores leads counts; see `duel.py`."""
 
 
 @dataclass(frozen=True, kw_only=True)
