@@ -29,6 +29,7 @@ from foreroute.data.allocator import keep_freed_memory
 from foreroute.data.batch import record_batch
 from foreroute.data.collection import Collection
 from foreroute.data.manifest import TraceManifest
+from foreroute.data.packing import TokenSequence
 from foreroute.data.recorder import RoutingRecorder
 from foreroute.data.trace_writer import TraceWriter
 from foreroute.estimators.console import run_command
@@ -93,7 +94,7 @@ def written(
         command="",
         versions={},
     )
-    sequences = [row for batch in batches for row in batch.tolist()]
+    sequences = [TokenSequence(row) for batch in batches for row in batch.tolist()]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         out = Path(folder) / "traces"
         writer = TraceWriter.begin(out, manifest, moe.anchors, overwrite=False)

@@ -29,6 +29,7 @@ MOST_JSON_BYTES = 1 << 28
 """Larger files are not JSON of ours."""
 MOST_SAID = 300
 """Characters of another library's message about a damaged file, which may repeat its content."""
+SWALLOWED_INTERRUPT = "could not determine the shape of object type 'torch.storage.Untyped"
 MOST_LINE = 1000
 """Characters of one that is told in whole."""
 VERSIONED_PACKAGES = ("foreroute", "torch", "transformers", "datasets", "lightning", "safetensors")
@@ -234,11 +235,25 @@ def write_tensors(
 
 
 @contextlib.contextmanager
+def interrupts_kept() -> Iterator[None]:
+    """While open, Ctrl-C stays one: torch makes a ValueError of it where it looks into a storage.
+
+    Safetensors has it do so for every tensor that is read.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if SWALLOWED_INTERRUPT in str(error):
+            raise KeyboardInterrupt from error
+        raise
+
+
+@contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """A safetensors file; whatever is wrong with it is one line."""
     _require_regular(path)
     try:
-        with safe_open(path, "pt") as file:
+        with interrupts_kept(), safe_open(path, "pt") as file:
             yield file
     except (SafetensorError, OSError, RuntimeError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({str(error)[:MOST_SAID]}). Make it again.") from error

@@ -11,6 +11,7 @@ import torch
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, LogitsProcessorList
 
+from foreroute.estimators.artifacts import read_tensors
 from foreroute.runtime import Engine, EngineConfig
 from foreroute.runtime.host.transfers import ImmediateTransfers
 from foreroute.runtime.store.offload import load_offloaded, offload
@@ -282,3 +283,27 @@ def test_a_model_built_under_inference_mode_is_taken_over() -> None:
         assert torch.equal(engine(TOKENS).logits, expected(TOKENS).logits)
         assert engine.model.lm_head.weight is engine.model.model.embed_tokens.weight
         assert torch.equal(engine.generate(TOKENS, **GREEDY), expected.generate(TOKENS, **GREEDY))
+
+
+@pytest.mark.parametrize("moment", [1, 20, 60])
+def test_an_interrupt_while_a_tensor_is_read_stays_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    looked, calls = torch.UntypedStorage.__getitem__, 0
+
+    def interrupted(storage: Any, index: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == moment:
+            raise KeyboardInterrupt
+        return looked(storage, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.UntypedStorage, "__getitem__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine_of(folder)
+        calls = moment - 1
+        with pytest.raises(KeyboardInterrupt):
+            read_tensors(folder / "model.safetensors")
+    with engine_of(folder) as engine:
+        assert torch.equal(engine(TOKENS).logits, stock_of(folder)(TOKENS).logits)

@@ -77,7 +77,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture
 def slow_link(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Transfers, "for_device", lambda _: SlowLink(clock))
+    monkeypatch.setattr(Transfers, "for_device", lambda *_: SlowLink(clock))
 
 
 @pytest.fixture

@@ -500,7 +500,7 @@ def test_the_size_of_a_models_experts_follows_their_dtype(tmp_path):
     )
     config.save_pretrained(tmp_path)
     given = dict.fromkeys(SimulateRequest.__dataclass_fields__) | {
-        **{"slots": "25%", "eviction": "lru", "prefetch": "none"},
+        **{"slots": "25%", "eviction": "lru", "prefetch": "none", "on_miss": "fetch"},
         **{"layer_slots": "equal", "errors": "uniform", "expert_dtype": "auto"},
     }
     profile = find_profile("h100-pcie5")

@@ -19,7 +19,7 @@ from foreroute.data.adapters.config_file import (
 )
 from foreroute.data.adapters.model_class import auto_class, writing_part
 from foreroute.data.adapters.weight_files import find_weight_files
-from foreroute.estimators.artifacts import first_line, joined_lines
+from foreroute.estimators.artifacts import first_line, interrupts_kept, joined_lines
 
 BUNDLED = "bundled"
 PREPARED_MANIFEST = "foreroute.json"
@@ -58,7 +58,7 @@ def loading_alone() -> Iterator[None]:
     """
     from transformers.utils import logging
 
-    with _LOADING, torch.inference_mode(False), torch.device("cpu"):
+    with _LOADING, interrupts_kept(), torch.inference_mode(False), _on_the_cpu():
         default, verbosity = torch.get_default_dtype(), logging.get_verbosity()
         had_bar = logging.is_progress_bar_enabled()
         try:
@@ -69,6 +69,12 @@ def loading_alone() -> Iterator[None]:
             logging.set_verbosity(verbosity)
             if had_bar:
                 logging.enable_progress_bar()
+
+
+def _on_the_cpu() -> contextlib.AbstractContextManager[Any]:
+    """Makes the CPU the default device where it is not: the context slows every call of torch."""
+    is_there = torch.get_default_device().type == "cpu"
+    return contextlib.nullcontext() if is_there else torch.device("cpu")
 
 
 def resolve_model(name: str, subfolder: str = "") -> str:

@@ -7,12 +7,13 @@ import html
 from collections.abc import Sequence
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em }
-img { max-width: 100% } figure { margin: 2em 0 } figcaption { color: #444 }
-table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums }
-th, td { padding: 2px 9px; text-align: right; border-bottom: 1px solid #ddd }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1240px; margin: 2em auto; padding: 0 1em }
+img { max-width: min(100%, 1050px) } figure { margin: 2em 0 } figcaption { color: #444 }
+table { border-collapse: collapse; margin: 1em 0; font-size: 14px;
+  font-variant-numeric: tabular-nums }
+th, td { padding: 2px 7px; text-align: right; border-bottom: 1px solid #ddd }
 th { border-bottom: 2px solid #888 } th:first-child, td:first-child { text-align: left }
-td { white-space: nowrap }
+td { white-space: nowrap } p, figcaption { max-width: 65em }
 div.wide { overflow-x: auto } pre { background: #f4f4f4; padding: 1em; white-space: pre-wrap }
 """
 
