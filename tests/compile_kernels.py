@@ -191,6 +191,12 @@ def call_everything() -> None:
     predict_logits(hidden, weight, bias, eps=1e-6, **routed)
     predict_logits(hidden, weight, bias, eps=None)
     add_expected_output(hidden, ids, chances, weight.float())
+    adaptive, lead = find_policy("adaptive").device_rule(), arrivals
+    for has_shadows in (True, False):
+        tables = ResidencyTables.empty(16, 8, "cpu", lead=lead, has_shadows=has_shadows)
+        plan(ids, tables, adaptive, copies, places=places)
+        demand = DemandPlan(tables=tables, rule=adaptive, copies=copies, places=places)
+        route(hidden, router, norm, demand)
     table = torch.zeros(9)
     rank_experts(torch.zeros(1, 16), table[:1], table[:1], table, top_k=4, budget=4)
 

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 
 from foreroute.data.adapters import load_tokenizer
+from foreroute.estimators.console import plain_console
 from foreroute.export.bundle import load_bundle
 from foreroute.runtime import Engine, EngineConfig
+from foreroute.runtime.bench.command import run_bench
 from foreroute.runtime.parallel import Lockstep, SliceRanks
+from foreroute.runtime.store.checkpoint import Checkpoint
 from foreroute.runtime.store.offload import OffloadedModel, load_offloaded
 
 CPU = torch.device("cpu")
@@ -75,6 +78,25 @@ def divided(ranks: SliceRanks, stack: Any) -> Any:
     keys = offloaded.moe.model.model.layers[0].self_attn.k_proj.weight.to_local()
     seen = {name: observe(offloaded, CASES[name]) for name in ("all", "quarter")}
     return seen | {"bundle": observe(offloaded, CASES["bundle"], stack), "keys": len(keys)}
+
+
+def benched(bundle: Path) -> Any:
+    """What `foreroute bench` finds; None on processes that do not speak."""
+    found = run_bench(
+        Checkpoint.open("bundled", dtype="float32", device=CPU),
+        [inputs()["input_ids"][:, :20]],
+        plain_console(),
+        bundle=bundle,
+        expert_slots="25%",
+        budget=None,
+        prompt_tokens=12,
+        repeats=1,
+        device="cpu",
+        expert_dtype="auto",
+        pinned_memory=None,
+    )
+    names = ("modes", "num_ranks", "exact_tokens_equal")
+    return found and {name: found[0][name] for name in names}
 
 
 class Failing:
@@ -150,6 +172,7 @@ def run_rank(out: Path, bundle: Path) -> None:
         torch.save(seen, out / f"{name}_{ranks.rank}.pt")
     torch.save({"logits": logits_in("bfloat16", ranks)}, out / f"bfloat16_{ranks.rank}.pt")
     torch.save(divided(ranks, stack), out / f"divided_{ranks.rank}.pt")
+    torch.save(benched(bundle), out / f"bench_{ranks.rank}.pt")
     torch.save(lead_or_follow(offloaded), out / f"lockstep_{ranks.rank}.pt")
     seen = see_one_die(offloaded)
     torch.save(seen, out / f"die_{ranks.rank}.pt")

@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING
 from foreroute.data.adapters import discover
 from foreroute.data.adapters.discovery import discover_outline
 from foreroute.data.adapters.weightless import outline
+from foreroute.runtime.planning import doctor
 from foreroute.runtime.planning.doctor import diagnose, report
 from foreroute.runtime.planning.packed_share import packed_share
 from foreroute.runtime.store.checkpoint import Checkpoint
@@ -197,3 +198,42 @@ def test_what_is_not_in_bfloat16_or_damaged_is_said(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"x")
     with pytest.raises(ValueError, match="is incomplete or no safetensors file"):
         share_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "joined", "left"),
+    [
+        ("qwen3_moe", ["norm Qwen3MoeRMSNorm", "router Qwen3MoeTopKRouter"], "nothing"),
+        (
+            "deepseek_v3",
+            ["norm DeepseekV3RMSNorm"],
+            "router DeepseekV3TopkRouter: it does not choose by softmax and top-k alone",
+        ),
+        ("phimoe", [], "norm LayerNorm: it has other parameters than an RMS norm's"),
+        ("qwen3_next", ["router Qwen3NextTopKRouter"], "may take more than the states"),
+    ],
+)
+def test_a_config_alone_says_what_the_decode_graph_joins_and_why_not_the_rest(
+    tmp_path, model_type, joined, left
+):
+    pytest.importorskip("triton", reason="needs triton")
+    from foreroute.runtime.device.fusions import survey
+
+    found = diagnose_tiny(tmp_path, model_type)
+    assert all(part in found.joined for part in [*joined, "rotation of", "attention"])
+    assert left in found.left
+    model = tiny_model(model_type)
+    routers = [layer.router for layer in discover(model).layers]
+    loaded = survey(model, routers)
+    assert (loaded.joined_text, loaded.left_text) == (found.joined, found.left)
+
+
+def test_without_a_decode_graph_nothing_is_said_to_be_joined(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "why_not_captured", lambda model: "it is made up")
+    found = diagnose_tiny(tmp_path, "qwen3_moe")
+    assert found.graph == "no: it is made up"
+    assert found.joined == found.left == ""
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(report(found))
+    assert "joined" not in shown.get()

@@ -188,6 +188,7 @@ class ExpertsInSlots:
             num_whole=torch.zeros(1, dtype=torch.int32),
             trust=torch.ones(2),
             prompt_weight=0.0,
+            lead=None,
         )
         run.is_prefill = False
         counters = torch.zeros(len(moe.layers), NUM_COUNTERS, dtype=torch.int32)

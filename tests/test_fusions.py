@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from foreroute.runtime.device.fusions import survey
 from foreroute.runtime.device.fusions.norms import fuse_norms
 
 
@@ -35,3 +36,24 @@ def test_a_norm_that_may_take_a_gate_is_left_alone() -> None:
 
     with ExitStack() as undo:
         assert fuse_norms(Gated(8, eps=1e-6), undo) == 0
+
+
+def test_a_survey_names_each_part_once_with_its_reason() -> None:
+    class OddNorm(torch.nn.RMSNorm):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 1
+
+    class Picky(torch.nn.Linear):
+        pass
+
+    norms = [torch.nn.RMSNorm(8, eps=1e-6), torch.nn.RMSNorm(4, eps=1e-6)]
+    model = torch.nn.Sequential(*norms, OddNorm(8, eps=1e-6), torch.nn.LayerNorm(8))
+    found = survey(model, [Picky(8, 4)] * 2)
+    assert found.joined == ("norm RMSNorm",)
+    assert found.left == (
+        "norm OddNorm: it gives something else than an RMS norm",
+        "norm LayerNorm: it has other parameters than an RMS norm's",
+        "router Picky: it does not return logits, gate weights and ids",
+        "rotation: no apply_rotary_pos_emb in the model's files",
+        "attention of single tokens: its config names no implementation",
+    )

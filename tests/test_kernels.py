@@ -26,6 +26,7 @@ from foreroute.runtime.device.kernels.tables import (
     ResidencyTables,
 )
 from foreroute.runtime.policies import find_policy
+from foreroute.runtime.policies.duel import LEAST_LEAD
 from foreroute.runtime.policies.eviction import ScoreRule
 from foreroute.runtime.store.encodings import (
     EXPERT_DTYPES,
@@ -39,24 +40,40 @@ from foreroute.runtime.store.encodings import (
 from foreroute.runtime.store.host_store import ParameterSpec, RowLayout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LRU, LFU, LRFU = (find_policy(name).device_rule() for name in ("lru", "lfu", "lrfu:5"))
+LRU, LFU, LRFU, ADAPTIVE = (
+    find_policy(name).device_rule() for name in ("lru", "lfu", "lrfu:5", "adaptive")
+)
 NUM_SEQUENCES = 1002 if torch.cuda.is_available() else 40
 
 
 def on_device(tables: ResidencyTables) -> ResidencyTables:
-    return ResidencyTables(**{name: t.clone().to(DEVICE) for name, t in vars(tables).items()})
+    there = {name: t for name, t in vars(tables).items() if t is not None}
+    return ResidencyTables(**{name: tensor.clone().to(DEVICE) for name, tensor in there.items()})
+
+
+def assert_equal_tables(got: ResidencyTables, expected: ResidencyTables, **close: float) -> None:
+    for name, tensor in vars(expected).items():
+        if tensor is not None:
+            torch.testing.assert_close(vars(got)[name].cpu(), tensor, **close)
 
 
 def no_copies(count: int) -> torch.Tensor:
     return torch.full((3, count), -1, dtype=torch.int32, device=DEVICE)
 
 
-@pytest.mark.parametrize("rule", [LRU, LFU, LRFU], ids=["lru", "lfu", "lrfu"])
+@pytest.mark.parametrize("rule", [LRU, LFU, LRFU, ADAPTIVE], ids=["lru", "lfu", "lrfu", "adaptive"])
 def test_plans_agree_with_the_reference_over_random_residency_sequences(rule: ScoreRule) -> None:
     for seed in range(NUM_SEQUENCES // 3):
         generator = torch.Generator().manual_seed(seed)
         num_experts, num_slots = 13, (4, 9, 13)[seed % 3]  # few sizes: each is compiled
-        expected = ResidencyTables.empty(num_experts, num_slots, "cpu")
+        close = torch.tensor([LEAST_LEAD - 1], dtype=torch.int32)  # either rule may soon lead
+        expected = ResidencyTables.empty(
+            num_experts,
+            num_slots,
+            "cpu",
+            lead=close if rule.is_adaptive else None,
+            has_shadows=rule.is_adaptive and seed % 4 > 0,
+        )
         got = on_device(expected)
         for _ in range(6):
             ids = torch.randperm(num_experts, generator=generator)[:4]
@@ -74,8 +91,7 @@ def test_plans_agree_with_the_reference_over_random_residency_sequences(rule: Sc
                 where = {"places": places, "is_prefetch": is_prefetch}
                 do(ids.to(copies.device), tables, rule, copies, **where)
             assert torch.equal(outputs[1].cpu(), outputs[0])
-            for name, tensor in vars(expected).items():
-                torch.testing.assert_close(vars(got)[name].cpu(), tensor, rtol=1e-6, atol=0)
+            assert_equal_tables(got, expected, rtol=1e-6, atol=0)
             got.check_integrity()
 
 
@@ -164,8 +180,7 @@ def test_heads_agree_with_the_reference_over_random_residency_sequences(num_toke
             plan_reference(ids, expected, LRFU, both[0][:3], places=both[0][3:])
             plan(ids.to(DEVICE), got, LRFU, both[1][:3], places=both[1][3:])
             assert torch.equal(both[1].cpu(), both[0])
-            for name, tensor in vars(expected).items():
-                torch.testing.assert_close(vars(got)[name].cpu(), tensor, rtol=1e-5, atol=1e-6)
+            assert_equal_tables(got, expected, rtol=1e-5, atol=1e-6)
             got.check_integrity()
         settled += int(expected.counters[TAILS]) * int(expected.counters[WASTED_HEADS])
     assert settled > 0  # some were right and some were wrong

@@ -109,7 +109,7 @@ def test_simulator_and_kernel_choose_the_same_heads(policy: str) -> None:
     assert counts[timeline.WASTED] == HEAD_SHARE * counters[WASTED_HEADS] > 0
 
 
-def device_residency(policy: str) -> DeviceResidency:
+def device_residency(policy: str, lead: torch.Tensor | None = None) -> DeviceResidency:
     """One layer's tables as a GPU's driver has them, on the CPU."""
     experts = nn.Module()
     experts.register_parameter("gate_up_proj", nn.Parameter(torch.zeros(EXPERTS, 4, 2)))
@@ -120,14 +120,17 @@ def device_residency(policy: str) -> DeviceResidency:
         form=ExpertForm(activation="silu"),
         trust=None,
         prompt_weight=rule.prompt_weight,
+        lead=lead,
         staging=None,
     )
     layer: Any = SimpleNamespace(layer_idx=0, top_k=TOP_K)
     counters = torch.zeros(7, dtype=torch.int32)
-    return DeviceResidency(layer, store.rows[0], store.layouts[0], SLOTS, run, counters)
+    return DeviceResidency(
+        layer, store.rows[0], store.layouts[0], SLOTS, run, counters, has_shadows=True
+    )
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu", "lrfu:20", "default"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "lrfu:20", "default", "adaptive"])
 def test_a_prompt_counts_the_same_on_the_host_on_the_device_and_in_the_simulator(
     policy: str,
 ) -> None:
@@ -135,7 +138,8 @@ def test_a_prompt_counts_the_same_on_the_host_on_the_device_and_in_the_simulator
     prompt = route.expert_ids[:-1, 0]  # [T, K] of the first layer
     host = LayerState(rule, EXPERTS, SLOTS)
     host.count_prompt(prompt.tolist())
-    device = device_residency(policy)
+    lead = torch.zeros(1, dtype=torch.int32) if policy == "adaptive" else None
+    device = device_residency(policy, lead)
     device.count_prompt(torch.from_numpy(prompt))
     times = LinkTimes(
         layer_ms=1.0, token_ms=0.0, predict_ms=0.0, demand_ms=(0.0,) * 4, pieces=1, piece_ms=0.0
@@ -155,8 +159,13 @@ def test_a_prompt_counts_the_same_on_the_host_on_the_device_and_in_the_simulator
     torch.testing.assert_close(device.tables.score, expected)
     simulated = torch.from_numpy(replay.cache.worth[:EXPERTS]) / unit
     torch.testing.assert_close(simulated.float(), expected)
-    if rule.worth == "recency":  # the next use is later than all of the prompt's
+    if rule.worth in ("recency", "adaptive"):  # the next use is later than all of the prompt's
         assert int(device.tables.step) == host.step == len(prompt)
+    if rule.worth == "adaptive":
+        assert device.tables.rivals is not None
+        assert device.tables.rivals[1].tolist() == host.used_at
+        assert replay.cache.used_at[:EXPERTS].tolist() == host.used_at
+        assert_shadows_agree(host, device, replay.cache.shadows[:, :EXPERTS])
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -244,7 +253,16 @@ def route_of_two_kinds() -> Route:
     )
 
 
-def test_host_and_simulator_adapt_alike() -> None:
+def assert_shadows_agree(host: LayerState, device: DeviceResidency, simulated: Any) -> None:
+    shadows, there = host._shadows, device.tables.shadows
+    assert shadows is not None
+    assert there is not None
+    expected = [sorted(shadow.experts) for shadow in shadows]
+    assert [row.nonzero().flatten().tolist() for row in there] == expected
+    assert [np.flatnonzero(row).tolist() for row in simulated] == expected
+
+
+def test_host_device_and_simulator_adapt_alike() -> None:
     route, policy, duel = route_of_two_kinds(), find_policy("adaptive"), Duel()
     times = LinkTimes(
         layer_ms=1.0, token_ms=0.0, predict_ms=0.0, demand_ms=(0.0,) * 4, pieces=1, piece_ms=0.0
@@ -252,14 +270,23 @@ def test_host_and_simulator_adapt_alike() -> None:
     replay = Replay(route, times, policy, [SLOTS] * LAYERS)
     replay.run()
     host = [LayerState(policy, EXPERTS, SLOTS, duel) for _ in range(LAYERS)]
+    lead = torch.zeros(1, dtype=torch.int32)
+    device = [device_residency("adaptive", lead) for _ in range(LAYERS)]
     prompt = route.expert_ids[~route.is_decode].tolist()
-    for layer, state in enumerate(host):
+    for layer, (state, residency) in enumerate(zip(host, device, strict=True)):
         state.warm([token[layer] for token in prompt])
-    leads = []
+        residency.warm([token[layer] for token in prompt], policy)
+    leads, copies = [], torch.zeros(3, TOP_K, dtype=torch.int32)
     for token in route.expert_ids[route.is_decode].tolist():
-        for state, ids in zip(host, token, strict=True):
-            state.demand(ids)
+        for state, residency, ids in zip(host, device, token, strict=True):
+            plan_reference(torch.tensor(ids), residency.tables, residency.rule, copies)
+            assert state.demand(ids) == [e for e in copies[0].tolist() if e >= 0]
         leads.append(duel.lead)
+        assert int(lead) == duel.lead
+    for layer, (state, residency) in enumerate(zip(host, device, strict=True)):
+        assert residency.tables.expert_in.tolist() == state.expert_in
+        own = slice(layer * EXPERTS, (layer + 1) * EXPERTS)
+        assert_shadows_agree(state, residency, replay.cache.shadows[:, own])
     held = [layer * EXPERTS + expert for layer, s in enumerate(host) for expert in s.expert_in]
     assert replay.cache.expert_in.tolist() == held
     assert replay.cache.lead[0] == duel.lead

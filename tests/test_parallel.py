@@ -42,7 +42,7 @@ def seen(request: Any, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -
     out, num_ranks = tmp_path_factory.mktemp(f"ranks{request.param}"), request.param
     ended = run_ranks(num_ranks, run_rank, out, bundle)
     assert ended == [0] * (num_ranks - 1) + [3]  # the last one was made to end so
-    names = [*cases_of(num_ranks), "bfloat16", "divided", "lockstep"]
+    names = [*cases_of(num_ranks), "bfloat16", "divided", "bench", "lockstep"]
     read = {"die": [torch.load(out / f"die_{rank}.pt") for rank in range(num_ranks - 1)]}
     for name in names:
         read[name] = [torch.load(out / f"{name}_{rank}.pt") for rank in range(num_ranks)]
@@ -117,6 +117,15 @@ def test_all_else_is_divided_by_transformers_plan_under_the_same_promises(seen: 
     whole = seen["quarter"][0]
     assert torch.allclose(first["quarter"]["logits"], whole["logits"], atol=1e-4)
     assert torch.equal(first["quarter"]["greedy"], whole["greedy"])
+
+
+def test_a_bench_measures_the_exact_modes_and_the_first_process_reports(seen: Seen) -> None:
+    found, *others = seen["bench"]
+    assert others == [None] * len(others)
+    assert found["num_ranks"] == 1 + len(others)
+    assert found["exact_tokens_equal"]
+    assert {"all-resident", "on-demand", "prefetch", "prefetch-all"} <= found["modes"].keys()
+    assert all(mode["is_exact"] for mode in found["modes"].values())
 
 
 def test_what_only_the_first_process_knows_leaves_all_in_step(seen: Seen) -> None:

@@ -109,7 +109,7 @@ def traffic_table(results: list[ModeResult]) -> Table:
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    table.add_column("mode", no_wrap=True)
+    table.add_column("mode", overflow="fold", min_width=12)  # its names give way, no figure does
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table

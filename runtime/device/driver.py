@@ -18,7 +18,7 @@ from foreroute.estimators.stack import EstimatorStack
 from foreroute.runtime.config import EngineConfig
 from foreroute.runtime.device.decode_graph import DecodeGraph, DecodeStep
 from foreroute.runtime.device.expert_form import find_expert_form, why_no_form
-from foreroute.runtime.device.fusions import fuse_norms
+from foreroute.runtime.device.fusions import fuse_norms, survey
 from foreroute.runtime.device.kernels.fetch import WORD, fetch
 from foreroute.runtime.device.kernels.miss import (
     AGREED,
@@ -57,6 +57,7 @@ from foreroute.runtime.on_miss.agreement import AgreementGuard
 from foreroute.runtime.on_miss.gates import exact_layers_of, gates_of
 from foreroute.runtime.planning.machine import find_profile
 from foreroute.runtime.policies import find_policy
+from foreroute.runtime.policies.duel import duelling_layers
 from foreroute.runtime.policies.give_up import LOOK_AHEAD, ON_DEMAND
 from foreroute.runtime.policies.prefetching import PRIOR_PREFETCHES, READOUT_SHARE
 from foreroute.runtime.policies.slots import prefill_group
@@ -94,7 +95,7 @@ def why_not_on_device(
     if reason := why_not_ruled(config.rule):
         return reason
     policy = find_policy(config.eviction)
-    if policy.worth in ("static", "adaptive") or policy.likely_bonus:
+    if policy.worth == "static" or policy.likely_bonus:
         return f"eviction={config.eviction} is decided on the host"
     if len(set(map(_shape_of, offloaded.store.layouts))) > 1:
         return "its layers have experts of different shapes"
@@ -122,6 +123,7 @@ def layer_rules(
     if rule.is_exact:
         return [None] * len(moe.layers)
     exact = exact_layers_of(config, moe.geometry)
+    first = next((layer.layer_idx for layer in moe.layers if layer.layer_idx not in exact), None)
     per_token = rule.budget_experts(size, find_profile(config.profile).copy_ms(size))
     return [
         None
@@ -132,7 +134,7 @@ def layer_rules(
             judged=judged,
             floor=config.agreement_floor,
             allowed=per_token * (place + 1) / len(moe.layers),
-            is_first=place == 0,
+            is_first=layer.layer_idx == first,
         )
         for place, (layer, gates) in enumerate(zip(moe.layers, gates_of(moe, rule), strict=True))
     ]
@@ -162,6 +164,7 @@ class DeviceDriver:
         """
         self._offloaded = offloaded
         self._policy = find_policy(config.eviction)
+        rule = self._policy.device_rule()
         store, device = offloaded.store, offloaded.device
         if store.pins.budget is not None and ahead is not None:
             logger.info("Nothing is prefetched: the host hands out experts that are not pinned.")
@@ -172,13 +175,14 @@ class DeviceDriver:
             ahead.readouts.add_expected_output = add_expected_output
         self.run = DeviceRun(
             config=config,
-            rule=self._policy.device_rule(),
+            rule=rule,
             form=form,
             predictor=DevicePredictor(ahead, offloaded.moe.model.dtype) if ahead else None,
             ahead=borrow_stream(device, self, priority=-1),
             head_words=torch.zeros(1, dtype=torch.int32, device=device),
             num_whole=torch.zeros(1, dtype=torch.int32, device=device),
             trust=torch.full((2,), PRIOR_PREFETCHES, device=device),
+            lead=torch.zeros(1, dtype=torch.int32, device=device) if rule.is_adaptive else None,
             prompt_weight=self._policy.prompt_weight if config.warm_start == "prompt" else 0.0,
             staging=None if store.pins.budget is None else Staging(store.rows, device),
         )
@@ -211,17 +215,27 @@ class DeviceDriver:
         store, run = self._offloaded.store, self.run
         return [
             DeviceLayer(
-                DeviceResidency(layer, rows, layout, num_slots, run, counters, on_miss),
+                DeviceResidency(
+                    layer,
+                    rows,
+                    layout,
+                    num_slots,
+                    run,
+                    counters,
+                    on_miss,
+                    has_shadows=has_shadows,
+                ),
                 self._prefill,
                 run,
             )
-            for layer, rows, layout, num_slots, counters, on_miss in zip(
+            for layer, rows, layout, num_slots, counters, on_miss, has_shadows in zip(
                 self._offloaded.moe.layers,
                 store.rows,
                 store.layouts,
                 slots_per_layer,
                 self._counters,
                 self._rules,
+                duelling_layers(len(self._rules)),
                 strict=True,
             )
         ]
@@ -362,7 +376,7 @@ class DeviceDriver:
             # what is learnt of real tokens: capturing and measuring run the same made-up one again
             tables = [layer.residency.tables for layer in self.layers]
             learnt = [self._counters, self._judged, self.run.trust]
-            learnt += [tensor for table in tables for tensor in (table.score, table.step)]
+            learnt += [tensor for table in tables for tensor in table.learnt]
             before = [tensor.clone() for tensor in learnt]
             try:
                 graph = self._captured(batch, length)
@@ -401,6 +415,8 @@ class DeviceDriver:
             return DecodeStep(self._offloaded.moe.model, batch, length, routers)
         variants[0]()
         logger.info("Fused in a decode step: %s.", graph.fused_parts())
+        left = survey(self._offloaded.moe.model, routers).left_text
+        logger.info("Left in a decode step as the model has it: %s.", left)
         if len(variants) > 1:
             self._tune(graph)
         return graph

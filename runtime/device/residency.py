@@ -11,6 +11,7 @@ from foreroute.data.adapters import MoELayer
 from foreroute.runtime.device.fusions.deferred import Deferred
 from foreroute.runtime.device.fusions.routers import Routing
 from foreroute.runtime.device.kernels.demand import Demand
+from foreroute.runtime.device.kernels.duel import fill_shadows, follow_lead
 from foreroute.runtime.device.kernels.fetch import WORD, fetch
 from foreroute.runtime.device.kernels.head import plan_head
 from foreroute.runtime.device.kernels.miss import LayerRule, RuledChoice
@@ -42,6 +43,8 @@ class DeviceResidency:
         run: DeviceRun,
         counters: Tensor,
         on_miss: LayerRule | None = None,
+        *,
+        has_shadows: bool = False,
     ) -> None:
         """Allocate the slots, all empty, on the device of the counters.
 
@@ -53,6 +56,7 @@ class DeviceResidency:
             run: Shared with the engine's other layers.
             counters: This layer's, [7] int32, on the device.
             on_miss: Rule about the router's experts that are absent; all are waited for if None.
+            has_shadows: Whether this layer's hits say which of two rules leads.
         """
         device = counters.device
         self.layer_idx = layer.layer_idx
@@ -64,7 +68,13 @@ class DeviceResidency:
         self.weights = layout.weights(self.slots)
         """The slots, as the weights that the products read."""
         self.tables = ResidencyTables.empty(
-            len(rows), num_slots, device, trust=run.trust, counters=counters
+            len(rows),
+            num_slots,
+            device,
+            trust=run.trust,
+            counters=counters,
+            lead=run.lead,
+            has_shadows=has_shadows and run.lead is not None,
         )
         self.is_pinned = torch.zeros(len(rows), dtype=torch.int32, device=device)
         """Whether the GPU can read an expert's row, [E]; read where the host hands out the rest."""
@@ -217,9 +227,13 @@ class DeviceResidency:
         for ids in torch.tensor(held, device=self.slots.device).split(FILL_EXPERTS):
             self.load(ids)
         unit = 1.0 if policy.worth == "recency" else state.unit
-        self.tables.score.copy_(torch.tensor(state.worth) / unit)
-        self.tables.step.fill_(state.step)
-        self.tables.is_unused_prefetch.zero_()
+        tables, worth = self.tables, torch.tensor(state.worth) / unit
+        tables.score.copy_(worth)
+        tables.step.fill_(state.step)
+        tables.is_unused_prefetch.zero_()
+        if tables.rivals is not None:
+            tables.rivals.copy_(torch.stack([worth, torch.tensor(state.used_at)]))
+            fill_shadows(tables)
 
     def count_prompt(self, expert_ids: Tensor) -> None:
         """Let a prompt's uses count for eviction, the last token's most.
@@ -230,19 +244,27 @@ class DeviceResidency:
         weight, rule = self._run.prompt_weight, self.rule
         if not weight:
             return
-        num_tokens, score = len(expert_ids), self.tables.score
+        tables, num_tokens = self.tables, len(expert_ids)
         if rule.is_recency:
-            steps = self.tables.step + torch.arange(1, num_tokens + 1, device=score.device)
-            place = torch.arange(expert_ids.shape[1], device=score.device)
-            used_at = steps.unsqueeze(1) + TIE * place  # [T, K]
-            score.scatter_reduce_(0, expert_ids.flatten().long(), used_at.flatten(), "amax")
-            self.tables.step.add_(num_tokens)
-            return
-        age = torch.arange(num_tokens - 1, -1, -1, device=score.device)
-        uses = torch.zeros(num_tokens, len(score), device=score.device).scatter_(
-            1, expert_ids.long(), 1.0
-        )
-        score.mul_(rule.decay**num_tokens).add_(weight * (rule.decay**age @ uses))
+            self._date(expert_ids, tables.score, TIE)
+        elif tables.rivals is None:
+            _fade(expert_ids, tables.score, rule.decay, weight)
+        else:
+            frequency, used_at = tables.rivals
+            _fade(expert_ids, frequency, rule.decay, weight)
+            self._date(expert_ids, used_at)
+            fill_shadows(tables)
+            follow_lead(tables)
+        if rule.is_recency or rule.is_adaptive:
+            tables.step.add_(num_tokens)
+
+    def _date(self, expert_ids: Tensor, used_at: Tensor, tie: float = 0.0) -> None:
+        """Set the steps of last uses, [E], later by `tie` per place in a token's choice."""
+        device = used_at.device
+        steps = self.tables.step + torch.arange(1, len(expert_ids) + 1, device=device)
+        place = torch.arange(expert_ids.shape[1], device=device)
+        dates = steps.unsqueeze(1) + tie * place  # [T, K]
+        used_at.scatter_reduce_(0, expert_ids.flatten().long(), dates.flatten(), "amax")
 
     def fill(self) -> None:
         """Make as many experts resident as fit, lowest ids first."""
@@ -262,6 +284,16 @@ class DeviceResidency:
                 raise RuntimeError(
                     f"Layer {self.layer_idx}: slot {slot} differs from the host's expert {expert}."
                 )
+
+
+def _fade(expert_ids: Tensor, score: Tensor, decay: float, weight: float) -> None:
+    """Decay scores, [E], over a prompt's tokens, each of whose uses counts `weight`."""
+    num_tokens = len(expert_ids)
+    age = torch.arange(num_tokens - 1, -1, -1, device=score.device)
+    uses = torch.zeros(num_tokens, len(score), device=score.device).scatter_(
+        1, expert_ids.long(), 1.0
+    )
+    score.mul_(decay**num_tokens).add_(weight * (decay**age @ uses))
 
 
 def _end_of(parameter: str, layout: RowLayout) -> int:

@@ -34,6 +34,8 @@ class DeviceRun(RunState):
     """Experts copied early before that head, [1] int32 on the device; see `plan_head`."""
     trust: Tensor
     """See `ResidencyTables`."""
+    lead: Tensor | None
+    """See `ResidencyTables`; None unless the rule is adaptive."""
     prompt_weight: float
     """What one use by a prompt counts for eviction, in uses by a decode step."""
     staging: Staging | None = None

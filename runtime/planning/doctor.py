@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -56,6 +57,10 @@ class Diagnosis:
     exact: str
     speculative: str
     graph: str
+    joined: str = ""
+    """Parts of the model that the graph's launches join; empty without a graph, as is the next."""
+    left: str = ""
+    """Parts that stay as the model has them, each with the reason."""
 
     @property
     def dense_layers(self) -> tuple[int, ...]:
@@ -88,7 +93,10 @@ def diagnose(
     experts = checkpoint.experts
     sizes = _sizes(checkpoint.outline, experts)
     sizes["graph"] = _graph(checkpoint.outline, experts.values())  # before layers are dropped
-    found = _diagnosis(name, discover_outline(checkpoint.outline, name), sizes)
+    moe = discover_outline(checkpoint.outline, name)
+    if sizes["graph"] == YES:
+        sizes |= _fusions(checkpoint.outline, moe)
+    found = _diagnosis(name, moe, sizes)
     dtype_name = str(checkpoint.dtype).removeprefix("torch.")
     method = (checkpoint.quantization or {}).get("quant_method")
     if checkpoint.encoder is None:
@@ -128,6 +136,8 @@ def report(found: Diagnosis, packed: str = "") -> Table:
         "speculative": found.speculative,
         "CUDA graph": found.graph,
     }
+    if found.joined:
+        rows |= {"joined there": found.joined, "left apart": found.left}
     if packed:
         rows["in 12 bits"] = packed
     for name, value in rows.items():
@@ -200,3 +210,13 @@ def _norm(layer: MoELayer) -> str:
 def _graph(model: Any, all_experts: Iterable[nn.Module]) -> str:
     reason = why_no_form(all_experts) or why_not_captured(model)
     return f"no: {reason}" if reason else YES
+
+
+def _fusions(model: Any, moe: MoEModel) -> dict[str, str]:
+    """What the graph joins and leaves, of one layer of each kind with made-up numbers."""
+    if importlib.util.find_spec("triton") is None:
+        return {"joined": "not known here: triton is not installed"}
+    from foreroute.runtime.device.fusions import survey
+
+    parts = survey(model, [layer.router for layer in moe.layers])
+    return {"joined": parts.joined_text, "left": parts.left_text}

@@ -27,6 +27,8 @@ class ScoreRule:
     """1 counts uses (LFU); 0.5 ** (1 / h) halves a use's worth every h steps (LRFU)."""
     is_recency: bool = False
     """Least recently used goes first."""
+    is_adaptive: bool = False
+    """Whichever of these two scores leads counts; see `duel.py`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,8 @@ class EvictionPolicy:
             return ScoreRule(is_recency=True)
         if self.worth == "frequency":
             return ScoreRule(decay=self.decay)
+        if self.worth == "adaptive":
+            return ScoreRule(decay=self.decay, is_adaptive=True)
         raise ValueError(f"Policy {self.name} has no form on the device.")
 
 

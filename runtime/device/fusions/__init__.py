@@ -8,8 +8,10 @@ from foreroute.runtime.device.fusions.deferred_norms import defer_norms
 from foreroute.runtime.device.fusions.norms import find_norms, fuse_norms
 from foreroute.runtime.device.fusions.rotary import fuse_rotary
 from foreroute.runtime.device.fusions.routers import find_routers, fuse_routers
+from foreroute.runtime.device.fusions.survey import Survey, survey
 
 __all__ = [
+    "Survey",
     "defer_norms",
     "find_norms",
     "find_routers",
@@ -17,4 +19,5 @@ __all__ = [
     "fuse_norms",
     "fuse_rotary",
     "fuse_routers",
+    "survey",
 ]

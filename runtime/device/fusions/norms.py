@@ -18,8 +18,8 @@ TOLERANCE = 1e-4
 
 def find_norms(model: nn.Module) -> list[tuple[nn.Module, Norm]]:
     """Every RMS norm whose own output PyTorch's fused one reproduces, up to rounding."""
-    found = ((module, _norm_of(module)) for module in model.modules())
-    return [(module, norm) for module, norm in found if norm is not None]
+    found = ((module, norm_or_reason(module)) for module in model.modules())
+    return [(module, norm) for module, norm in found if isinstance(norm, Norm)]
 
 
 def fuse_norms(model: nn.Module, undo: ExitStack) -> int:
@@ -39,26 +39,26 @@ def fuse_norms(model: nn.Module, undo: ExitStack) -> int:
     return len(found)
 
 
-def _norm_of(module: Any) -> Norm | None:
-    """The norm that agrees with the module's own forward, or None."""
+def norm_or_reason(module: Any) -> Norm | str:
+    """The norm that agrees with the module's own forward, or why there is none, in a few words."""
     epsilon = next((getattr(module, n) for n in EPSILON_NAMES if hasattr(module, n)), None)
     parameters = dict(module.named_parameters(recurse=False))
     weight = parameters.get("weight")
     if epsilon is None or set(parameters) != {"weight"} or weight.dim() != 1:  # type: ignore[union-attr]
-        return None
+        return "it has other parameters than an RMS norm's"
     if len(inspect.signature(type(module).forward).parameters) != 2:
-        return None  # besides itself it takes more than the states, such as a gate
+        return "it may take more than the states"  # such as a gate
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(2, len(weight), generator=generator).to(weight)  # type: ignore[arg-type]
     try:
         with torch.no_grad():
             expected = module(sample).float()
     except (TypeError, RuntimeError):  # a norm of other states
-        return None
+        return "it does not take states of its weight's width"
     for factor in (weight.detach(), weight.detach() + 1):  # type: ignore[union-attr]
         norm = Norm(factor=factor, eps=float(epsilon))
         tolerance = max(TOLERANCE, 4 * torch.finfo(sample.dtype).eps)
         got = normed_reference(sample, norm).float()
         if torch.allclose(got, expected, atol=tolerance, rtol=tolerance):
             return norm
-    return None
+    return "it gives something else than an RMS norm"

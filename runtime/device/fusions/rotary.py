@@ -37,12 +37,16 @@ def fuse_rotary(model: Any, undo: ExitStack) -> int:
         original = getattr(file, FUNCTION_NAME, None)
         if original is None:
             continue
-        shares = [share for share in (1, 2) if _rotates_alike(original, SAMPLE_DIM // share)]
-        if shares:
+        if shares := shares_of(original):
             setattr(file, FUNCTION_NAME, _fused(original, shares))
             undo.callback(setattr, file, FUNCTION_NAME, original)
             num_fused += 1
     return num_fused
+
+
+def shares_of(rotation: Rotation) -> list[int]:
+    """How many times narrower than a head the tables may be; none if it turns otherwise."""
+    return [share for share in (1, 2) if _rotates_alike(rotation, SAMPLE_DIM // share)]
 
 
 def _rotates_alike(original: Rotation, table_width: int) -> bool:

@@ -18,6 +18,7 @@ from foreroute.runtime.device.kernels.route import DemandPlan, RouterProduct, ro
 from foreroute.runtime.device.kernels.top_k import softmax_top_k, softmax_top_k_reference
 
 SAMPLE_TOKENS = 8
+NOT_THREE = "it does not return logits, gate weights and ids"
 RESULTS = ("logits", "gate_weights", "expert_ids")
 """The fields of `Choice` that a router returns."""
 
@@ -39,8 +40,8 @@ def find_routers(routers: Iterable[nn.Module]) -> list[FoundRouter]:
     Args:
         routers: Modules that take [.., D] and return logits, gate weights and ids in some order.
     """
-    found = (_found(router) for router in routers)
-    return [router for router in found if router is not None]
+    found = (router_or_reason(router) for router in routers)
+    return [router for router in found if isinstance(router, FoundRouter)]
 
 
 def fuse_routers(routers: Iterable[FoundRouter], undo: ExitStack) -> None:
@@ -63,24 +64,24 @@ def _logits(router: Any, hidden: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _found(router: Any) -> FoundRouter | None:
-    """How the router's results follow from its logits; None if not by softmax and top-k."""
+def router_or_reason(router: Any) -> FoundRouter | str:
+    """How a router's results follow from its logits, or why that is not known, in a few words."""
     parameters = dict(router.named_parameters())
     weight = parameters.get("weight")
     if weight is None or weight.dim() != 2 or not set(parameters) <= {"weight", "bias"}:
-        return None
+        return "it has more parameters than a matrix and a bias"
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(SAMPLE_TOKENS, weight.shape[1], generator=generator).to(weight)
     try:
         outputs = router(sample)
-    except (TypeError, RuntimeError):  # a router that takes more than the states
-        return None
+    except (TypeError, RuntimeError):
+        return "it takes more than the states"
     if not isinstance(outputs, tuple) or not all(isinstance(o, Tensor) for o in outputs):
-        return None
+        return NOT_THREE
     logits = _logits(router, sample)
     ids = next((o for o in outputs if not o.is_floating_point()), None)
     if ids is None or len(outputs) != 3 or ids.shape[0] != SAMPLE_TOKENS:
-        return None
+        return NOT_THREE
     top_k = ids.shape[1]
     for renormalise in (True, False):
         weights, expected_ids = softmax_top_k_reference(logits, top_k, renormalise=renormalise)
@@ -96,7 +97,7 @@ def _found(router: Any) -> FoundRouter | None:
                 arrivals=torch.zeros(1, dtype=torch.int32, device=weight.device),
             )
             return FoundRouter(module=router, order=order, product=product)
-    return None
+    return "it does not choose by softmax and top-k alone"
 
 
 def _name_of(output: Tensor, expected: dict[str, Tensor]) -> str:

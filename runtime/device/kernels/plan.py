@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foreroute.runtime.device.kernels.demand import DEMAND_PROGRAMS, MOST_TRIES, let_pass
+from foreroute.runtime.device.kernels.duel import compete, compete_reference
 from foreroute.runtime.device.kernels.miss import (
     LayerRule,
     RuledChoice,
@@ -54,6 +55,9 @@ def plan_ids(  # noqa: ANN201
     trust,
     arrived,
     progress,
+    rivals,
+    shadows,
+    lead,
     copies,
     places,
     num_experts,
@@ -79,6 +83,9 @@ def plan_ids(  # noqa: ANN201
     before = tl.load(score + experts, mask=is_expert, other=0.0)
     now = tl.load(step) + (0 if IS_PREFETCH else 1)
     where_held = tl.load(slot_of + ids, mask=ids >= 0, other=0)
+    ahead = 0
+    if lead is not None:
+        ahead = tl.load(lead)
     taken = tl.where(is_slot, 0, 1)  # slots that may not be evicted
     in_use = tl.zeros([EXPERTS], dtype=tl.int32)
     SOME: tl.constexpr = 16 if IDS > 16 else IDS
@@ -176,7 +183,23 @@ def plan_ids(  # noqa: ANN201
         tl.store(places + NUM_IDS + rank, at, mask=is_id)
     if IS_RECENCY:
         tl.store(score + experts, now.to(tl.float32), mask=in_use == 1)
-    elif not IS_PREFETCH:
+    elif IS_PREFETCH:
+        pass
+    elif rivals is not None:
+        compete(
+            score,
+            rivals,
+            shadows,
+            lead,
+            ahead,
+            in_use,
+            now,
+            decay,
+            num_experts,
+            num_slots,
+            EXPERTS,
+        )
+    else:
         tl.store(score + experts, before * decay + in_use.to(tl.float32), mask=is_expert)
 
 
@@ -194,6 +217,9 @@ def _plan_kernel(
     trust,
     arrived,
     progress,
+    rivals,
+    shadows,
+    lead,
     copies,
     places,
     num_experts,
@@ -284,6 +310,9 @@ def _plan_kernel(
         trust,
         arrived,
         progress,
+        rivals,
+        shadows,
+        lead,
         copies,
         places,
         num_experts,
@@ -343,13 +372,14 @@ def no_plan(anything: Tensor, num_experts: int) -> dict[str, Any]:
         anything: Any tensor on the device; never read.
         num_experts: E.
     """
-    tensors = [field.name for field in fields(ResidencyTables)]
+    tensors = [field.name for field in fields(ResidencyTables) if field.default is MISSING]
+    absent = [field.name for field in fields(ResidencyTables) if field.default is None]
     flags = dict.fromkeys(("IS_RECENCY", "IS_PREFETCH", "HAS_PLACES"), False)
     ones = dict.fromkeys(("COPIERS", "NUM_IDS", "IDS", "SLOTS"), 1)
     return (
         dict.fromkeys([*tensors, "expert_ids", "copies", "places"], anything)
         | {"num_slots": 0, "decay": 1.0, "memory": 1.0, "num_experts": num_experts}
-        | {"credited": None}
+        | dict.fromkeys([*absent, "credited"])
         | {**flags, **ones, "EXPERTS": triton.next_power_of_2(num_experts)}
     )
 
@@ -470,7 +500,11 @@ def plan_reference(
     named = torch.tensor(sorted({e for e in used if e >= 0}), dtype=torch.long)
     if rule.is_recency:
         tables.score[named] = now
-    elif not is_prefetch:
+    elif is_prefetch:
+        return
+    elif tables.rivals is not None:
+        compete_reference(tables, named, rule.decay)
+    else:
         tables.score *= rule.decay
         tables.score[named] += 1
 

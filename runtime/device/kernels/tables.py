@@ -54,6 +54,13 @@ class ResidencyTables:
     trust: Tensor
     """[2] float32, shared by all layers: guesses that were needed, and how many were expected to
     be; both fade by `TRUST_MEMORY`."""
+    rivals: Tensor | None = None
+    """[2, E] float32 under an adaptive rule: decayed frequency, and the step of the last use;
+    `score` is one of them."""
+    shadows: Tensor | None = None
+    """[2, E] int32, 1 where a rival alone would have made the expert resident; in some layers."""
+    lead: Tensor | None = None
+    """[1] int32, shared by all layers: hits that recency's shadows are ahead."""
 
     @classmethod
     def empty(
@@ -64,6 +71,8 @@ class ResidencyTables:
         *,
         trust: Tensor | None = None,
         counters: Tensor | None = None,
+        lead: Tensor | None = None,
+        has_shadows: bool = False,
     ) -> ResidencyTables:
         """Tables of a layer with no expert resident.
 
@@ -73,6 +82,8 @@ class ResidencyTables:
             device: Where they lie.
             trust: Shared with other layers; own if None.
             counters: A row of a tensor that holds all layers' counters; own if None.
+            lead: Shared with other layers under an adaptive rule; no rivals if None.
+            has_shadows: Whether this layer's hits count in it.
         """
 
         def filled(size: int, value: int) -> Tensor:
@@ -90,7 +101,16 @@ class ResidencyTables:
             arrived=filled(num_slots, 0),
             progress=filled(2, 0),
             trust=torch.full((2,), PRIOR_PREFETCHES, device=device) if trust is None else trust,
+            rivals=None if lead is None else torch.zeros(2, num_experts, device=device),
+            shadows=filled(2 * num_experts, 0).view(2, -1) if has_shadows else None,
+            lead=lead,
         )
+
+    @property
+    def learnt(self) -> list[Tensor]:
+        """What is known of the experts' uses."""
+        rivalry = (self.rivals, self.shadows, self.lead)
+        return [self.score, self.step, *(tensor for tensor in rivalry if tensor is not None)]
 
     def reset(self) -> None:
         """Forget everything that is resident, and the counts, in place."""
@@ -101,7 +121,7 @@ class ResidencyTables:
         """Forget everything that is resident, in place; counts go on."""
         for tensor in (self.slot_of, self.expert_in, self.pending):
             tensor.fill_(EMPTY)
-        own = (self.score, self.is_unused_prefetch, self.step, self.pending_confidence)
+        own = (*self.learnt, self.is_unused_prefetch, self.pending_confidence)
         for tensor in (*own, self.arrived, self.progress):
             tensor.zero_()
 
