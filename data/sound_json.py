@@ -17,12 +17,13 @@ BLANK = codecs.BOM_UTF8 + b" \t\r\n"
 ALL_OTHERS = bytes(set(range(256)) - set(b'"[]{}'))
 STEPS = np.zeros(256, np.int8)
 STEPS[[*b"[{"]], STEPS[[*b"]}"]] = 1, -1
-NULL_AT_THE_END = re.compile(rb"null[ \t\r]*(?:\n|$)")
-NULL_ENTRY = re.compile(rb"[\[,]\s*null")
+NULL_AT_THE_END = re.compile(rb"(?:null|NaN|Infinity)[ \t\r]*(?:\n|$)")
+NULL_ENTRY = re.compile(rb"[\[,]\s*(?:null|NaN|-?Infinity)")
 
 
 def require_sound(open_file: Callable[[], AbstractContextManager[BinaryIO]]) -> None:
-    """Refuse JSON that is nested too deeply, or that has null in the place of a row.
+    """Refuse JSON that is nested too deeply, or that has null (or NaN, which becomes it) in the
+    place of a row.
 
     Args:
         open_file: Gives the file from its beginning, decompressed if it is compressed.
@@ -34,7 +35,7 @@ def require_sound(open_file: Callable[[], AbstractContextManager[BinaryIO]]) -> 
         may_hold_null = _look_through(file)
     if may_hold_null:
         with open_file() as file:
-            if None in json.loads(file.read()):
+            if any(entry is None or isinstance(entry, float) for entry in json.loads(file.read())):
                 raise ValueError("an entry of it is null, which is no row.")
 
 
@@ -97,7 +98,7 @@ def _parts(file: BinaryIO) -> Iterator[bytes]:
 def _is_first(found: re.Match[bytes]) -> bool:
     """Whether nothing stands before it in its line."""
     line = found.string.rfind(b"\n", 0, found.start()) + 1
-    return not found.string[line : found.start()].strip(BLANK)
+    return not found.string[line : found.start()].strip(BLANK + b"-")
 
 
 def _is_json(text: bytes) -> bool:

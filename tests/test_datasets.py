@@ -297,6 +297,8 @@ def test_a_column_can_be_named(tmp_path):
         ("first.jsonl", b'null\n{"text": "a"}', "a line of it is null"),
         ("later.jsonl", b'{"text": "a"}\n null \n{"text": "b"}', "a line of it is null"),
         ("array.json", b'[{"text": "a"}, null]', "an entry of it is null"),
+        ("nan.json", b'[NaN, {"text": "a"}, {"text": {"a": 1}}]', "an entry of it is null"),
+        ("nan.jsonl", b'NaN\n{"text": "a"}\n{"text": {"a": 1}}', "a line of it is null"),
         ("lists.jsonl", b'{"text": "a", "x": ' + b"[ " * 9999 + b"}", "nested too deeply"),
         ("both.jsonl", b'{"text": "a", "x": ' + b'{"x": [' * 9999, "nested too deeply"),
     ],
