@@ -212,7 +212,7 @@ def collect(
             dtype=dtype,
             revision=revision,
             trust_remote_code=trust_remote_code,
-            # speculation is the host's; on demand, a GPU streams the experts of prompts by itself
+            # under speculation the host decides, as recording needs it; on demand, a GPU may
             decide_on="host" if speculation else "auto",
             agreement_floor=0.0,  # what is asked for is recorded to the end
         )

@@ -19,6 +19,7 @@ from foreroute.runtime.evaluation.cli import evaluate
 from foreroute.runtime.evaluation.comparison import Comparison, with_interval
 from foreroute.runtime.evaluation.forced import read_by_steps
 from foreroute.runtime.evaluation.frontier import Frontier, PriceRow, parse_quality_budget
+from foreroute.runtime.evaluation.price import _same_tokens
 
 RULES = "substitute:1.5,skip"
 
@@ -57,6 +58,7 @@ def measured(tiny_moe: Any, texts: Path, tmp_path_factory: pytest.TempPathFactor
         num_prompts=2,
         prompt_tokens=6,
         new_tokens=10,
+        free_tokens=4,
         device="cpu",
     )
     return out
@@ -78,6 +80,8 @@ def test_the_exact_rule_differs_from_itself_by_nothing_and_others_say_by_how_muc
     exact, substitute, skip = frontier.rows
     assert [row.rule for row in frontier.rows] == ["fetch", *RULES.split(",")]
     assert exact.kl == exact.kl_noise == 0
+    assert exact.same_tokens == 4
+    assert 0 <= skip.same_tokens <= 4
     assert exact.perplexity_ratio == exact.top1_agreement == exact.agreement == 1
     for row in (substitute, skip):
         assert row.kl_interval[0] <= row.kl <= row.kl_interval[1]
@@ -95,7 +99,7 @@ def test_what_is_measured_already_is_not_measured_again(
     before = Frontier.read(measured)
     flags = (
         f"--model {tiny_moe.folder} --dataset {texts} --num-prompts 2 --prompt-tokens 6 "
-        f"--device cpu --slots 3 --out {measured}"
+        f"--free-tokens 4 --device cpu --slots 3 --out {measured}"
     )
     code, output, _ = run(f"evaluate --rules {RULES} --new-tokens 10 {flags}", capsys)
     assert code == 0
@@ -104,6 +108,12 @@ def test_what_is_measured_already_is_not_measured_again(
     code, _, error = run(f"evaluate --rules {RULES} --new-tokens 9 {flags}", capsys)
     assert code == 2
     assert "give another --out" in error
+
+
+def test_tokens_count_up_to_the_first_that_differs() -> None:
+    written = torch.tensor([3, 1, 4, 1])
+    assert _same_tokens(written, written) == 4
+    assert _same_tokens(written, torch.tensor([3, 1, 5, 1])) == 2
 
 
 def test_figures_by_hand() -> None:

@@ -22,6 +22,7 @@ from foreroute.runtime.device.decode_graph import DecodeStep
 from foreroute.runtime.device.driver import layer_rules
 from foreroute.runtime.device.expert_form import find_expert_form
 from foreroute.runtime.device.kernels import demand as demand_module
+from foreroute.runtime.device.kernels import linear as linear_module
 from foreroute.runtime.device.kernels import plan as plan_module
 from foreroute.runtime.device.kernels import route as route_module
 from foreroute.runtime.device.kernels.miss import (
@@ -47,7 +48,7 @@ from foreroute.runtime.on_miss.decide import decide
 from foreroute.runtime.policies import find_policy
 from foreroute.runtime.store.offload import offload
 
-EXPERTS, TOP_K, SLOTS = 13, 3, 8
+EXPERTS, TOP_K, SLOTS, STEPS = 13, 3, 8, 5
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LRFU = find_policy("lrfu").device_rule()
 RULES = (
@@ -97,7 +98,7 @@ def test_the_kernel_decides_as_the_reference(
     own, allowance = layer_rule(text, gates), Allowance(per_token=1.3, num_layers=1)
     both = [ResidencyTables.empty(EXPERTS, SLOTS, DEVICE) for _ in range(2)]
     agreed = num_left = 0
-    for step in range(8):
+    for step in range(STEPS):
         if family is not GateFamily.OTHER:
             made = random_choice(gates, tokens, torch.float32, step)
         choice = RouterChoice(**{**vars(made), "gates": gates})
@@ -130,7 +131,7 @@ def test_the_kernel_decides_as_the_reference(
         assert int(own.judged[SPENT]) == len(absent)
         num_left += int((expected.expert_ids != choice.expert_ids).sum())
     assert num_left > 0
-    assert own.judged[[AGREED, CHOSEN]].tolist() == [agreed, 8 * tokens * TOP_K]
+    assert own.judged[[AGREED, CHOSEN]].tolist() == [agreed, STEPS * tokens * TOP_K]
 
 
 def test_weights_in_half_precision_are_rounded_once() -> None:
@@ -211,6 +212,14 @@ class RuledExperts:
         ]
         self.counters = counters
 
+    @staticmethod
+    def fill(residency: DeviceResidency) -> None:
+        """The lowest experts in the slots, as `fill_slots` has them; nothing counted."""
+        tables, count = residency.tables, len(residency.slots)
+        tables.reset()
+        tables.slot_of[:count] = tables.expert_in[:] = torch.arange(count, dtype=torch.int32)
+        residency.slots.copy_(residency.rows[:count])
+
     def step(self, tokens: Tensor) -> tuple[Tensor, DecodeStep]:
         """Logits of decode steps from an empty cache, [steps, V]."""
         moe = self.offloaded.moe
@@ -220,9 +229,7 @@ class RuledExperts:
                 own.watch_router(layer, undo)
             step = DecodeStep(moe.model, 1, 8, [layer.router for layer in moe.layers])
             for own in self.layers:  # what that read is forgotten
-                own.residency.tables.reset()
-                own.residency.fill()
-                own.residency.tables.counters.zero_()
+                self.fill(own.residency)
             self.judged.zero_()
             step.begin(torch.ones(1, 1, dtype=torch.long))
             step.positions.zero_()
@@ -244,14 +251,16 @@ def test_a_decode_step_under_a_rule_is_the_host_engines(
     monkeypatch.setattr(DecodeStep, "defers", is_fused)
     monkeypatch.setattr(decode_graph, "LENGTH_STEP", 8)
     monkeypatch.setattr(route_module, "ROWS", 16)  # few programs: they are interpreted
+    monkeypatch.setattr(linear_module, "TILE", 2**17)
     for module in (demand_module, plan_module):
         monkeypatch.setattr(module, "DEMAND_PROGRAMS", 2)
-    model = tiny_model("qwen3_moe", num_hidden_layers=2).eval()
+    model = tiny_model("qwen3_moe", num_hidden_layers=2 if is_fused else 3).eval()
     plain, tokens = copy.deepcopy(model), torch.tensor([7, 9, 4])
     slots = model.config.num_experts_per_tok + 2
     host = offload(plain, device=torch.device("cpu"), model_name="tiny")
-    rule = rule.format(budget=3 * host.expert_bytes)
-    config = EngineConfig(expert_slots=str(slots), on_miss=rule, agreement_floor=0.0)
+    rule = rule.format(budget=host.expert_bytes)
+    settings = {"expert_slots": str(slots), "on_miss": rule, "agreement_floor": 0.0}
+    config = EngineConfig(**settings, exact_layers="" if is_fused else "0")
     with Engine(host, config) as engine:
         engine.fill_slots()
         cache, expected = None, []

@@ -123,6 +123,7 @@ def layer_rules(
     if rule.is_exact:
         return [None] * len(moe.layers)
     exact = exact_layers_of(config, moe.geometry)
+    first = next((layer.layer_idx for layer in moe.layers if layer.layer_idx not in exact), None)
     per_token = rule.budget_experts(size, find_profile(config.profile).copy_ms(size))
     return [
         None
@@ -133,7 +134,7 @@ def layer_rules(
             judged=judged,
             floor=config.agreement_floor,
             allowed=per_token * (place + 1) / len(moe.layers),
-            is_first=place == 0,
+            is_first=layer.layer_idx == first,
         )
         for place, (layer, gates) in enumerate(zip(moe.layers, gates_of(moe, rule), strict=True))
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 
 def evaluate(
@@ -21,6 +22,7 @@ def evaluate(
     num_prompts: int = 24,
     prompt_tokens: int = 32,
     new_tokens: int = 160,
+    free_tokens: int = 0,
     limit: int | None = None,
     num_fewshot: int | None = None,
     batch_size: int = 1,
@@ -56,6 +58,8 @@ def evaluate(
         num_prompts: How many texts.
         prompt_tokens: Tokens of each that are read in one pass.
         new_tokens: Tokens of each that follow, read one by one.
+        free_tokens: Tokens that the model writes itself after each prompt, to see how many of them
+            are the exact model's before one is not.
         limit: Examples per task; all unless said.
         num_fewshot: Examples in the prompt; the task's own number unless said.
         batch_size: Sequences per forward pass of --tasks.
@@ -100,6 +104,7 @@ RULE_FLAGS = (
     "num_prompts",
     "prompt_tokens",
     "new_tokens",
+    "free_tokens",
 )
 TASK_FLAGS = (
     *COMMON_FLAGS,
@@ -129,6 +134,7 @@ def _measure_rules(
     num_prompts: int,
     prompt_tokens: int,
     new_tokens: int,
+    free_tokens: int,
     device: str,
     dtype: str,
     expert_dtype: str,
@@ -162,7 +168,7 @@ def _measure_rules(
     if loaded is not None:
         loaded.require_fits(offloaded.moe.geometry)
     config = EngineConfig(prefetch=prefetch or ("auto" if bundle else "none"))  # type: ignore[arg-type]
-    settings = {
+    settings: dict[str, Any] = {
         "dataset": dataset,
         "num_prompts": num_prompts,
         "prompt_tokens": prompt_tokens,
@@ -172,6 +178,8 @@ def _measure_rules(
         "bundle": str(bundle or ""),
         "prefetch": config.prefetch,
     }
+    if free_tokens:
+        settings["free_tokens"] = free_tokens
     frontier = Frontier(
         geometry=offloaded.moe.geometry,
         device=device_name(offloaded.device),
@@ -186,9 +194,11 @@ def _measure_rules(
         length = prompt_tokens + new_tokens
         num_known = vocabulary_size(offloaded.moe.model)
         texts = Texts.cut(
-            held_out_sequences(reading, dataset, num_prompts, length, num_known), prompt_tokens
+            held_out_sequences(reading, dataset, num_prompts, length, num_known),
+            prompt_tokens,
+            free_tokens,
         )
-        prices = PriceList(offloaded, loaded.stack if loaded else None, config)
+        prices = PriceList(offloaded, loaded.stack if loaded else None, config, frontier.rows)
         exact = prices.read_exact(texts, shares[0])
         for rule, share in todo:
             layers = "" if rule == "fetch" else exact_layers

@@ -49,6 +49,9 @@ class PriceRow:
     """Median time of a decode step."""
     by_position: list[dict[str, float]]
     """The same figures along the continuation."""
+    same_tokens: float | None = None
+    """Mean number of tokens that it writes, greedily, before the first that the exact engine would
+    not have written; None where nothing was written."""
 
     @property
     def worst_loss(self) -> float:

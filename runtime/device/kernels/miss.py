@@ -44,7 +44,7 @@ class LayerRule:
     allowed: float
     """Experts that a token may have copied when this layer is done; read under a budget alone."""
     is_first: bool
-    """Whether a decode step begins with this layer."""
+    """Whether no earlier layer of a decode step has a rule."""
 
 
 @dataclass(frozen=True, kw_only=True)
