@@ -22,8 +22,7 @@ NULL_ENTRY = re.compile(rb"[\[,]\s*(?:null|NaN|-?Infinity)")
 
 
 def require_sound(open_file: Callable[[], AbstractContextManager[BinaryIO]]) -> None:
-    """Refuse JSON that is nested too deeply, or that has null (or NaN, which becomes it) in the
-    place of a row.
+    """Refuse JSON that is nested too deeply, or has null (or NaN, which becomes it) for a row.
 
     Args:
         open_file: Gives the file from its beginning, decompressed if it is compressed.
