@@ -32,6 +32,7 @@ EXACT = {
     "lrfu": {"eviction": "lrfu:5", "prefetch": "all"},
     "predicted": {"eviction": "predicted", "prefetch": "auto"},
     "static": {"eviction": "static"},
+    "adaptive": {"eviction": "adaptive", "prefetch": "auto"},
 }
 SPECULATIVE = {
     "skip": {"on_miss": "skip"},

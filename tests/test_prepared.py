@@ -186,3 +186,12 @@ def test_what_cannot_be_is_refused(tmp_path):
     shutil.rmtree(out / "experts")
     packed(source, out, overwrite=True)
     logits_of(out)
+
+
+def test_a_users_own_folder_of_the_unfinished_name_is_left_alone(tmp_path):
+    source, own = save(tmp_path / "source"), tmp_path / "out.packing"
+    own.mkdir()
+    (own / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds something else; move it away"):
+        packed(source, tmp_path / "out")
+    assert (own / "notes.txt").read_text() == "mine"

@@ -122,6 +122,16 @@ class _Packing:
             found = read_json(path, _Progress, f"Remove {self._folder} to begin anew.")
             if found.asked == self._asked:
                 return found
+        begun = [path, self._folder / "experts"]
+        if (
+            self._folder.is_dir()
+            and any(self._folder.iterdir())
+            and not any(map(Path.exists, begun))
+        ):
+            raise ValueError(
+                f"{self._folder} is where an unfinished model would lie, and holds something else; "
+                "move it away, or choose another --out."
+            )
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
         return _Progress(self._asked)

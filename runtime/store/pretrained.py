@@ -20,6 +20,7 @@ WHEN_TAKEN_OVER = ("expert_dtype", "pinned_memory")
 NO_OPS = ("low_cpu_mem_usage", "use_safetensors", "weights_only", "offload_state_dict")
 """What they ask for is how models are loaded here anyway."""
 INSTEAD = {
+    "policy": "give prefetch='none', 'auto' or 'all'",
     "max_memory": "expert_slots says how much of a GPU the experts take: a number, 25% or auto",
     "offload_folder": "experts lie in host memory, none on a disk",
     "offload_buffers": "experts lie in host memory, everything else on the device",
