@@ -171,6 +171,8 @@ def test_sampling_follows_each_requests_temperature_and_seed(served: Served) -> 
         ({"model": "gpt-4"}, "pinned to 'bundled'"),
         ({"extra_body": {"generation_config": '{"num_beams": 4}'}}, "without beams"),
         ({"extra_body": {"generation_config": "["}}, "cannot be read"),
+        ({"logit_bias": {"99999999": 1}}, "logit_bias takes token ids from 0 to"),
+        ({"logit_bias": {"5": 1e9}}, "values from -100 to 100"),
     ],
 )
 def test_what_is_not_supported_is_refused_with_a_reason(

@@ -18,6 +18,7 @@ from foreroute.estimators.artifacts import first_line
 from foreroute.runtime.serving.answers import CURRENT, AnswerQueue
 
 DONE = "data: [DONE]\n\n"
+MOST_BIAS = 100  # as OpenAI's own servers take
 
 
 class _Unparsed:
@@ -98,7 +99,8 @@ class _Sampling:
         build = super()._build_generation_config  # type: ignore[misc]
         try:
             config = build(fields, model_generation_config)
-            bias = {(int(token),): float(value) for token, value in _bias(body).items()}
+            model = self.model_manager.load_model_and_processor()[0]  # type: ignore[attr-defined]
+            bias = _bias(body, len(model.get_input_embeddings().weight))
         except (TypeError, ValueError) as error:
             raise HTTPException(400, f"The generation settings cannot be read: {error}") from error
         if (config.num_beams or 1) > 1 or (config.num_return_sequences or 1) > 1:
@@ -112,11 +114,18 @@ class _Sampling:
         return config
 
 
-def _bias(body: dict[str, Any]) -> dict[Any, Any]:
+def _bias(body: dict[str, Any], vocab_size: int) -> dict[tuple[int], float]:
     given = body.get("logit_bias", {})
     if not isinstance(given, dict):
         raise TypeError(f"logit_bias must be an object of token ids, not {given!r}")
-    return given
+    bias = {(int(token),): float(value) for token, value in given.items()}
+    for (token,), value in bias.items():
+        if not (0 <= token < vocab_size and -MOST_BIAS <= value <= MOST_BIAS):
+            raise ValueError(
+                f"logit_bias takes token ids from 0 to {vocab_size - 1} and values from "
+                f"-{MOST_BIAS} to {MOST_BIAS}, not {token}: {value}"
+            )
+    return bias
 
 
 class Chat(_Sampling, ChatCompletionHandler):  # type: ignore[misc]
