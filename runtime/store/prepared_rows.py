@@ -153,9 +153,11 @@ def _describes(header: bytes, num_bytes: int) -> bool:
     try:
         found = json.loads(header)
         entry, padding = found.pop(ROWS), found.pop("__metadata__", {}).pop("padding", "")
-        is_so = entry["dtype"] == "U8" and math.prod(entry["shape"]) == num_bytes
+        shape = entry["shape"]
+        is_shape = all(type(size) is int for size in shape) and math.prod(shape) == num_bytes
         is_at = entry["data_offsets"] == [0, num_bytes]
-        return bool(is_so and is_at and not found and not padding.strip(" "))
+        is_so = entry["dtype"] == "U8" and is_shape and is_at
+        return bool(is_so and not found and not padding.strip(" "))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
