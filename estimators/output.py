@@ -280,9 +280,21 @@ def new_folder(
             yield partial
             if real.exists() and any(real.iterdir()):
                 require_free(path, kind, overwrite=overwrite, inputs=inputs)
-                _exchange(partial, real)
-            else:
-                partial.rename(real)
+            give_place(partial, real)
+
+
+def give_place(new: Path, path: Path) -> None:
+    """Give a finished folder its name; what had it then has the other's, if it is not empty.
+
+    Args:
+        new: The folder, beside `path`.
+        path: The name, which the caller has claimed and found free to take.
+    """
+    real = _real(path)
+    if real.exists() and any(real.iterdir()):
+        _exchange(new, real)
+    else:
+        new.rename(real)
 
 
 @contextlib.contextmanager

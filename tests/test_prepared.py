@@ -131,6 +131,29 @@ def test_what_another_run_left_is_not_taken_for_its_own(tmp_path, monkeypatch):
     logits_of(out)
 
 
+@pytest.mark.parametrize("stage", ["before", "after"])
+def test_the_old_model_stays_until_the_new_one_has_its_name(tmp_path, monkeypatch, stage):
+    source, out = save(tmp_path / "source"), tmp_path / "out"
+    (source / "LICENSE").write_text("Yours.")
+    packed(source, out, "int8")
+    give = pack.give_place
+
+    def killed(new, path):
+        if stage == "after":
+            give(new, path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pack, "give_place", killed)
+    with pytest.raises(KeyboardInterrupt):
+        packed(source, out, "bf16", overwrite=True)
+    monkeypatch.undo()
+    logits_of(out)  # one of the two, and whole
+    manifest = json.loads((out / "foreroute.json").read_text())
+    assert manifest["expert_dtype"] == ("int8" if stage == "before" else "bf16")
+    assert packed(source, out, "bf16", overwrite=True).expert_dtype == "bf16"
+    assert not (tmp_path / "out.packing").exists()
+
+
 def damage(path, at):
     content = bytearray(path.read_bytes())
     content[at] ^= 1

@@ -21,7 +21,7 @@ from foreroute.estimators.artifacts import (
     write_json,
     write_tensors,
 )
-from foreroute.estimators.output import OutputKind, claim, require_free, write_command
+from foreroute.estimators.output import OutputKind, claim, give_place, require_free, write_command
 from foreroute.runtime.store.checkpoint import Checkpoint
 from foreroute.runtime.store.encodings import Lossless, TooManyExceptions, without
 from foreroute.runtime.store.encodings.lossless import count_exceptions
@@ -80,9 +80,8 @@ def pack_model(
         write_json(folder / PREPARED_MANIFEST, asdict(prepared))
         (folder / PROGRESS).unlink()
         write_command(folder, KIND)
-        if out.exists():
-            shutil.rmtree(out)
-        folder.replace(out)
+        give_place(folder, out)
+        shutil.rmtree(folder, ignore_errors=True)  # the model that was there before
     return prepared
 
 
