@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -177,9 +178,15 @@ def _is_stacked(group: _Group) -> bool:
 
 def _expert_in(key: str, pattern: str) -> int:
     """The number in a tensor's name that stands where the pattern has its star."""
-    literal = pattern.strip("^$").replace("\\.", ".")
-    before, after = (re.escape(part) for part in literal.split("*", 1))
-    found = re.search(f"{before}(\\d+){after}", key)
+    found = _numbered(pattern).search(key)
     if found is None:
         raise ValueError(f"The tensor {key} does not say which expert it belongs to.")
     return int(found.group(1))
+
+
+@lru_cache
+def _numbered(pattern: str) -> re.Pattern[str]:
+    """What finds the number: thousands of names have one pattern."""
+    literal = pattern.strip("^$").replace("\\.", ".")
+    before, after = (re.escape(part) for part in literal.split("*", 1))
+    return re.compile(f"{before}(\\d+){after}")
