@@ -100,7 +100,7 @@ class _Sampling:
         try:
             config = build(fields, model_generation_config)
             model = self.model_manager.load_model_and_processor()[0]  # type: ignore[attr-defined]
-            bias = _bias(body, len(model.get_input_embeddings().weight))
+            bias = _bias(body, model)
         except (TypeError, ValueError) as error:
             raise HTTPException(400, f"The generation settings cannot be read: {error}") from error
         if (config.num_beams or 1) > 1 or (config.num_return_sequences or 1) > 1:
@@ -114,10 +114,13 @@ class _Sampling:
         return config
 
 
-def _bias(body: dict[str, Any], vocab_size: int) -> dict[tuple[int], float]:
+def _bias(body: dict[str, Any], model: Any) -> dict[tuple[int], float]:
     given = body.get("logit_bias", {})
     if not isinstance(given, dict):
         raise TypeError(f"logit_bias must be an object of token ids, not {given!r}")
+    if not given:
+        return {}
+    vocab_size = len(model.get_input_embeddings().weight)
     bias = {(int(token),): float(value) for token, value in given.items()}
     for (token,), value in bias.items():
         if not (0 <= token < vocab_size and -MOST_BIAS <= value <= MOST_BIAS):
