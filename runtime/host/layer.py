@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -110,12 +109,13 @@ class HostLayer:
         if judge is not None:
             ruling = judge.rule_on(expert_ids, gate_weights, self.router_logits, prediction)
         if ruling is None:
-            (rows,), onward = self._look_ahead([expert_ids], router_input, expert_ids, gate_weights)
+            rows, onward = self._look_ahead(expert_ids, router_input, expert_ids, gate_weights)
             self._settle(rows)
             return self._run_exact(router_input, expert_ids, rows, gate_weights, onward)
         ids, weights = ruling.expert_ids, ruling.gate_weights
-        facts = [expert_ids, ids, ruling.is_run.long()]
-        (true_rows, rows, is_run), onward = self._look_ahead(facts, router_input, ids, weights)
+        facts = torch.cat([expert_ids, ids, ruling.is_run.long()], dim=-1)
+        known, onward = self._look_ahead(facts, router_input, ids, weights)
+        true_rows, rows, is_run = _split(known, 3)
         self._settle(true_rows)
         assert judge is not None  # it ruled
         judge.count(true_rows, rows, is_run)
@@ -143,19 +143,19 @@ class HostLayer:
 
     def _look_ahead(
         self,
-        facts: Sequence[Tensor],
+        facts: Tensor,
         router_input: Tensor,
         run_ids: Tensor,
         run_weights: Tensor,
-    ) -> tuple[list[list[list[int]]], Prediction | None]:
-        """Facts [T, K] each, and the prediction for the target layer, with one sync of the host.
+    ) -> tuple[list[list[int]], Prediction | None]:
+        """Facts [T, any], and the prediction for the target layer, with one sync of the host.
 
         The prediction stands on the experts that run here, which a rule may have replaced.
         """
-        run, known = self._run, torch.cat(list(facts), dim=-1)  # [T, any]
+        run = self._run
         predictor, is_own = run.predictor, self.target is self
         if predictor is None or not run.is_looking_ahead or self.target is None or is_own:
-            return _split(known.tolist(), len(facts)), None
+            return facts.tolist(), None
         with run.ledger.spending():
             logits, ranked = predictor.predict(
                 self.layer_idx,
@@ -165,9 +165,8 @@ class HostLayer:
                 gate_weights=run_weights,
                 layer_input=self.layer_input,
             )
-            columns = self._for_host(predictor, known, ranked, logits)
-        rows, onward = _on_host(columns, ranked, logits)
-        return _split(rows, len(facts)), onward
+            columns = self._for_host(predictor, facts, ranked, logits)
+        return _on_host(columns, ranked, logits)
 
     def enter(self, layer_input: Tensor) -> None:
         """The decoder layer begins: load what is predicted for it, before its attention runs.
