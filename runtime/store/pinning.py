@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 PAGE = mmap.PAGESIZE
 CopyRow = Callable[[Tensor, Tensor], None]
 """Copies a row of the host, the second one, to a slot."""
+READ_ONLY = 8
+"""CUDA's flag for memory that the device only reads."""
 KEPT_OF_REFUSED = 7 / 8
 """Share of what could be locked before a refusal that is locked again: others need some too."""
 
@@ -25,8 +27,16 @@ class PinningRefused(RuntimeError):
     """CUDA does not page-lock so much memory; says what it said."""
 
 
-def lock(memory: mmap.mmap, address: int, num_bytes: int) -> weakref.finalize[..., mmap.mmap]:
+def lock(
+    memory: mmap.mmap, address: int, num_bytes: int, *, is_read_only: bool = False
+) -> weakref.finalize[..., mmap.mmap]:
     """Page-lock part of a mapping.
+
+    Args:
+        memory: The mapping.
+        address: Where the part begins.
+        num_bytes: Its size.
+        is_read_only: Whether it cannot be written; the device then only reads it.
 
     Returns:
         What ends the lock when it is called; the end of the mapping does so too.
@@ -34,7 +44,8 @@ def lock(memory: mmap.mmap, address: int, num_bytes: int) -> weakref.finalize[..
     Raises:
         PinningRefused: If CUDA does not do it.
     """
-    status = torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0)
+    flags = READ_ONLY if is_read_only else 0
+    status = torch.cuda.cudart().cudaHostRegister(address, num_bytes, flags)
     if int(status) != 0:
         _forget_refusal()
         raise PinningRefused(str(status))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import mmap
 import warnings
-import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,11 +15,9 @@ from torch import Tensor, nn
 from foreroute.estimators.artifacts import require_digest
 from foreroute.runtime.store.encodings import Encoder
 from foreroute.runtime.store.host_store import ALIGNMENT_BYTES, HostExpertStore, RowLayout
+from foreroute.runtime.store.pinning import PinningRefused, lock
 from foreroute.runtime.store.prepared import REMEDY, PreparedModel, RowFile
 from foreroute.runtime.store.prepared_rows import Block, blocks_of, bytes_of, damaged, run
-
-READ_ONLY = 8
-"""CUDA's flag for memory that the device only reads."""
 
 
 def map_rows(
@@ -86,14 +83,13 @@ def _lock(memory: mmap.mmap, whole: Tensor, path: Path, begin: int) -> None:
     """Page-lock a mapping until it ends."""
     if begin % ALIGNMENT_BYTES:
         raise ValueError(f"{path} has rows where no GPU reads them at full rate. {REMEDY}")
-    cudart, address = torch.cuda.cudart(), whole.data_ptr()
-    status = int(cudart.cudaHostRegister(address, whole.nbytes, READ_ONLY))
-    if status:
+    try:
+        lock(memory, whole.data_ptr(), whole.nbytes, is_read_only=True)
+    except PinningRefused as refusal:
         raise ValueError(
-            f"CUDA could not lock {path} in memory (status {status}): lay the prepared model into "
+            f"CUDA could not lock {path} in memory (status {refusal}): lay the prepared model into "
             "/dev/shm, or load it without share_experts."
-        )
-    weakref.finalize(memory, cudart.cudaHostUnregister, address)
+        ) from refusal
 
 
 def _check(block: Block, tick: Callable[[int], None]) -> None:
