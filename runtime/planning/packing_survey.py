@@ -45,9 +45,7 @@ class PackingSurvey:
         """12 bits, but for what stays."""
         encoder = encoder_named("lossless")
         assert encoder is not None  # it has a name
-        for name in self.stays:
-            encoder = without(encoder, name)
-        return encoder
+        return without(encoder, *self.stays)
 
     def count(self) -> None:
         """Read the experts and pack them."""

@@ -160,9 +160,8 @@ class _Packing:
 
     def _pack_layers(self) -> None:
         encoder = self._checkpoint.encoder
-        for name in self._done.stays:
-            assert encoder is not None  # it was the one that met them
-            encoder = without(encoder, name)
+        if encoder is not None:
+            encoder = without(encoder, *self._done.stays)
         reader = LayerReader(replace(self._checkpoint, encoder=encoder), self._moe, self._device)
         self._expert_keys = reader.tensor_names
         (self._folder / "experts").mkdir(exist_ok=True)

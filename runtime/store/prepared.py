@@ -147,11 +147,7 @@ class PreparedModel:
                 f"needs the source, {self.source}."
             )
         encoder = native or encoder_named(self.expert_dtype)
-        if encoder is None:
-            return None
-        for name in self.stays:
-            encoder = without(encoder, name)
-        return encoder
+        return None if encoder is None else without(encoder, *self.stays)
 
     def require_routers(self, folder: Path, fingerprint: str) -> None:
         """Refuse rows that were made beside other routers than the model has.

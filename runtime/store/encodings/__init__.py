@@ -69,10 +69,10 @@ def encoder_named(name: str) -> Encoder | None:
     return lambda _, rows, columns: encoding(rows, columns)
 
 
-def without(encoder: Encoder, parameter: str) -> Encoder:
-    """The same, but for one parameter: in bfloat16."""
+def without(encoder: Encoder, *parameters: str) -> Encoder:
+    """The same, but for some parameters: in bfloat16."""
 
     def encode(name: str, rows: int, columns: int) -> Encoding:
-        return Cast(rows, columns) if name == parameter else encoder(name, rows, columns)
+        return Cast(rows, columns) if name in parameters else encoder(name, rows, columns)
 
     return encode
