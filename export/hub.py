@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -11,6 +14,8 @@ from foreroute.estimators.artifacts import first_line
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 LOCAL_PATH = re.compile(r"(?<!\S)(?:/|~|\.{1,2}/|[A-Za-z]:\\|[\w.-]+(?:/[\w.-]+){2,})\S*")
 """A word that is one: absolute, from home or here, or of three parts and more."""
+CARD_FILE = "README.md"
+"""What the Hub shows of a repository."""
 BUNDLE_FILES = ("manifest.json", "estimators.safetensors")
 FRONTIER_NAME = "frontier.json"
 """What `foreroute evaluate` measured of rules on a miss; a bundle may carry it."""
@@ -64,6 +69,22 @@ def _download(repo_id: str, revision: str) -> Path:
     if missing:
         raise FileNotFoundError(f"{repo_id} on the Hub holds no bundle: it has no {missing[0]}.")
     return found
+
+
+@contextlib.contextmanager
+def linked(folder: Path, files: Iterable[str]) -> Iterator[Path]:
+    """A folder to upload, removed in the end: links to files of another, which it lies beside.
+
+    Args:
+        folder: Where the files are.
+        files: Their paths in it.
+    """
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".push-") as name:
+        place = Path(name)
+        for file in sorted(files):
+            (place / file).parent.mkdir(parents=True, exist_ok=True)
+            (place / file).symlink_to((folder / file).resolve())
+        yield place
 
 
 def upload(folder: Path, repo_id: str, *, repo_type: str, is_private: bool) -> str:

@@ -16,9 +16,7 @@ from foreroute.export.bundle import (
     save_manifest,
 )
 from foreroute.export.card import bundle_card, traces_card
-from foreroute.export.hub import FRONTIER_NAME, upload, without_paths
-
-CARD_FILE = "README.md"
+from foreroute.export.hub import CARD_FILE, FRONTIER_NAME, linked, upload, without_paths
 
 
 def push_bundle(folder: Path, repo_id: str, *, is_private: bool = False) -> str:
@@ -65,11 +63,7 @@ def push_traces(folder: Path, repo_id: str, *, is_private: bool = False) -> str:
     manifest = from_values(without_paths(traces.manifest.to_dict()), TraceManifest)
     names = {name for shard in manifest.shards for name in shard.sha256}
     names |= {path.name for path in folder.glob("*.safetensors")}
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".push-") as name:
-        place = Path(name)
-        for file in sorted(names):
-            (place / file).parent.mkdir(parents=True, exist_ok=True)
-            (place / file).symlink_to((folder / file).resolve())
+    with linked(folder, names) as place:
         write_json(place / MANIFEST_FILE, manifest.to_dict())
         traces_card(manifest, repo_id).save(place / CARD_FILE)
         return upload(place, repo_id, repo_type="dataset", is_private=is_private)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -11,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 from foreroute.data.adapters.loading import PREPARED_MANIFEST
 from foreroute.estimators.artifacts import read_json, sha256_of, write_json
 from foreroute.estimators.byte_sizes import format_bytes
-from foreroute.export.hub import HUB_NAME, upload, without_paths
+from foreroute.export.hub import CARD_FILE, HUB_NAME, linked, upload, without_paths
 from foreroute.runtime.store.prepared import REMEDY, PreparedModel, RestFile, RowFile
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
-CARD_FILE = "README.md"
 CARD = Path(__file__).parent / "prepared_card.md"
 SMALL_FILES = (
     *("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "*.py"),
@@ -52,11 +50,8 @@ def push_prepared(folder: Path, repo_id: str, *, is_private: bool = False) -> st
     weights: tuple[RowFile | RestFile, ...] = (*prepared.shards, prepared.rest)
     for entry in weights:
         _require_whole(folder / entry.file, entry.sha256)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".push-") as name:
-        place = Path(name)
-        for file in (*(entry.file for entry in weights), *_small_files(folder)):
-            (place / file).parent.mkdir(parents=True, exist_ok=True)
-            (place / file).symlink_to((folder / file).resolve())
+    files = [entry.file for entry in weights]
+    with linked(folder, [*files, *_small_files(folder)]) as place:
         _leave_paths_out(place / PREPARED_MANIFEST, without_paths)
         for path in sorted(place.rglob("*config.json")):
             _leave_paths_out(path, _portable)
