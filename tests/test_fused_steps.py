@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton", reason="needs triton")
 
+from interpreted import run_on_cpu
 from tiny_models import tiny_model
 
 from foreroute.data.adapters.seam import routed_through
 from foreroute.runtime.config import EngineConfig
 from foreroute.runtime.device import decode_graph
 from foreroute.runtime.device.decode_graph import DecodeStep
-from foreroute.runtime.device.expert_form import find_expert_form
 from foreroute.runtime.device.fusions.deferred import Deferred, Known, settled
 from foreroute.runtime.device.fusions.deferred_norms import defer_norms
 from foreroute.runtime.device.fusions.norms import find_norms
@@ -42,7 +42,6 @@ from foreroute.runtime.device.kernels.route import (
 from foreroute.runtime.device.kernels.tables import NUM_COUNTERS, ResidencyTables
 from foreroute.runtime.device.layer import DeviceLayer
 from foreroute.runtime.device.residency import DeviceResidency
-from foreroute.runtime.device.run_state import DeviceRun
 from foreroute.runtime.policies import find_policy
 from foreroute.runtime.store.offload import offload
 from foreroute.runtime.store.staging import Staging
@@ -176,21 +175,7 @@ class ExpertsInSlots:
     def __init__(self, model: Any, slots: int) -> None:
         self.offloaded = offload(model, device=torch.device("cpu"), model_name="tiny")
         store, moe = self.offloaded.store, self.offloaded.moe
-        form = find_expert_form(moe.layers[0].experts)
-        assert form is not None
-        run: Any = DeviceRun(
-            config=EngineConfig(),
-            rule=LRFU,
-            form=form,
-            predictor=None,
-            ahead=None,  # type: ignore[arg-type]
-            head_words=torch.zeros(1, dtype=torch.int32),
-            num_whole=torch.zeros(1, dtype=torch.int32),
-            trust=torch.ones(2),
-            prompt_weight=0.0,
-            lead=None,
-        )
-        run.is_prefill = False
+        run = run_on_cpu(self.offloaded, EngineConfig(), LRFU)
         counters = torch.zeros(len(moe.layers), NUM_COUNTERS, dtype=torch.int32)
         self.layers = [
             DeviceLayer(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs triton")
 
+from interpreted import run_on_cpu
 from tiny_models import tiny_model
 
 from foreroute.data.adapters.seam import routed_through
@@ -20,7 +21,6 @@ from foreroute.runtime import Engine, EngineConfig
 from foreroute.runtime.device import decode_graph
 from foreroute.runtime.device.decode_graph import DecodeStep
 from foreroute.runtime.device.driver import layer_rules
-from foreroute.runtime.device.expert_form import find_expert_form
 from foreroute.runtime.device.kernels import demand as demand_module
 from foreroute.runtime.device.kernels import linear as linear_module
 from foreroute.runtime.device.kernels import plan as plan_module
@@ -39,7 +39,6 @@ from foreroute.runtime.device.kernels.plan import plan, plan_reference
 from foreroute.runtime.device.kernels.tables import NUM_COUNTERS, ResidencyTables
 from foreroute.runtime.device.layer import DeviceLayer
 from foreroute.runtime.device.residency import DeviceResidency
-from foreroute.runtime.device.run_state import DeviceRun
 from foreroute.runtime.on_miss import find_rule
 from foreroute.runtime.on_miss.agreement import WINDOW_LAYER_STEPS
 from foreroute.runtime.on_miss.budget import Allowance
@@ -182,21 +181,8 @@ class RuledExperts:
     def __init__(self, model: Any, config: EngineConfig, slots: int) -> None:
         self.offloaded = offload(model, device=torch.device("cpu"), model_name="tiny")
         store, moe = self.offloaded.store, self.offloaded.moe
-        form = find_expert_form(moe.layers[0].experts)
-        assert form is not None
-        run: Any = DeviceRun(
-            config=config,
-            rule=find_policy(config.eviction).device_rule(),
-            form=form,
-            predictor=None,
-            ahead=None,  # type: ignore[arg-type]
-            head_words=torch.zeros(1, dtype=torch.int32),
-            num_whole=torch.zeros(1, dtype=torch.int32),
-            trust=torch.ones(2),
-            prompt_weight=0.0,
-            lead=None,
-        )
-        run.is_prefill = False
+        eviction = find_policy(config.eviction).device_rule()
+        run = run_on_cpu(self.offloaded, config, eviction)
         counters = torch.zeros(len(moe.layers), NUM_COUNTERS, dtype=torch.int32)
         self.judged = torch.zeros(NUM_JUDGED, dtype=torch.int32)
         rules = layer_rules(self.offloaded, config, self.judged)

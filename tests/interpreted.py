@@ -1,0 +1,32 @@
+"""What the device's layers share, where their kernels are interpreted on a CPU."""
+
+from typing import Any
+
+import torch
+
+from foreroute.runtime.config import EngineConfig
+from foreroute.runtime.device.expert_form import find_expert_form
+from foreroute.runtime.device.run_state import DeviceRun
+from foreroute.runtime.policies.eviction import ScoreRule
+from foreroute.runtime.store.offload import OffloadedModel
+
+
+def run_on_cpu(offloaded: OffloadedModel, config: EngineConfig, rule: ScoreRule) -> DeviceRun:
+    """Nothing is predicted, no prompt is counted, and a decode step is what comes."""
+    form = find_expert_form(offloaded.moe.layers[0].experts)
+    assert form is not None
+    no_stream: Any = None
+    run = DeviceRun(
+        config=config,
+        rule=rule,
+        form=form,
+        predictor=None,
+        ahead=no_stream,
+        head_words=torch.zeros(1, dtype=torch.int32),
+        num_whole=torch.zeros(1, dtype=torch.int32),
+        trust=torch.ones(2),
+        prompt_weight=0.0,
+        lead=None,
+    )
+    run.is_prefill = False
+    return run
