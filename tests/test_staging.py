@@ -56,22 +56,26 @@ def clone_of(demand):
     return Demand(**values)
 
 
-@pytest.mark.parametrize("pinned", [[1, 4, 7], list(range(EXPERTS))])
+@pytest.mark.parametrize("pinned", [[], [1, 4, 7], list(range(EXPERTS))])
 @pytest.mark.parametrize("ids", [[3, 1, 7, 9], [5, 5, 4, 0]])
 def test_the_host_hands_out_what_is_not_pinned_and_only_that(area, pinned, ids):
     made, rows = area
     is_pinned = torch.zeros(EXPERTS, dtype=torch.int32)
     is_pinned[pinned] = 1
+    first = min(pinned, default=EXPERTS)
     for layer in (2, 0):
         tables = ResidencyTables.empty(EXPERTS, SLOTS, CPU)
         demand, places = planned(rows[layer], tables, ids)
-        expected, expected_places = stage_reference(clone_of(demand), places, is_pinned)
+        expected, expected_places = stage_reference(clone_of(demand), places, is_pinned, first)
         before = int(made.turns.sum())
-        left, places_left = stage(demand, places, is_pinned, made, layer)
+        left, places_left = stage(demand, places, is_pinned, made, layer, first)
         assert torch.equal(left.slots, expected.slots)
         assert torch.equal(left.copies[0], expected.copies[0])
         is_copied = left.copies[0] >= 0
         assert torch.equal(left.copies[1:, is_copied], demand.copies[1:, is_copied])
+        for expert, given in torch.stack([demand.copies[0], left.copies[0]])[:, is_copied].T:
+            assert torch.equal(left.rows[given], rows[layer][expert])
+        assert left.rows.data_ptr() == (rows[layer][first:] if pinned else made.buffers).data_ptr()
         assert torch.equal(places_left, expected_places)
         staged = {e for e in ids if e not in pinned}
         assert int(made.turns.sum()) - before == 3 * len(staged)  # pieces

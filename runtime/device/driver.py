@@ -289,7 +289,7 @@ class DeviceDriver:
             self._knows_pins = True
             pins.settle([layer.residency.tables.score for layer in self.layers])
             for layer, is_pinned in zip(self.layers, pins.are_pinned, strict=True):
-                layer.residency.is_pinned.copy_(is_pinned)
+                layer.residency.learn_pins(is_pinned)
 
     def forget(self) -> None:
         """Empty every slot and drop the graph: nothing of them need be right any more."""

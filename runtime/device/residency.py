@@ -78,6 +78,8 @@ class DeviceResidency:
         )
         self.is_pinned = torch.zeros(len(rows), dtype=torch.int32, device=device)
         """Whether the GPU can read an expert's row, [E]; read where the host hands out the rest."""
+        self.first_pinned = 0
+        """The first such expert; E if there is none."""
         self.place = 0
         """Which of the MoE layers this is."""
         self._first_bytes = _end_of(run.form.first, layout)
@@ -122,7 +124,17 @@ class DeviceResidency:
         staging = self._run.staging
         if staging is None:
             return demand, places
-        return stage(demand, places, self.is_pinned, staging, self.place)
+        return stage(demand, places, self.is_pinned, staging, self.place, self.first_pinned)
+
+    def learn_pins(self, is_pinned: Tensor) -> None:
+        """Know which rows are page-locked from now on.
+
+        Args:
+            is_pinned: [E] bool, on the host.
+        """
+        self.is_pinned.copy_(is_pinned)
+        pinned = is_pinned.nonzero().flatten().tolist()
+        self.first_pinned = pinned[0] if pinned else len(is_pinned)
 
     def _copy(self, copies: Tensor) -> None:
         """Make planned copies of whole experts on the current stream."""

@@ -54,7 +54,7 @@ class Demand:
             "arrived": self.arrived,
             "progress": self.progress,
             "num_copies": num_copies,
-            "num_words": self.rows.shape[1] // WORD.itemsize,
+            "num_words": self.slots.shape[1] // WORD.itemsize,
             "first_blocks": -(-self.first_bytes // (WORD.itemsize * BLOCK_WORDS)),
             "COPIERS": DEMAND_PROGRAMS,
             "COPIES": triton.next_power_of_2(num_copies),

@@ -30,7 +30,7 @@ MOST_TRIES = 1 << 24
 """Looks of one program for its answer, some 20 s, before it gives up and says so."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer", "first_pinned"])
 def _stage_kernel(
     copies,
     places,
@@ -46,6 +46,7 @@ def _stage_kernel(
     num_copies,
     num_words,
     layer,
+    first_pinned,
     most_tries,
     NUM_IDS: tl.constexpr,
     IDS: tl.constexpr,
@@ -102,7 +103,9 @@ def _stage_kernel(
     if lane == 0:
         wanted = tl.load(copies + nth, mask=is_copy, other=NO_EXPERT)
         is_here = tl.load(is_pinned + wanted, mask=wanted >= 0, other=1)
-        tl.store(copies_left + nth, tl.where(is_here == 0, NO_EXPERT, wanted), mask=is_copy)
+        is_left = (wanted >= 0) & (is_here != 0)
+        left = tl.where(is_left, wanted - first_pinned, NO_EXPERT)
+        tl.store(copies_left + nth, left, mask=is_copy)
         for row in tl.static_range(1, 3):
             others = tl.load(copies + row * num_copies + nth, mask=is_copy)
             tl.store(copies_left + row * num_copies + nth, others, mask=is_copy)
@@ -117,6 +120,7 @@ def stage(
     is_pinned: Tensor,
     staging: Staging,
     layer: int,
+    first_pinned: int = 0,
     most_tries: int = MOST_TRIES,
 ) -> tuple[Demand, Tensor]:
     """Copy what the host must hand out.
@@ -127,10 +131,13 @@ def stage(
         is_pinned: Whether an expert's row is page-locked, [E] int32 on the device.
         staging: Where the host hands out the others.
         layer: Which of its layers.
+        first_pinned: The first expert whose row is page-locked, E if none is. What multiplies is
+            given the rows from there on, as CUDA takes no address that it cannot read.
         most_tries: See `MOST_TRIES`.
 
     Returns:
-        What is left to be copied, and the places, where nobody waits for what has come.
+        What is left to be copied, its experts counted from the first page-locked one on, and the
+        places, where nobody waits for what has come.
     """
     copies = demand.copies
     left, places_left = copies.new_empty(copies.shape), places.new_empty(places.shape)
@@ -150,6 +157,7 @@ def stage(
         num_copies,
         demand.slots.shape[1] // WORD.itemsize,
         layer,
+        first_pinned,
         most_tries,
         NUM_IDS=num_ids,
         IDS=triton.next_power_of_2(num_ids),
@@ -164,10 +172,15 @@ def stage(
         BLOCK=BLOCK_WORDS,
         num_warps=4,
     )
-    return replace(demand, copies=left), places_left
+    readable = demand.rows[first_pinned:]
+    if not len(readable):
+        readable = staging.buffers  # any address that CUDA takes; no copy is left
+    return replace(demand, rows=readable, copies=left), places_left
 
 
-def stage_reference(demand: Demand, places: Tensor, is_pinned: Tensor) -> tuple[Demand, Tensor]:
+def stage_reference(
+    demand: Demand, places: Tensor, is_pinned: Tensor, first_pinned: int = 0
+) -> tuple[Demand, Tensor]:
     """What `stage` does, in plain PyTorch."""
     left, places_left = demand.copies.clone(), places.clone()
     for k, (expert, slot, _) in enumerate(demand.copies.T.tolist()):
@@ -175,4 +188,6 @@ def stage_reference(demand: Demand, places: Tensor, is_pinned: Tensor) -> tuple[
             demand.slots[slot].copy_(demand.rows[expert])
             left[0, k] = EMPTY
             places_left[0][places_left[0] == -1 - slot] = slot
+        elif expert >= 0:
+            left[0, k] = expert - first_pinned
     return replace(demand, copies=left), places_left
