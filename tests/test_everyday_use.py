@@ -1,7 +1,9 @@
 """What people do around a model: threads, Ctrl-C, saving, adapters; the output stays right."""
 
+import contextlib
 import copy
 import gc
+import itertools
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from foreroute.estimators.artifacts import read_tensors
 from foreroute.runtime import Engine, EngineConfig
 from foreroute.runtime.host.transfers import ImmediateTransfers
 from foreroute.runtime.store.offload import load_offloaded, offload
+from foreroute.runtime.store.whole_model import move_checkpoint
 
 CPU = torch.device("cpu")
 TOKENS = torch.arange(3, 12).unsqueeze(0)
@@ -124,6 +127,54 @@ def test_a_saved_model_has_its_experts(folder: Path, tmp_path: Path) -> None:
     for saved in (tmp_path / "saved", folder):
         assert torch.equal(stock_of(saved)(TOKENS).logits, expected)
         assert not list(saved.glob(".saving*"))
+
+
+class Killed(BaseException):
+    """Stands for a kill: nobody catches it."""
+
+
+def die_after(monkeypatch: pytest.MonkeyPatch, num_changes: int) -> None:
+    left = iter(range(num_changes))
+    for name in ("replace", "unlink", "rmdir"):
+
+        def change(path: Path, *args: Any, do: Any = getattr(Path, name), **settings: Any) -> Any:
+            if next(left, None) is None:
+                raise Killed
+            return do(path, *args, **settings)
+
+        monkeypatch.setattr(Path, name, change)
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-2])  # the second is a change of the config
+@pytest.mark.parametrize(
+    "sizes", [("5GB", "5GB"), ("5GB", "400KB"), ("400KB", "5GB"), ("400KB", "400KB"), ("400KB", "300KB")]
+)
+def test_a_checkpoint_moved_over_another_and_killed_at_any_change_is_never_a_mixture(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sizes: tuple[str, str],
+    eps: float,
+) -> None:
+    old, new = tiny_model("qwen3_moe"), tiny_model("qwen3_moe", seed=1, rms_norm_eps=eps)
+    for num_changes in itertools.count():
+        place = tmp_path / str(num_changes)
+        for model, to, size in zip((old, new), (place, place / ".saving-x"), sizes, strict=True):
+            model.save_pretrained(to, max_shard_size=size)
+        right = [stock_of(path)(TOKENS).logits for path in (place, place / ".saving-x")]
+        with monkeypatch.context() as patched, contextlib.suppress(Killed):
+            die_after(patched, num_changes)
+            move_checkpoint(place / ".saving-x", place)
+            break
+        try:
+            found = stock_of(place)(TOKENS).logits
+            assert any(torch.equal(found, logits) for logits in right)
+        except OSError:  # refused, and nothing is lost
+            for path in (place / ".saving-x").iterdir():
+                path.replace(place / path.name)
+            assert torch.equal(stock_of(place)(TOKENS).logits, right[1])
+    assert torch.equal(stock_of(place)(TOKENS).logits, right[1])
+    assert not (place / ".saving-x").exists()
 
 
 def test_experts_in_fewer_bits_are_saved_decoded(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import filecmp
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +19,10 @@ from foreroute.runtime.store.lent_weights import LentWeights
 SHARD_SIZE = "5GB"
 """What is copied at once while saving."""
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+HEADS = ("model.safetensors", "model.safetensors.index.json")
+"""One of them makes a folder's weights be read: transformers looks for the first, then the other,
+which names the shards."""
+CONFIG_NAME = "config.json"
 
 
 class WholeModel:
@@ -49,7 +55,8 @@ class WholeModel:
     def save_pretrained(self, save_directory: str | Path, *args: Any, **settings: Any) -> None:
         """Save the model as `save_pretrained` does, with its experts, in full precision.
 
-        The folder may be the model's own: files are written under other names first.
+        The folder may be the model's own: files are written under other names first, see
+        `move_checkpoint`.
         """
         self._require_whole()
         if getattr(self._model, "_hf_peft_config_loaded", False):  # only the adapter is saved
@@ -60,14 +67,13 @@ class WholeModel:
         settings = {"max_shard_size": SHARD_SIZE, "repo_id": folder.name} | settings
         if not settings.get("push_to_hub"):
             del settings["repo_id"]
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as fresh:
+        fresh = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-"))
+        try:
             self._save(fresh, *args, **settings)
-            new = {path.name: path for path in Path(fresh).iterdir()}
-            for old in folder.iterdir():
-                if WEIGHTS.fullmatch(old.name) and old.name not in new:
-                    old.unlink()
-            for name, path in new.items():
-                path.replace(folder / name)
+        except BaseException:
+            shutil.rmtree(fresh)
+            raise
+        move_checkpoint(fresh, folder)
 
     def load_adapter(self, *args: Any, **settings: Any) -> Any:
         """Load an adapter as `load_adapter` does; it looks at shapes only."""
@@ -126,3 +132,35 @@ class WholeModel:
                 "Engine.from_pretrained(..., device=...)."
             )
         return type(self._model)._apply(self._model, change, *args, **settings)
+
+
+def move_checkpoint(fresh: Path, folder: Path) -> None:
+    """Move a whole checkpoint to where another may lie, whose weights go.
+
+    Killed at any point, the folder holds the old checkpoint, the new one, or (only where shards of
+    the same names, or the config, must change under what names them) one that does not load while
+    all of the new one is in the two folders; never a mixture of both.
+
+    Args:
+        fresh: A folder in `folder`, with the new checkpoint alone; removed.
+        folder: What has a new file's name here is replaced.
+    """
+    new = sorted((path.name for path in fresh.iterdir()), key=lambda name: name in HEADS)
+    has_weights = any(name in HEADS for name in new)
+    if has_weights and any(_changes(fresh / name, folder / name) for name in new):
+        for name in HEADS:
+            (folder / name).unlink(missing_ok=True)
+    for name in new:
+        (fresh / name).replace(folder / name)
+    fresh.rmdir()
+    for old in folder.iterdir():
+        if has_weights and WEIGHTS.fullmatch(old.name) and old.name not in new:
+            old.unlink()
+
+
+def _changes(new: Path, old: Path) -> bool:
+    """Whether a file changes what the old checkpoint's head is about."""
+    is_part = new.name == CONFIG_NAME or (WEIGHTS.fullmatch(new.name) and new.name not in HEADS)
+    if not is_part or not old.exists():
+        return False
+    return new.name != CONFIG_NAME or not filecmp.cmp(new, old, shallow=False)
