@@ -21,11 +21,17 @@ from foreroute.estimators import EstimatorSpec, EstimatorStack
 from foreroute.estimators.artifacts import sha256_of, write_json
 from foreroute.estimators.calibration import Calibration
 from foreroute.estimators.expected_cost import FetchCosts
+from foreroute.estimators.metrics import RecallMetrics
 from foreroute.estimators.output import claim
 from foreroute.export.bundle import CalibrationEntry, PairEntry, load_bundle, save_bundle
+from foreroute.export.compare.rows import read_rows
+from foreroute.export.compare.tables import curve_table, main_table, saved_table, worth_table
+from foreroute.export.report.bench_page import read_bench, verdict
 from foreroute.runtime.planning.machine import find_profile, load_profile
+from foreroute.runtime.tune.steps import STATE_NAME, Journal
+from foreroute.runtime.tune.summary import summarise
 from foreroute.train.checkpoints import require_whole
-from foreroute.train.run import FitConfig, RunPlan, finish_run, load_run, open_run
+from foreroute.train.run import FitConfig, RunPlan, finish_run, load_run, open_run, read_metrics
 from foreroute.train.split import SequenceSplit
 
 
@@ -58,8 +64,8 @@ def make_bundle(folder: Path) -> None:
     save_bundle(folder, stack, entries, num_held_out_tokens=7, provenance={}, calibration=fitted)
 
 
-def make_run(folder: Path) -> None:
-    """A finished run of two layers."""
+def make_run(folder: Path, *, is_there: bool = True) -> None:
+    """A finished run of two layers, in a folder that is there already or not."""
     torch.manual_seed(0)
     spec = EstimatorSpec(form="low-rank", rank=2, target_layers=(1, 2))
     vectors = torch.randn(3, 8, 16)
@@ -74,10 +80,75 @@ def make_run(folder: Path) -> None:
         split=SequenceSplit(train=range(8), held_out=range(9, 12)),
         config=FitConfig(),
     )
-    folder.rmdir()
+    if is_there:
+        folder.rmdir()
     open_run(folder, plan, overwrite=False, resume=False)
-    figures = {"recall_at_k": 0.5, "per_layer": {"recall_at_k": [0.5, 0.5]}}
-    finish_run(folder, stack, {"estimator": figures, "num_train_tokens": 8})
+    figures = RecallMetrics(
+        recall_at_budgets={2: [0.5, 0.25]}, gate_mass_recall=[0.5, 0.5], exact_set=[0.0, 0.5]
+    ).to_dict()
+    metrics = {
+        "estimator": figures,
+        "baselines": {"random": figures},
+        "mean": {"random": 0.25},
+        "form": "low-rank",
+        "layers": [1, 2],
+        "budgets": [2],
+        "top_k": 2,
+        "num_held_out_tokens": 8,
+        "num_train_tokens": 8,
+    }
+    finish_run(folder, stack, metrics)
+
+
+def make_tuning(folder: Path) -> None:
+    """What a tuning reads again when all its steps are done."""
+    done = {"command": "foreroute bench", "seconds": 1.5}
+    write_json(folder / STATE_NAME, {"steps": {"bench": done, "train": done}})
+    figures = ("tpot_ms", "tpot_ms_p25", "tpot_ms_p75", "ttft_ms", "bytes_per_token")
+    row = dict.fromkeys((*figures, "wasted_bytes_per_token", "agreement", "hit_rate"), 0.5)
+    row |= {"is_exact": True, "perplexity_change": None}
+    bench = {
+        "device": "cpu",
+        "model": toy_geometry(0, 1, 2).to_dict(),
+        "reference": "stock",
+        "exact_tokens_equal": True,
+        "modes": {"stock": row, "on-demand": row, "skip": row | {"is_exact": False}},
+        "notes": ["A note."],
+    }
+    write_json(folder / "bench.json", bench)
+    make_run(folder / "run", is_there=False)
+
+
+def read_tuning(folder: Path) -> None:
+    """Read and put together what a finished tuning does, but for the pictures."""
+    bench = read_bench(folder / "bench.json")
+    summarise(read_metrics(folder / "run"), bench, Journal(folder).seconds)
+    verdict(bench)
+
+
+ROW_NAME = "low-rank-h1.json"
+
+
+def make_rows(folder: Path) -> None:
+    """A predictor's row of a comparison."""
+    names = ("recall_at_k", "recall_at_1_5k", "gate_mass_recall", "exact_set", "ece")
+    saved = {"profile": "p", "slots": "25%", "rule": "head"}
+    row = dict.fromkeys((*names, "fit_seconds", "us_by_layer", "extra_us", "tpot_saved"), 0.5)
+    row |= dict.fromkeys(("horizon", "depth", "rank", "width"), 1) | saved
+    row |= dict.fromkeys(("tokens_ahead", "params", "training_tokens", "held_out_tokens"), 0)
+    row |= dict.fromkeys(("model", "trained_on", "tested_on", "device", "torch"), "text")
+    row |= {"form": "low-rank", "input": "residual", "prior": "none", "after": ""}
+    row |= {"slug": ROW_NAME.removesuffix(".json"), "recall_at_k_ci": [0.25, 0.75]}
+    row |= {"recall_per_layer": [0.5], "chosen_cost_per_layer": [1.5], "is_curve": True}
+    worth = saved | {"saved": 0.5, "wasted_bytes": 1.0, "stall_ms": 0.1}
+    write_json(folder / ROW_NAME, {"rows": [row | {"worth": [worth]}]})
+
+
+def read_row(folder: Path) -> None:
+    """Read a row and write it into every table."""
+    rows = read_rows(folder / ROW_NAME, ["text"])
+    for make in (main_table, worth_table, saved_table, curve_table):
+        make(rows)
 
 
 def make_traces(folder: Path, *, is_finished: bool = True) -> None:
@@ -218,6 +289,13 @@ TARGETS: dict[str, Target] = {
         read_begun,
         share=8,
     ),
+    "tuning": Target(
+        make_tuning,
+        (STATE_NAME, "bench.json", "run/metrics.json"),
+        read_tuning,
+        share=8,
+    ),
+    "comparison": Target(make_rows, (ROW_NAME,), read_row, share=8),
     "profile": Target(
         lambda folder: write_json(folder / "p.json", find_profile("h100-pcie5").to_dict()),
         ("p.json",),

@@ -148,6 +148,21 @@ def test_the_same_command_again_fits_nothing(comparison, tiny_moe, text_dataset)
         compare_predictors(comparison, model=str(tiny_moe.folder), dataset="other", **SETTINGS)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("form", 1), ("recall_at_k_ci", [1.0]), ("chosen_cost_per_layer", []), ("slug", "../x")],
+)
+def test_a_damaged_row_is_named_and_what_to_do_about_it(comparison, field, value) -> None:
+    path = next((comparison / "rows").glob("low-rank-quasi-hidden-h1*"))
+    good = path.read_text()
+    path.write_text(json.dumps({"rows": [json.loads(good)["rows"][0] | {field: value}]}))
+    try:
+        with pytest.raises(ValueError, match=rf"{path.name} is damaged .*measures that predictor"):
+            compare_predictors(comparison, device="cpu")
+    finally:
+        path.write_text(good)
+
+
 def test_a_predictor_that_there_was_no_time_for_is_made_by_the_next_call(
     comparison, tiny_moe, text_dataset, capsys
 ) -> None:

@@ -5,6 +5,7 @@ import copy
 import gc
 import itertools
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -135,19 +136,23 @@ class Killed(BaseException):
 
 def die_after(monkeypatch: pytest.MonkeyPatch, num_changes: int) -> None:
     left = iter(range(num_changes))
-    for name in ("replace", "unlink", "rmdir"):
 
-        def change(path: Path, *args: Any, do: Any = getattr(Path, name), **settings: Any) -> Any:
+    def or_die(change: Callable[..., Any]) -> Callable[..., Any]:
+        def changed(path: Path, *args: Any, **settings: Any) -> Any:
             if next(left, None) is None:
                 raise Killed
-            return do(path, *args, **settings)
+            return change(path, *args, **settings)
 
-        monkeypatch.setattr(Path, name, change)
+        return changed
+
+    for name in ("replace", "unlink", "rmdir"):
+        monkeypatch.setattr(Path, name, or_die(getattr(Path, name)))
 
 
 @pytest.mark.parametrize("eps", [1e-6, 1e-2])  # the second is a change of the config
 @pytest.mark.parametrize(
-    "sizes", [("5GB", "5GB"), ("5GB", "400KB"), ("400KB", "5GB"), ("400KB", "400KB"), ("400KB", "300KB")]
+    "sizes",
+    [("5GB", "5GB"), ("5GB", "400KB"), ("400KB", "5GB"), ("400KB", "400KB"), ("400KB", "300KB")],
 )
 def test_a_checkpoint_moved_over_another_and_killed_at_any_change_is_never_a_mixture(
     folder: Path,

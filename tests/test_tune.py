@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 from pages import loaded_from_elsewhere
+from toys import toy_geometry
 
 from foreroute.data.collect import collect_traces
+from foreroute.estimators.artifacts import write_json
 from foreroute.export.cli import export
-from foreroute.export.report.bench_page import bench_page
+from foreroute.export.report.bench_page import bench_page, read_bench
 from foreroute.export.report.cli import report
 from foreroute.export.report.tune_page import tune_page
 from foreroute.runtime import cli
@@ -152,10 +154,29 @@ def test_too_few_tokens_are_refused_before_anything_runs(tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
-def test_a_damaged_journal_is_named(tmp_path: Path) -> None:
-    (tmp_path / steps.STATE_NAME).write_text("{")
-    with pytest.raises(ValueError, match=r"tune\.json is damaged"):
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{", "{}", '{"steps": []}', '{"steps": {"a": {}}}', '{"steps": {"a": 1}}'),
+        '{"steps": {"a": {"command": "x", "seconds": "1"}}}',
+    ],
+)
+def test_a_damaged_journal_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / steps.STATE_NAME).write_text(text)
+    with pytest.raises(ValueError, match=r"tune\.json is damaged .*begin anew"):
         Journal(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["device", "model", "modes", "reference", "on-demand", "tpot_ms"])
+def test_a_bench_that_lacks_something_is_named(tmp_path: Path, field: str) -> None:
+    whole = bench() | {"device": "cpu", "model": toy_geometry(0, 1).to_dict()}
+    write_json(tmp_path / "bench.json", whole)
+    assert read_bench(tmp_path / "bench.json") == whole
+    for part in (whole, whole["modes"], whole["modes"].get("on-demand", {})):
+        part.pop(field, None)
+    write_json(tmp_path / "bench.json", whole)
+    with pytest.raises(ValueError, match=rf"bench\.json is damaged .*{field}.*bench again"):
+        read_bench(tmp_path / "bench.json")
 
 
 def bench() -> dict[str, Any]:

@@ -27,7 +27,7 @@ from foreroute.estimators import (
     RecallMetrics,
     default_budgets,
 )
-from foreroute.estimators.artifacts import read_json, sha256_of
+from foreroute.estimators.artifacts import sha256_of
 from foreroute.estimators.output import claim
 from foreroute.estimators.ranks import ALONE, Ranks, joined_ranks
 from foreroute.train.baselines import baseline_fields, build_baselines
@@ -47,6 +47,7 @@ from foreroute.train.run import (
     RunPlan,
     finish_run,
     open_run,
+    read_metrics,
 )
 from foreroute.train.shards import PairedShards
 from foreroute.train.split import MIN_SEQUENCES, split_off_validation, split_sequences
@@ -119,7 +120,7 @@ def train_estimator(
             lambda: open_run(out, plan, overwrite=overwrite, resume=resume, inputs=[traces.folder])
         )
         if ranks.first((out / METRICS_NAME).is_file):
-            return ranks.first(lambda: read_json(out / METRICS_NAME))
+            return ranks.first(lambda: read_metrics(out))
         mine = dataclasses.replace(plan, spec=stack.spec)
         fitted = fit_stack(stack, traces, mine, _folder_of(out, stack, ranks), memory_bytes, ranks)
         measured = measure_part(stack, traces, mine, vectors, chosen)

@@ -122,22 +122,51 @@ class PerLayer(TypedDict):
 
     recall_at_k: list[float]
     """At a budget of K, by pair."""
+    gate_mass_recall: list[float]
+    """The same by gate weights."""
+    exact_set: list[float]
+    """Share of tokens with all K experts predicted, by pair."""
+    recall_at_budgets: dict[str, list[float]]
+    """Recall by budget and pair."""
 
 
 class FormMetrics(TypedDict):
     """Figures of one predictor, as far as they are read again."""
 
     recall_at_k: float
-    """At a budget of K, mean over pairs."""
+    """At a budget of K, mean over pairs, as all that follow."""
+    gate_mass_recall: float
+    exact_set: float
+    recall_at_budgets: dict[str, float]
     per_layer: PerLayer
     """By pair."""
+
+
+class Means(TypedDict):
+    """Mean recall at a budget of K by predictor."""
+
+    random: float
 
 
 class RunMetrics(TypedDict):
     """What metrics.json holds, as far as it is read again."""
 
+    top_k: Count
+    """Experts per token."""
+    layers: list[Count]
+    """The target layer of each pair."""
+    budgets: list[Count]
+    """Experts predicted."""
+    num_held_out_tokens: Count
+    """It was measured on."""
+    mean: Means
+    """By predictor."""
+    form: str
+    """Which was trained."""
     estimator: FormMetrics
-    """The trained form."""
+    """The trained form's."""
+    baselines: dict[str, FormMetrics]
+    """By name."""
     num_train_tokens: Count
     """It was trained on."""
     tensors_sha256: str
@@ -205,8 +234,7 @@ def load_run(folder: Path) -> FinishedRun:
     if not (folder / METRICS_NAME).is_file():
         raise ValueError(f"{folder} is unfinished. Run train-estimator with --resume first.")
     plan = _read_plan(folder)
-    read_json(folder / METRICS_NAME, RunMetrics, REMEDY)  # is everything there?
-    metrics = read_json(folder / METRICS_NAME, dict[str, Any], REMEDY)
+    metrics = read_metrics(folder)
     path, num_layers = folder / TENSORS_NAME, len(plan.spec.target_layers)
     if len(metrics["estimator"]["per_layer"]["recall_at_k"]) != num_layers:
         raise ValueError(f"{folder / METRICS_NAME} is damaged (not of {num_layers} layers).")
@@ -221,6 +249,27 @@ def load_run(folder: Path) -> FinishedRun:
         norm_eps=plan.norm_eps,
     )
     return FinishedRun(plan=plan, stack=stack.eval(), metrics=metrics)
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """What a finished run measured, as it is in its file; `RunMetrics` says what is always there.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is damaged; names file and field.
+    """
+    path = folder / METRICS_NAME
+    known = read_json(path, RunMetrics, REMEDY)
+    num_layers, budgets = len(known["layers"]), set(map(str, known["budgets"]))
+    for figures in (known["estimator"], *known["baselines"].values()):
+        by_budget, by_layer = figures["recall_at_budgets"], figures["per_layer"]
+        lists = [by_layer[name] for name in ("recall_at_k", "gate_mass_recall", "exact_set")]
+        lists += by_layer["recall_at_budgets"].values()
+        if not num_layers or {len(values) for values in lists} != {num_layers}:
+            raise ValueError(f"{path} is damaged (not of {num_layers} layers). {REMEDY}")
+        if not budgets <= by_budget.keys() & by_layer["recall_at_budgets"].keys():
+            raise ValueError(f"{path} is damaged (a budget is missing). {REMEDY}")
+    return read_json(path)
 
 
 def _read_plan(folder: Path) -> RunPlan:

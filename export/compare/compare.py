@@ -7,7 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -23,12 +23,17 @@ from foreroute.export.compare.plan import (
 from foreroute.export.compare.predicted import PredictedExperts
 from foreroute.export.compare.prediction_time import layer_by_layer_us, prediction_us
 from foreroute.export.compare.recording import record
+from foreroute.export.compare.rows import read_rows
 from foreroute.export.compare.score import score
 from foreroute.export.compare.study import Group, Outcome, Study
 from foreroute.export.compare.truth import TrueRouting
 
 Say = Callable[[str], None]
 CELLS_NAME = "cells.json"
+
+
+class _Cells(TypedDict):
+    slugs: list[str]
 
 
 class Comparison:
@@ -60,7 +65,12 @@ class Comparison:
     def rows(self) -> list[dict[str, Any]]:
         """All rows that are there."""
         paths = sorted((self.folder / ROWS_FOLDER).glob("*.json"))
-        return [row for path in paths for row in read_json(path)["rows"]]
+        return [row for path in paths for row in self.rows_of(path.stem)]
+
+    def rows_of(self, slug: str) -> list[dict[str, Any]]:
+        """The rows of one predictor, which are there."""
+        texts = (self.plan.dataset, *self.plan.other_datasets)
+        return read_rows(self.folder / ROWS_FOLDER / f"{slug}.json", texts)
 
     def measure(self, minutes: float) -> int:
         """Record, fit and measure what is missing, as long as there is time.
@@ -105,7 +115,7 @@ class Comparison:
     def _listed(self) -> list[str]:
         """Names of all predictors to compare, once it is known what the model allows."""
         path = self.folder / CELLS_NAME
-        return list(read_json(path)["slugs"]) if path.is_file() else []
+        return read_json(path, _Cells, "Remove it.")["slugs"] if path.is_file() else []
 
     def _measure_group(self, study: Study, cells: Sequence[Cell], minutes: float) -> int:
         """Measure cells of one group; returns how many there was no time for."""

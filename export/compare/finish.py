@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from foreroute.estimators import TRAINING_FREE_FORM, EstimatorSpec, find_form
-from foreroute.estimators.artifacts import package_versions, read_json, write_json
+from foreroute.estimators.artifacts import package_versions, write_json
 from foreroute.export.compare.compare import Comparison, device_name
 from foreroute.export.compare.plan import RESULTS_NAME, ROWS_FOLDER, TRUTH_FOLDER
 from foreroute.export.compare.predicted import PredictedExperts
@@ -42,9 +42,8 @@ def add_hybrids(comparison: Comparison) -> None:
     truth = TrueRouting.load(comparison.folder / TRUTH_FOLDER / "0.safetensors")
     for name, inputs in HYBRIDS.items():
         among = candidates(rows, name)
-        path = comparison.folder / ROWS_FOLDER / f"{name.replace(' ', '_')}.json"
-        slugs = [row["slug"] for row in among]
-        there = read_json(path)["rows"][0]["chosen_from"] if path.is_file() else None
+        slugs, slug = [row["slug"] for row in among], name.replace(" ", "_")
+        there = comparison.rows_of(slug)[0].get("chosen_from") if comparison.has(slug) else None
         if {row["input"] for row in among} >= {inputs[0], inputs[-1]} and slugs != there:
             _write_hybrid(comparison, name, among, truth)
 
@@ -124,7 +123,7 @@ def add_worth(comparison: Comparison, worth: Worth, readout_us: float = 0.0) -> 
         extra = extra_us(row, rows, readout_us)
         found = worth(truth, said, extra)
         path = comparison.folder / ROWS_FOLDER / f"{row['slug']}.json"
-        kept = read_json(path)["rows"]
+        kept = comparison.rows_of(row["slug"])
         kept[0] |= {"worth": found, "extra_us": round(extra, 2)} | saved_of(found)
         if reads_ahead(row) and row["horizon"] == 1:
             kept[0]["saved_by_extra_us"] = [

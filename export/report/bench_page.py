@@ -5,12 +5,55 @@ from __future__ import annotations
 import html
 import io
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
 
+from foreroute.estimators.artifacts import read_json
+from foreroute.estimators.types import MoEGeometry
 from foreroute.export.report.document import document, picture, table
 
 EXACT_COLOUR, SPECULATIVE_COLOUR = "#0072B2", "#D55E00"  # Okabe and Ito's
 BASELINE, STOCK = "on-demand", "stock"
+
+
+class BenchMode(TypedDict):
+    """What one mode cost; None for what was not measured."""
+
+    is_exact: bool
+    tpot_ms: float
+    tpot_ms_p25: float
+    tpot_ms_p75: float
+    ttft_ms: float
+    bytes_per_token: float
+    wasted_bytes_per_token: float
+    agreement: float
+    hit_rate: float | None
+    perplexity_change: float | None
+
+
+class Bench(TypedDict):
+    """What `foreroute bench --json` writes, as far as it is read again."""
+
+    device: str
+    model: MoEGeometry
+    reference: str
+    """Whose tokens exact modes must give."""
+    exact_tokens_equal: bool
+    modes: dict[str, BenchMode]
+    notes: NotRequired[list[str]]
+
+
+def read_bench(path: Path) -> dict[str, Any]:
+    """What `foreroute bench --json` wrote, as it is in the file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged; names file and field.
+    """
+    remedy = "Run foreroute bench again."
+    if BASELINE not in read_json(path, Bench, remedy)["modes"]:
+        raise ValueError(f"{path} is damaged (it has no mode {BASELINE}). {remedy}")
+    return read_json(path)
 
 
 def bench_page(bench: Mapping[str, Any], title: str, command: str) -> str:

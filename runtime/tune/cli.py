@@ -40,15 +40,16 @@ def tune(
     """
     from foreroute.data.adapters import resolve_device
     from foreroute.data.adapters.loading import HubSettings
-    from foreroute.estimators.artifacts import read_json, write_json, write_text
+    from foreroute.estimators.artifacts import write_json, write_text
     from foreroute.estimators.console import plain_console
     from foreroute.estimators.host_memory import available_host_bytes
-    from foreroute.export.report.bench_page import verdict
+    from foreroute.export.report.bench_page import read_bench, verdict
     from foreroute.export.report.tune_page import tune_page
     from foreroute.runtime.store.checkpoint import Checkpoint
     from foreroute.runtime.tune.plan import Tuning
     from foreroute.runtime.tune.steps import Journal, run_all
     from foreroute.runtime.tune.summary import show, summarise
+    from foreroute.train.run import read_metrics
 
     if out.is_file():
         raise ValueError(f"{out} is a file; give a folder.")
@@ -78,7 +79,8 @@ def tune(
 
     steps = tuning.steps()
     run_all(steps, journal, say)
-    summary, bench = summarise(out, journal.seconds), read_json(out / "bench.json")
+    bench = read_bench(out / "bench.json")
+    summary = summarise(read_metrics(out / "run"), bench, journal.seconds)
     write_json(out / "summary.json", summary)
     commands = [(step.text, journal.seconds[step.name]) for step in steps]
     title = f"{model} on {summary['device']}, tuned by foreroute"

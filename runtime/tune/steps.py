@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from foreroute.estimators.artifacts import read_json, write_json
 
 STATE_NAME = "tune.json"
+REMEDY = "Remove it to begin anew."
 MODULES = {
     "collect-traces": "foreroute.data.cli",
     "train-estimator": "foreroute.train.cli",
@@ -41,6 +42,19 @@ class Step:
         return shlex.join(self.argv)
 
 
+class Done(TypedDict):
+    """What the journal says of a step that is done."""
+
+    command: str
+    """In one line."""
+    seconds: float
+    """What it took."""
+
+
+class _Journalled(TypedDict):
+    steps: dict[str, Done]
+
+
 class StepFailed(ValueError):
     """A step's command ended with an error that it has printed."""
 
@@ -58,21 +72,19 @@ class Journal:
             ValueError: If its journal is damaged.
         """
         self._path = folder / STATE_NAME
-        found = read_json(self._path) if self._path.is_file() else {"steps": {}}
-        steps = found.get("steps")
-        if not isinstance(steps, dict):
-            raise ValueError(f"{self._path} is damaged (no steps). Remove it to begin anew.")
-        self._steps = steps
+        self._steps: dict[str, Done] = {}
+        if self._path.is_file():
+            self._steps = read_json(self._path, _Journalled, REMEDY)["steps"]
 
     @property
     def seconds(self) -> dict[str, float]:
         """What each step took, by name."""
-        return {name: float(entry["seconds"]) for name, entry in self._steps.items()}
+        return {name: entry["seconds"] for name, entry in self._steps.items()}
 
     def has_done(self, step: Step) -> bool:
         """Whether this very command has been done here."""
         entry = self._steps.get(step.name)
-        return entry is not None and entry.get("command") == step.text
+        return entry is not None and entry["command"] == step.text
 
     def begin(self, step: Step, steps: Sequence[Step]) -> None:
         """Write down, before a step runs, that neither it nor what reads its files is done."""
@@ -86,7 +98,7 @@ class Journal:
         """Write down that a step is done."""
         self._write(self._steps | {step.name: {"command": step.text, "seconds": seconds}})
 
-    def _write(self, steps: dict[str, Any]) -> None:
+    def _write(self, steps: dict[str, Done]) -> None:
         self._steps = steps
         write_json(self._path, {"steps": steps})
 

@@ -9,26 +9,23 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from foreroute.estimators.artifacts import read_json
-
 MEASURED = ("tpot_ms", "ttft_ms", "hit_rate", "bytes_per_token", "wasted_bytes_per_token")
 SPECULATIVE = ("agreement", "perplexity_change")
 
 
-def summarise(out: Path, seconds: Mapping[str, float]) -> dict[str, Any]:
+def summarise(
+    metrics: Mapping[str, Any], bench: Mapping[str, Any], seconds: Mapping[str, float]
+) -> dict[str, Any]:
     """Gather what the steps wrote.
 
     Args:
-        out: The tuning's folder.
+        metrics: Of the run, as `read_metrics` gives them.
+        bench: As `read_bench` gives it.
         seconds: What each step took.
 
     Returns:
         JSON-ready: the model, the estimators beside their baselines, every mode of the bench.
-
-    Raises:
-        ValueError: If one of the files is damaged.
     """
-    metrics, bench = read_json(out / "run" / "metrics.json"), read_json(out / "bench.json")
     geometry = bench["model"]
     modes: dict[str, Any] = {
         name: {key: row[key] for key in MEASURED + SPECULATIVE * (not row["is_exact"])}
