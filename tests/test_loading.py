@@ -318,6 +318,18 @@ def test_a_file_that_is_not_whole_is_named_in_one_line(tmp_path, name, damage):
         assert damage != "pointer" or name == "config.json" or "Git LFS pointer" in str(error.value)
 
 
+@pytest.mark.parametrize("field", ["weight_map", "metadata"])
+def test_an_index_that_lacks_what_transformers_reads_is_named(tmp_path, field):
+    save(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    del content[field]
+    index.write_text(json.dumps(content))
+    for load in (load_model, load_offloaded):
+        with pytest.raises(ValueError, match=r"index\.json is no index of a checkpoint's tensors"):
+            load(str(tmp_path), device="cpu")
+
+
 def test_names_outside_the_folder_are_not_opened(tmp_path):
     save(tmp_path / "model")
     tiny_model("qwen3_moe").save_pretrained(tmp_path)

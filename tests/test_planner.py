@@ -184,6 +184,10 @@ def test_the_command_says_what_to_type(
     assert "from data sheets" in printed
     assert f"foreroute generate --model {big} --expert-slots 59" in printed
     assert json.loads(out.read_text())["choices"][0]["fits"]
+    run_plan(str(big), "1GiB", "64GiB", "rtx4090-pcie4", 4096, out, False)
+    assert "It does not fit" in capsys.readouterr().out
+    for choice in json.loads(out.read_text())["choices"]:
+        assert (choice["fits"], choice["command"]) == (False, None)
     run_plan(str(big), "24GiB", "64GiB", "h100-pcie5", 4096, None, gpus=2)
     printed = capsys.readouterr().out
     assert "torchrun --standalone --nproc-per-node 2 --no-python foreroute generate" in printed

@@ -105,8 +105,8 @@ def _not_found(source: str, folder: Path, error: Exception) -> str:
     indexes = sorted(folder.glob("*.safetensors.index.json")) if folder.is_dir() else []
     for index in indexes:
         try:
-            names = json.loads(index.read_text())["weight_map"].values()
-            sorted(set(names))
+            content = json.loads(index.read_text())
+            sorted(set(content["weight_map"].values())), dict(content["metadata"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return f"{index} is no index of a checkpoint's tensors{_lfs_hint(index)}."
     what = f"{type(error).__name__}: {first_line(error)}"

@@ -104,7 +104,9 @@ def _verdict(model: ModelSize, choices: list[PlanChoice], gpu_memory: str, host_
 
 def _write(path: Path, model: ModelSize, choices: list[PlanChoice], notes: list[str]) -> None:
     rows = [
-        dataclasses.asdict(c) | {"fits": c.fits, "command": command_line(model, c)} for c in choices
+        dataclasses.asdict(c)
+        | {"fits": c.fits, "command": command_line(model, c) if c.fits else None}
+        for c in choices
     ]
     content = {"model": dataclasses.asdict(model), "choices": rows, "assumptions": notes}
     write_json(path, content)
