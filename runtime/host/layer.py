@@ -11,6 +11,7 @@ from foreroute.data.adapters import (
     ExpertsView,
     MoELayer,
     combine,
+    grouped_function,
     is_adapted,
     stock_experts_function,
     unweighted_outputs,
@@ -57,7 +58,7 @@ class HostLayer:
         self._judge = judge
         self._view: Any = ExpertsView(layer.experts, residency.cache.weights)
         self._per_token = stock_experts_function("batched_mm", layer.experts)
-        self._grouped = stock_experts_function("grouped_mm", layer.experts)
+        self._grouped = grouped_function(layer.experts)
         self._prediction: Prediction | None = None
 
     def __call__(
@@ -135,11 +136,11 @@ class HostLayer:
     def _fetch_behind(self, chosen: list[int], run: list[int]) -> None:
         """Ask for what the router chose and the rule did not wait for."""
         rule, slot_of = self._run.config.rule, self.residency.cache.slot_of
-        if not (rule.waits_for_none or rule.is_later):
+        if not rule.fetches_behind:
             return
         absent = [expert for expert in chosen if slot_of(expert) == EMPTY]
         only_likely = not rule.waits_for_none
-        self.residency.fetch_behind(absent, kept=run, only_likely=only_likely)
+        self.residency.fetch_behind(absent, kept=[*chosen, *run], only_likely=only_likely)
 
     def _look_ahead(
         self,
