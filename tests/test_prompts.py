@@ -1,6 +1,7 @@
 """Prompts and flags as people type them: stock's text comes out, or one line."""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -11,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from hub_stub import StubHub
 
 from foreroute.data.adapters import load_tokenizer, resolve_device
 from foreroute.data.adapters.chat import encode_chat, turns_of
+from foreroute.data.collect import collect_traces
 from foreroute.estimators.console import run_command
 from foreroute.runtime.cli import generate
 from foreroute.runtime.generation.command import encode_prompt, read_prompt
@@ -196,3 +199,41 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     name, version = capsys.readouterr().out.split()
     assert name == "foreroute"
     assert version[0].isdecimal()
+
+
+def test_a_revision_is_one_of_weights_and_tokenizer_alike(
+    hub: StubHub,
+    typed: Callable[..., Any],
+    make_tiny_moe: Any,
+    text_dataset: Path,
+    tmp_path: Path,
+) -> None:
+    main, other = make_tiny_moe(), make_tiny_moe(num_hidden_layers=3)
+    vocabulary = json.loads((other.folder / "tokenizer.json").read_text())
+    ids = vocabulary["model"]["vocab"]
+    ids["a"], ids["e"] = ids["e"], ids["a"]
+    (other.folder / "tokenizer.json").write_text(json.dumps(vocabulary))
+    files = [{p.name: p.read_bytes() for p in t.folder.iterdir()} for t in (main, other)]
+    hub.repos["me/model"], hub.history["v2"] = files
+    for revision, right in ((None, main), ("v2", other)):
+        flags = ("--revision", revision) if revision else ()
+        settings = ("--prompt", "a tale", "--max-new-tokens", "4", "--device", "cpu")
+        code, out, err = typed("--model", "me/model", *flags, *settings)
+        assert code == 0, err
+        assert out.rstrip("\n") == stock(right, "a tale", 4).rstrip("\n")
+        recorded = [
+            collect_traces(
+                model=model,
+                revision=given,
+                dataset=str(text_dataset),
+                tokens=256,
+                sequence_length=64,
+                device="cpu",
+                out=tmp_path / f"{revision}-{place}",
+            )
+            for place, (model, given) in enumerate(
+                [("me/model", revision), (str(right.folder), None)]
+            )
+        ]
+        assert recorded[0].geometry.num_layers == len(right.moe.layers)
+        assert torch.equal(*(traces.tokens(0).token_ids for traces in recorded))
