@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from foreroute.estimators.artifacts import Count
+from foreroute.estimators.artifacts import MOST_SAID, Count
 from foreroute.estimators.fingerprint import is_same_checkpoint
 
 NormKind = Literal["rms", "layer", "none"]
@@ -113,15 +113,20 @@ class MoEGeometry:
         """
         if layer_idx not in self.layer_indices:
             raise ValueError(
-                f"Layer {layer_idx} is not an MoE layer of {self.model_name or self.model_type}; "
+                f"Layer {layer_idx} is not an MoE layer of {self._called}; "
                 f"its MoE layers are {list(self.layer_indices)}."
             )
         return self.layer_indices.index(layer_idx)
 
+    @property
+    def _called(self) -> str:
+        """The model's name in messages: the first of it, as a damaged file may hold any."""
+        return (self.model_name or self.model_type)[:MOST_SAID]
+
     def describe(self) -> str:
         """One line for messages: name, layers, experts, top-k, fingerprint."""
         return (
-            f"{self.model_name or self.model_type} ({self.num_layers} MoE layers, "
+            f"{self._called} ({self.num_layers} MoE layers, "
             f"{self.num_experts} experts, top-{self.top_k}, hidden {self.hidden_size}, "
             f"routers {self.router_fingerprint[:8]})"
         )

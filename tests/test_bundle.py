@@ -169,3 +169,10 @@ def test_missing_parts_are_named(folder, tmp_path) -> None:
     (folder / MANIFEST_NAME).unlink()
     with pytest.raises(FileNotFoundError, match=MANIFEST_NAME):
         load_bundle(folder)
+
+
+def test_a_name_of_any_length_makes_no_long_message():
+    geometry = toy_geometry(0, 1, model_name="x" * 5000)
+    with pytest.raises(ValueError, match="Layer 9 is not an MoE layer of x{300};"):
+        geometry.position(9)
+    assert len(geometry.describe()) < 400
