@@ -195,7 +195,7 @@ class DeviceLayer:
     ) -> tuple[Tensor, Tensor] | None:
         """Rank the target layer's experts, on the stream beside this layer's own demand."""
         run = self._run
-        if self.target is None or run.predictor is None or not run.is_looking_ahead:
+        if self.target is None or run.predictor is None or not run.looks_ahead:
             return None
         residual, router_input = self.states.residual, self.states.router_input(router_input)
         run.ahead.wait_stream(torch.cuda.current_stream())
