@@ -5,7 +5,8 @@
 
 Qwen3-30B-A3B's shape with random weights, recorded routing replayed, simulated predictions.
 `--shares` are of all experts' bytes that each GPU has slots for: 25 % on each of two GPUs are slots
-for half of all (halved) experts. Rows are added to the file that is there.
+for half of all (halved) experts. A prompt of `--prompt-tokens` is read with those of 25 %; its text
+and its routing are the random model's own. Rows are added to the file that is there.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from decode_steps import EagerSteps, GraphSteps
-from link import link_bandwidth
+from link import link_bandwidth, synchronize
 from random_shapes import HostPool, build, free_memory, settings_of
 from replayed_routing import (
     Replay,
@@ -35,6 +37,7 @@ from foreroute.runtime.device.driver import DeviceDriver
 from foreroute.runtime.parallel import SliceRanks
 
 SHAPE, RECALL = "qwen3-30b-a3b", 0.89
+PROMPT_SHARE, PROMPT_REPEATS = 25.0, 3
 
 
 class MultiGpuBenchmark:
@@ -73,6 +76,37 @@ class MultiGpuBenchmark:
             for arm, prefetch in (("on-demand", "none"), (f"prefetch-{RECALL}", "auto")):
                 config = EngineConfig(expert_slots=f"{slots}%", prefetch=prefetch)
                 self._measure(arm, config, slots)
+        self._read_prompts(min(100.0, PROMPT_SHARE * self.ranks.num_ranks))
+
+    def _read_prompts(self, slots: float) -> None:
+        """Time to first token of long prompts, experts streamed over each GPU's own link."""
+        vocab = self.offloaded.moe.model.config.vocab_size
+        shape, generator = (PROMPT_REPEATS + 1, self.args.prompt_tokens), torch.Generator()
+        prompts = torch.randint(vocab, shape, generator=generator.manual_seed(0)).to(self.device)
+        times = []
+        with Engine(self.offloaded, EngineConfig(expert_slots=f"{slots}%")) as engine:
+            engine.fill_slots()
+            for prompt in prompts:
+                synchronize(self.device)
+                start = time.perf_counter()
+                output = engine(input_ids=prompt[None], use_cache=True, logits_to_keep=1)
+                output.logits[0, -1].argmax().item()
+                times.append(1e3 * (time.perf_counter() - start))
+            moved = engine.stats().prefill.fetched_bytes / len(prompts)
+        row = {
+            "gpus": self.ranks.num_ranks,
+            "slots": slots,
+            "arm": f"prompt-{self.args.prompt_tokens}",
+            "ttft_ms_median": statistics.median(times[1:]),
+            "ttft_ms_mean": statistics.fmean(times[1:]),
+            "bytes_per_gpu": moved,
+            "link_gb_s": self.link_gb_s,
+            "repeats": PROMPT_REPEATS,
+        }
+        self.rows.append(row)
+        if self.ranks.is_first:
+            print(row, flush=True)
+        free_memory()
 
     def _measure(self, arm: str, config: EngineConfig, slots: float) -> None:
         num_experts = self.offloaded.moe.geometry.num_experts
@@ -142,6 +176,7 @@ def main() -> int:
     add("--tokens", type=int, default=64)
     add("--warm-up", type=int, default=32)
     add("--context", type=int, default=512)
+    add("--prompt-tokens", type=int, default=2048)
     add("--layers", type=int)
     add("--pool-gib", type=int, default=8, help="host memory for experts, all processes together")
     add("--device", default="cuda")

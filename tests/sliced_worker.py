@@ -17,7 +17,6 @@ from foreroute.runtime.parallel import Lockstep, SliceRanks
 from foreroute.runtime.store.checkpoint import Checkpoint
 from foreroute.runtime.store.offload import OffloadedModel, load_offloaded
 
-CPU = torch.device("cpu")
 PROMPT = "import os\n\ndef read_config(path):\n    with open(path) as file:\n        return"
 CASES = {
     "all": {"expert_slots": "100%"},
@@ -31,13 +30,18 @@ LONG = 200
 """Tokens of an answer that something ends before."""
 
 
+def device() -> str:
+    """Where this process computes: its own GPU, if the test says so."""
+    return SliceRanks.local_device(os.environ.get("RANKS_ON", "cpu"))
+
+
 def cases_of(num_ranks: int) -> list[str]:
     """What so many processes run; each core runs two of four."""
     return [*CASES] if num_ranks == 2 else ["all", "quarter", "bundle"]
 
 
 def inputs() -> Any:
-    return load_tokenizer("bundled")(PROMPT, return_tensors="pt")
+    return load_tokenizer("bundled")(PROMPT, return_tensors="pt").to(device())
 
 
 def observe(offloaded: OffloadedModel, settings: dict[str, Any], stack: Any = None) -> Any:
@@ -50,28 +54,29 @@ def observe(offloaded: OffloadedModel, settings: dict[str, Any], stack: Any = No
         engine.check_integrity()
         stats = engine.stats().decode
         return {
-            "logits": logits,
-            "greedy": greedy,
-            "sampled": sampled,
+            "logits": logits.cpu(),
+            "greedy": greedy.cpu(),
+            "sampled": sampled.cpu(),
             "counts": torch.tensor([stats.hits, stats.misses, stats.prefetches]),
             "bytes": torch.tensor([stats.bytes, offloaded.store.num_bytes]),
+            "driver": type(engine.driver).__name__,
         }
 
 
 def logits_in(dtype: str, ranks: SliceRanks) -> torch.Tensor:
     """Of a text that does not change, [T, V]."""
-    offloaded = load_offloaded("bundled", device="cpu", dtype=dtype, ranks=ranks)
-    text = load_tokenizer("bundled")(LICENSE.read_text(), return_tensors="pt")["input_ids"]
+    offloaded = load_offloaded("bundled", device=device(), dtype=dtype, ranks=ranks)
+    text = load_tokenizer("bundled")(LICENSE.read_text(), return_tensors="pt").to(device())
     with Engine(offloaded, EngineConfig(expert_slots="25%")) as engine:
-        logits: torch.Tensor = engine(text[:, :LICENSE_TOKENS]).logits[0]
-        return logits.float()
+        logits: torch.Tensor = engine(text["input_ids"][:, :LICENSE_TOKENS]).logits[0]
+        return logits.float().cpu()
 
 
 def divided(ranks: SliceRanks, stack: Any) -> Any:
     """The same cases where everything else is divided too, by case; or why that is refused."""
     try:
         offloaded = load_offloaded(
-            "bundled", device="cpu", dtype="float32", ranks=ranks, tp_plan="auto"
+            "bundled", device=device(), dtype="float32", ranks=ranks, tp_plan="auto"
         )
     except ValueError as error:
         return str(error)
@@ -83,7 +88,7 @@ def divided(ranks: SliceRanks, stack: Any) -> Any:
 def benched(bundle: Path) -> Any:
     """What `foreroute bench` finds; None on processes that do not speak."""
     found = run_bench(
-        Checkpoint.open("bundled", dtype="float32", device=CPU),
+        Checkpoint.open("bundled", dtype="float32", device=torch.device(device())),
         [inputs()["input_ids"][:, :20]],
         plain_console(),
         bundle=bundle,
@@ -91,7 +96,7 @@ def benched(bundle: Path) -> Any:
         budget=None,
         prompt_tokens=12,
         repeats=1,
-        device="cpu",
+        device=device(),
         expert_dtype="auto",
         pinned_memory=None,
     )
@@ -161,10 +166,13 @@ def see_one_die(offloaded: OffloadedModel) -> dict[str, Any]:
     return {}
 
 
-def run_rank(out: Path, bundle: Path) -> None:
-    """Run every case, in order; one process ends in the last."""
-    ranks = SliceRanks.join(CPU)
-    offloaded = load_offloaded("bundled", device="cpu", dtype="float32", ranks=ranks)
+def run_rank(out: Path, bundle: Path, on: str) -> None:
+    """Run every case, in order; in the last one, on CPUs alone, a process ends."""
+    os.environ["RANKS_ON"] = on
+    if on != "cpu":
+        torch.cuda.set_device(device())
+    ranks = SliceRanks.join(torch.device(device()))
+    offloaded = load_offloaded("bundled", device=device(), dtype="float32", ranks=ranks)
     stack = load_bundle(bundle).stack
     for name in cases_of(ranks.num_ranks):
         settings = CASES[name]
@@ -174,6 +182,8 @@ def run_rank(out: Path, bundle: Path) -> None:
     torch.save(divided(ranks, stack), out / f"divided_{ranks.rank}.pt")
     torch.save(benched(bundle), out / f"bench_{ranks.rank}.pt")
     torch.save(lead_or_follow(offloaded), out / f"lockstep_{ranks.rank}.pt")
+    if on != "cpu":
+        return
     seen = see_one_die(offloaded)
     torch.save(seen, out / f"die_{ranks.rank}.pt")
     os._exit(0)  # the others' end is not waited for: one is dead

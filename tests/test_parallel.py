@@ -36,14 +36,28 @@ def bundle(alone: OffloadedModel, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+ON_GPUS = pytest.param(
+    (2, "cuda"),
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+    ],
+    id="2-GPUs",
+)
+
+
+@pytest.fixture(scope="module", params=[(2, "cpu"), (4, "cpu"), ON_GPUS], ids=["2", "4", None])
 def seen(request: Any, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
     """By case, what each rank saw, from one start of the processes."""
-    out, num_ranks = tmp_path_factory.mktemp(f"ranks{request.param}"), request.param
-    ended = run_ranks(num_ranks, run_rank, out, bundle)
-    assert ended == [0] * (num_ranks - 1) + [3]  # the last one was made to end so
+    num_ranks, device = request.param
+    out = tmp_path_factory.mktemp(f"ranks{num_ranks}{device}")
+    ended = run_ranks(num_ranks, run_rank, out, bundle, device)
+    is_one_dead = device == "cpu"
+    assert ended == [0] * (num_ranks - 1) + [3 * is_one_dead]  # the last one was made to end so
     names = [*cases_of(num_ranks), "bfloat16", "divided", "bench", "lockstep"]
-    read = {"die": [torch.load(out / f"die_{rank}.pt") for rank in range(num_ranks - 1)]}
+    read: Seen = {"die": []}
+    if is_one_dead:
+        read["die"] = [torch.load(out / f"die_{rank}.pt") for rank in range(num_ranks - 1)]
     for name in names:
         read[name] = [torch.load(out / f"{name}_{rank}.pt") for rank in range(num_ranks)]
     return read
@@ -76,7 +90,7 @@ def test_slices_are_near_one_process_and_hold_their_share(
     seen: Seen, alone: OffloadedModel
 ) -> None:
     whole, ranks = observe(alone, CASES["quarter"]), seen["quarter"]
-    # float32 sums in another order: 8 layers of 1e-7 relative steps
+    # float32 sums in another order, on a GPU by other kernels: 8 layers of 1e-7 relative steps
     assert torch.allclose(ranks[0]["logits"], whole["logits"], atol=1e-4)
     assert torch.equal(ranks[0]["greedy"], whole["greedy"])
     assert torch.equal(ranks[0]["bytes"] * len(ranks), whole["bytes"])
