@@ -51,7 +51,7 @@ class MultiGpuBenchmark:
         """
         self.args = args
         self.device = torch.device(SliceRanks.local_device(args.device))
-        if self.device.type == "cuda":
+        if self.device.index is not None:
             torch.cuda.set_device(self.device)
         self.ranks = SliceRanks.join(self.device)
         settings = settings_of(SHAPE, layers=args.layers, is_tiny=args.tiny)

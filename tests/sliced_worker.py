@@ -120,7 +120,7 @@ class Failing:
 
     def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         self.left -= 1
-        return torch.full((len(input_ids),), self.left < 0)
+        return torch.full((len(input_ids),), self.left < 0, device=input_ids.device)
 
 
 def lead_or_follow(offloaded: OffloadedModel) -> dict[str, Any]:

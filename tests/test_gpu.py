@@ -635,3 +635,16 @@ def test_experts_that_are_not_pinned_give_the_same_logits_bit_for_bit(make_tiny_
         expected = next(entry for entry in found if entry[0] == decide_on)
         assert torch.equal(logits, expected[1])
         assert torch.equal(tokens, expected[2])
+
+
+def test_experts_too_narrow_for_grouped_products_read_prompts_all_the_same() -> None:
+    """Slices of experts can be: CUDA multiplies groups of rows of whole 16 bytes alone."""
+    model = tiny_model("qwen3_moe", dtype=torch.bfloat16, moe_intermediate_size=20)
+    tokens = prompt() % 128
+    found = []
+    for slots in ("8", "4"):
+        offloaded = offload(copy.deepcopy(model), device=CUDA)
+        with Engine(offloaded, EngineConfig(expert_slots=slots)) as engine:
+            found.append((engine(input_ids=tokens).logits, step_logits(engine, tokens, steps=6)))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)

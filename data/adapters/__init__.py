@@ -13,6 +13,7 @@ from foreroute.data.adapters.probe import first_tensor, router_logits_of
 from foreroute.data.adapters.seam import (
     ExpertsView,
     combine,
+    grouped_function,
     is_adapted,
     routed_through,
     stock_experts_function,
@@ -27,6 +28,7 @@ __all__ = [
     "discover",
     "find_moe_layers",
     "first_tensor",
+    "grouped_function",
     "is_adapted",
     "load_config",
     "load_model",

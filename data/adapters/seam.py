@@ -18,6 +18,9 @@ SEAM_NAME = "foreroute"
 HANDLER_ATTRIBUTE = "_foreroute_handler"
 MARKER_ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
 
+GROUPED_BYTES = 16
+"""CUDA multiplies groups of rows only where every row is a multiple of this."""
+
 ExpertsFunction = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 """(experts, router_input [T, D], expert_ids [T, K], gate_weights [T, K]) -> output [T, D]."""
 
@@ -131,9 +134,30 @@ class ExpertsView:
         weights = object.__getattribute__(self, "_weights")
         return weights[name] if name in weights else getattr(self._experts, name)
 
+    @property
+    def can_be_grouped(self) -> bool:
+        """Whether transformers' grouped_mm takes these weights, tensors all, where they are."""
+        return all(
+            not weight.is_cuda or size * weight.itemsize % GROUPED_BYTES == 0
+            for weight in self._weights.values()
+            if weight.dim() > 2  # not biases
+            for size in weight.shape[1:]
+        )
+
+
+def grouped_function(experts: nn.Module) -> Callable[[ExpertsView, Tensor, Tensor, Tensor], Tensor]:
+    """Transformers' grouped_mm for views of these experts; its eager loop where CUDA cannot."""
+    grouped, eager = (stock_experts_function(name, experts) for name in ("grouped_mm", "eager"))
+
+    def compute(view: Any, hidden: Tensor, expert_ids: Tensor, gate_weights: Tensor) -> Tensor:
+        function = grouped if view.can_be_grouped else eager
+        return function(view, hidden, expert_ids, gate_weights)
+
+    return compute
+
 
 def unweighted_outputs(
-    function: ExpertsFunction, experts: Any, hidden: Tensor, expert_ids: Tensor
+    function: Callable[..., Tensor], experts: Any, hidden: Tensor, expert_ids: Tensor
 ) -> Tensor:
     """What each chosen expert puts out for its token, before gate weights.
 

@@ -264,7 +264,7 @@ class DeviceDriver:
                 own.states.watch(layer, undo)
         for layer, own in zip(moe.layers, self.layers, strict=True):
             own.watch_router(layer, undo)
-        fuse_norms(moe.model, undo)
+        fuse_norms(moe.model, undo, lambda: run.is_prefill)
 
     def begin_forward(self, tokens: Tensor, has_past: Callable[[], bool]) -> None:
         """A forward pass begins; see `RunState.begin_forward`."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from foreroute.data.adapters import (
     ExpertsView,
     combine,
-    stock_experts_function,
+    grouped_function,
     unweighted_outputs,
 )
 from foreroute.runtime.device.kernels.fetch import fetch
@@ -99,6 +99,8 @@ class StreamedPrefill:
         layer.count_prompt(expert_ids)
         outputs = hidden.new_empty(flat_ids.numel(), hidden.shape[-1])  # [T * K, D]
 
+        grouped = grouped_function(experts)
+
         def compute(some: list[int], places: list[int], weights: dict[str, Any]) -> None:
             place_of = torch.full((num_experts,), EMPTY)
             place_of[some] = torch.tensor(places)
@@ -106,7 +108,7 @@ class StreamedPrefill:
             pairs = (place_of_pair != EMPTY).nonzero().squeeze(1)
             view, rows = ExpertsView(experts, weights).decoded(place_of_pair[pairs])
             outputs[pairs] = unweighted_outputs(
-                stock_experts_function("grouped_mm", experts),
+                grouped,
                 view,
                 hidden[pairs // top_k],
                 rows,

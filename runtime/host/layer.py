@@ -11,6 +11,7 @@ from foreroute.data.adapters import (
     ExpertsView,
     MoELayer,
     combine,
+    grouped_function,
     is_adapted,
     stock_experts_function,
     unweighted_outputs,
@@ -57,7 +58,7 @@ class HostLayer:
         self._judge = judge
         self._view: Any = ExpertsView(layer.experts, residency.cache.weights)
         self._per_token = stock_experts_function("batched_mm", layer.experts)
-        self._grouped = stock_experts_function("grouped_mm", layer.experts)
+        self._grouped = grouped_function(layer.experts)
         self._prediction: Prediction | None = None
 
     def __call__(

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from foreroute.data.adapters import ExpertsView, stock_experts_function
+from foreroute.data.adapters import ExpertsView, grouped_function, stock_experts_function
 
 
 class FromHost:
@@ -41,8 +41,9 @@ class FromHost:
         on_host = needed.cpu()
         weights = {name: whole[on_host].to(device) for name, whole in self._weights.items()}
         # on a CPU as batched_mm does it, bit for bit; on a GPU without a copy for each token
-        function = stock_experts_function(
-            "batched_mm" if device.type == "cpu" else "grouped_mm", experts
+        is_cpu = device.type == "cpu"
+        function = (
+            stock_experts_function("batched_mm", experts) if is_cpu else grouped_function(experts)
         )
         view: Any = ExpertsView(experts, weights)
         return function(view, router_input, rows, gate_weights)
