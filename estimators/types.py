@@ -232,7 +232,7 @@ class EstimatorSpec:
     the next token is predicted."""
     tokens_ahead: Count = 0
     """Tokens from the one that is read to the one that is predicted, 0 or 1."""
-    rank: Count = 32
+    rank: Count = 64
     """Rank of the correction (`low-rank` and `ridge` only)."""
     width: Count = 256
     """Hidden units of a layer (`mlp`, `mlp-free` and `shared-mlp` only)."""

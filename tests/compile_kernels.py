@@ -4,6 +4,7 @@ The interpreter accepts what the compiler does not. Each wrapper is called as th
 on CPU tensors; where it would launch a kernel, that is compiled for an H100 instead.
 """
 
+import itertools
 import re
 from typing import Any
 
@@ -17,6 +18,7 @@ from foreroute.estimators.types import GateFamily
 from foreroute.runtime.device.kernels import demand as demand_module
 from foreroute.runtime.device.kernels.activation import ExpertForm
 from foreroute.runtime.device.kernels.attention import decode_attention
+from foreroute.runtime.device.kernels.behind import plan_behind
 from foreroute.runtime.device.kernels.cache import store_token
 from foreroute.runtime.device.kernels.demand import Demand
 from foreroute.runtime.device.kernels.fetch import BLOCK_WORDS, fetch
@@ -206,7 +208,9 @@ def call_rules(router: RouterProduct, norm: Norm) -> None:
     tables, score_rule = ResidencyTables.empty(16, 8, "cpu"), find_policy("lrfu").device_rule()
     judged = torch.zeros(NUM_JUDGED, dtype=torch.int32)
     rules = ("skip:0.5", "bonus:0.1+substitute:0.5", "threshold:0.2", "substitute+budget:1MB")
-    for text, kind in zip(rules, GateFamily, strict=False):
+    rules += ("skip", "predicted", "predicted+substitute:0.5")
+    kinds = [kind for kind in GateFamily if kind.scores]
+    for text, kind in zip(rules, itertools.cycle(kinds), strict=False):
         bias = torch.zeros(16) if kind.scores == "sigmoid" else None
         layer_rule = LayerRule(
             rule=find_rule(text),
@@ -221,8 +225,11 @@ def call_rules(router: RouterProduct, norm: Norm) -> None:
         state = torch.zeros(1, 64, dtype=torch.bfloat16)
         route(state, router, norm, DemandPlan(**given, on_miss=layer_rule))
         ids, copies = torch.zeros(3, 4, dtype=torch.long), torch.zeros(3, 12, dtype=torch.int32)
-        choice = RuledChoice.of(torch.zeros(3, 16), ids, torch.zeros(3, 4))
+        ranked = torch.cat([ids, ids], -1) if layer_rule.rule.predicted else None
+        choice = RuledChoice.of(torch.zeros(3, 16), ids, torch.zeros(3, 4), ranked)
         plan(choice.expert_ids, tables, score_rule, copies, ruling=(layer_rule, choice))
+        for only_likely in (False, True):
+            plan_behind(ids, ids, tables, judged, copies, only_likely=only_likely)
 
 
 if __name__ == "__main__":

@@ -65,8 +65,9 @@ def test_ranks_and_chances_are_those_of_the_stack(
     predictor = DevicePredictor(LookAhead(stack, top_k), dtype=torch.float32)
     assert predictor.num_folded == (num_pairs if is_affine else 0)
     for source in stack.source_layers:
-        ids, chances = predictor.predict(source, **given)
+        ids, chances, said = predictor.predict(source, **given)
         logits = stack.predict(source, **given)
+        torch.testing.assert_close(said, logits, atol=1e-4, rtol=1e-4)
         assert torch.equal(ids, logits.topk(top_k).indices)
         expected = stack.probabilities(logits, source).gather(-1, ids)
         torch.testing.assert_close(chances, expected, atol=1e-4, rtol=1e-4)
@@ -76,7 +77,7 @@ def test_without_a_calibration_margins_are_taken_for_log_odds(tiny_moe: Any) -> 
     stack, given = build(tiny_moe.moe, "next-router", "residual"), states(tiny_moe.moe)
     top_k, source = stack.geometry.top_k, stack.source_layers[0]
     predictor = DevicePredictor(LookAhead(stack, top_k + 1), torch.float32)
-    ids, chances = predictor.predict(source, **given)
+    ids, chances, _ = predictor.predict(source, **given)
     logits = stack.predict(source, **given).gather(-1, ids)
     margins = logits - logits[:, top_k - 1 : top_k + 1].mean(-1, keepdim=True)
     torch.testing.assert_close(chances, margins.sigmoid(), atol=1e-2, rtol=0)

@@ -150,13 +150,27 @@ def test_batches_run_with_fewer_slots_than_they_need(offloaded: OffloadedModel) 
     assert output.shape[0] == 8
 
 
+@pytest.mark.parametrize("prefetch", ["none", "auto"])
 @pytest.mark.parametrize(
-    "rule", ["substitute:0.9", "threshold:0.4", "bonus:0.2+substitute:0.5", "budget:20kB"]
+    "rule",
+    [
+        "substitute:0.9",
+        "threshold:0.4",
+        "bonus:0.2+substitute:0.5",
+        "budget:20kB",
+        "skip",
+        "substitute:0.9+later",
+        "predicted",
+        "predicted:predicted-weights",
+        "predicted+skip",
+    ],
 )
 def test_a_rule_runs_in_the_graph_with_no_wait_of_the_host(
-    offloaded: OffloadedModel, rule: str
+    offloaded: OffloadedModel, rule: str, prefetch: Any
 ) -> None:
-    config = EngineConfig(expert_slots="4", on_miss=rule, agreement_floor=0.0)
+    if "predicted" in rule and prefetch == "none":
+        pytest.skip("nothing is predicted")
+    config = EngineConfig(expert_slots="5", on_miss=rule, prefetch=prefetch, agreement_floor=0.0)
     with graph_engine(offloaded, config) as engine:
         graph = graph_for(engine, 1, 64)
         assert isinstance(graph, DecodeGraph)
@@ -169,7 +183,13 @@ def test_a_rule_runs_in_the_graph_with_no_wait_of_the_host(
                 token = graph.replay(token).argmax(-1)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert 0 < engine.stats().agreement < 1
+        stats = engine.stats()
+        assert 0 < stats.agreement < 1
+        if prefetch == "none":
+            behind = stats.decode.fetched_bytes // offloaded.expert_bytes - stats.decode.misses
+            assert (behind > 0) == config.rule.fetches_behind
+        elif config.rule.needs_predictions:
+            assert stats.steps_ahead == 20
         engine.check_integrity()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs triton")
 
-from interpreted import run_on_cpu
+from interpreted import run_on_cpu, run_streams_in_order
 from tiny_models import tiny_model
 
 from foreroute.data.adapters.seam import routed_through
@@ -20,30 +20,39 @@ from foreroute.estimators.types import GateFamily
 from foreroute.runtime import Engine, EngineConfig
 from foreroute.runtime.device import decode_graph
 from foreroute.runtime.device.decode_graph import DecodeStep
-from foreroute.runtime.device.driver import layer_rules
+from foreroute.runtime.device.driver import layer_rules, targets_of
 from foreroute.runtime.device.kernels import demand as demand_module
 from foreroute.runtime.device.kernels import linear as linear_module
 from foreroute.runtime.device.kernels import plan as plan_module
 from foreroute.runtime.device.kernels import route as route_module
+from foreroute.runtime.device.kernels.behind import plan_behind, plan_behind_reference
 from foreroute.runtime.device.kernels.miss import (
     AGREED,
+    BEHIND,
     CHOSEN,
     IS_CLOSED,
     NUM_JUDGED,
     SPENT,
     LayerRule,
     RuledChoice,
-    why_not_ruled,
 )
 from foreroute.runtime.device.kernels.plan import plan, plan_reference
-from foreroute.runtime.device.kernels.tables import NUM_COUNTERS, ResidencyTables
+from foreroute.runtime.device.kernels.tables import (
+    MISSES,
+    NUM_COUNTERS,
+    PREFETCHES,
+    ResidencyTables,
+)
 from foreroute.runtime.device.layer import DeviceLayer
+from foreroute.runtime.device.predictor import DevicePredictor, Guess
 from foreroute.runtime.device.residency import DeviceResidency
+from foreroute.runtime.look_ahead import LookAhead
 from foreroute.runtime.on_miss import find_rule
 from foreroute.runtime.on_miss.agreement import WINDOW_LAYER_STEPS
 from foreroute.runtime.on_miss.budget import Allowance
 from foreroute.runtime.on_miss.choice import Gates, RouterChoice
 from foreroute.runtime.on_miss.decide import decide
+from foreroute.runtime.on_miss.predicted import predicted_choice
 from foreroute.runtime.policies import find_policy
 from foreroute.runtime.store.offload import offload
 
@@ -59,6 +68,13 @@ RULES = (
     "bonus:0.15+substitute:0.7",
     "budget:1MB",
     "substitute+budget:1MB",
+    "skip",
+    "skip:1.2+later",
+    "substitute:0.9+later",
+    "predicted",
+    "predicted:predicted-weights",
+    "predicted:predicted-weights+substitute:0.9",
+    "predicted+skip",
 )
 
 
@@ -76,6 +92,14 @@ def random_choice(gates: Gates, tokens: int, dtype: torch.dtype, seed: int) -> R
     return RouterChoice(expert_ids=ids, gate_weights=weights, gates=gates, router_logits=logits)
 
 
+def random_guess(choice: RouterChoice, weights: Any, seed: int) -> tuple[RouterChoice, Tensor]:
+    """A choice of predicted experts, and their ranking, one longer than the router's choice."""
+    generator = torch.Generator().manual_seed(100 + seed)
+    logits = choice.logits + torch.randn(choice.logits.shape, generator=generator).to(DEVICE)
+    ranked = choice.gates.ranking(logits).topk(TOP_K + 1).indices
+    return predicted_choice(choice, ranked, logits, weights), ranked
+
+
 CASES = [
     *((text, GateFamily.SOFTMAX_RENORM, 1, False) for text in RULES),
     *(("bonus:0.15+substitute:0.7", family, 2, False) for family in GateFamily if family.scores),
@@ -83,6 +107,10 @@ CASES = [
     ("threshold:0.4", GateFamily.SOFTMAX, 2, False),
     ("threshold:0.4", GateFamily.OTHER, 1, False),
     ("substitute+budget:1MB", GateFamily.SOFTMAX, 2, False),
+    ("skip", GateFamily.SOFTMAX, 2, False),
+    ("substitute:0.9+later", GateFamily.SOFTMAX, 2, False),
+    ("predicted+skip", GateFamily.SIGMOID_RENORM, 2, True),
+    ("predicted+substitute:0.9", GateFamily.SIGMOID, 2, True),
 ]
 
 
@@ -96,16 +124,19 @@ def test_the_kernel_decides_as_the_reference(
         made = random_choice(Gates(family=GateFamily.SOFTMAX), tokens, torch.float32, 0)
     own, allowance = layer_rule(text, gates), Allowance(per_token=1.3, num_layers=1)
     both = [ResidencyTables.empty(EXPERTS, SLOTS, DEVICE) for _ in range(2)]
-    agreed = num_left = 0
+    agreed, num_left, judged = 0, 0, torch.zeros_like(own.judged)
     for step in range(STEPS):
         if family is not GateFamily.OTHER:
             made = random_choice(gates, tokens, torch.float32, step)
         choice = RouterChoice(**{**vars(made), "gates": gates})
         is_here = both[1].slot_of >= 0
         allowance.begin_step()
-        expected = decide(own.rule, choice, is_here, allowance.at(0, tokens))
-        given = (made.logits, choice.expert_ids, choice.gate_weights)
-        ruled = RuledChoice.of(*given)
+        asked, ranked = choice, None
+        if own.rule.predicted:
+            asked, ranked = random_guess(choice, own.rule.predicted, step)
+        expected = decide(own.rule, asked, is_here, allowance.at(0, tokens))
+        given = (asked.logits, choice.expert_ids, choice.gate_weights)
+        ruled = RuledChoice.of(*given, ranked)
         copies = torch.zeros(2, 3, tokens * TOP_K, dtype=torch.int32, device=DEVICE)
         places = torch.zeros(2, 2, tokens * TOP_K, dtype=torch.int32, device=DEVICE)
         plan(ruled.expert_ids, both[0], LRFU, copies[0], places=places[0], ruling=(own, ruled))
@@ -120,6 +151,12 @@ def test_the_kernel_decides_as_the_reference(
         assert torch.equal(ruled.expert_ids, expected.expert_ids)
         torch.testing.assert_close(ruled.gate_weights, expected.gate_weights)
         assert torch.equal(places[0], places[1])
+        if own.rule.fetches_behind:
+            left = (choice.expert_ids, expected.expert_ids)
+            likely = not own.rule.waits_for_none
+            plan_behind(*left, both[0], own.judged, copies[0], only_likely=likely)
+            plan_behind_reference(*left, both[1], judged, copies[1], only_likely=likely)
+            assert torch.equal(*(made_now[:, made_now[0] >= 0] for made_now in copies))
         for name in ("slot_of", "expert_in", "counters", "score"):
             torch.testing.assert_close(getattr(both[0], name), getattr(both[1], name))
         for true, ids, is_run in zip(
@@ -130,6 +167,8 @@ def test_the_kernel_decides_as_the_reference(
         assert int(own.judged[SPENT]) == len(absent)
         num_left += int((expected.expert_ids != choice.expert_ids).sum())
     assert num_left > 0
+    assert int(own.judged[BEHIND]) == int(judged[BEHIND])
+    assert bool(judged[BEHIND]) == own.rule.fetches_behind
     assert own.judged[[AGREED, CHOSEN]].tolist() == [agreed, STEPS * tokens * TOP_K]
 
 
@@ -168,13 +207,6 @@ def test_the_device_goes_back_to_the_routers_choice_under_the_floor() -> None:
     assert int(own.judged[CHOSEN]) == TOP_K
 
 
-def test_what_the_host_alone_does_is_said() -> None:
-    for text in ("predicted", "skip", "substitute+later"):
-        assert "host" in str(why_not_ruled(find_rule(text)))
-    for text in RULES:
-        assert why_not_ruled(find_rule(text)) is None
-
-
 class RuledExperts:
     """A tiny model whose experts run by the device's kernels under a rule, from few slots."""
 
@@ -185,7 +217,11 @@ class RuledExperts:
         run = run_on_cpu(self.offloaded, config, eviction)
         counters = torch.zeros(len(moe.layers), NUM_COUNTERS, dtype=torch.int32)
         self.judged = torch.zeros(NUM_JUDGED, dtype=torch.int32)
-        rules = layer_rules(self.offloaded, config, self.judged)
+        ahead = LookAhead.for_engine(self.offloaded, config, None)
+        self.targets = targets_of(self.offloaded, ahead)
+        if ahead is not None:
+            run.predictor = DevicePredictor(ahead, torch.float32)
+        rules = layer_rules(self.offloaded, config, self.judged, self.targets.values())
         self.layers = [
             DeviceLayer(
                 DeviceResidency(layer, rows, layout, slots, run, own, rule),
@@ -196,6 +232,9 @@ class RuledExperts:
                 moe.layers, store.rows, store.layouts, counters, rules, strict=True
             )
         ]
+        by_idx = {layer.layer_idx: layer for layer in self.layers}
+        for source, target in self.targets.items():
+            by_idx[source].target = by_idx[target]
         self.counters = counters
 
     @staticmethod
@@ -213,6 +252,7 @@ class RuledExperts:
         with routed_through(moe.model, handlers), ExitStack() as undo:
             for layer, own in zip(moe.layers, self.layers, strict=True):
                 own.watch_router(layer, undo)
+                own.states.watch(layer, undo)
             step = DecodeStep(moe.model, 1, 8, [layer.router for layer in moe.layers])
             for own in self.layers:  # what that read is forgotten
                 self.fill(own.residency)
@@ -224,16 +264,52 @@ class RuledExperts:
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="tests/test_gpu.py runs whole engines there")
+@pytest.mark.parametrize("rule", ["skip", "substitute:1.5+later", "predicted+skip"])
+def test_a_batch_with_fewer_slots_than_it_needs_leaves_them_right(
+    rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_streams_in_order(monkeypatch)
+    for module in (demand_module, plan_module):
+        monkeypatch.setattr(module, "DEMAND_PROGRAMS", 2)
+    model = tiny_model("qwen3_moe", num_hidden_layers=2).eval()
+    config = EngineConfig(
+        expert_slots="4",
+        on_miss=rule,
+        prefetch="all" if "predicted" in rule else "none",
+        agreement_floor=0.0,
+    )
+    device = RuledExperts(model, config, 4)
+    layer, geometry = device.layers[1], device.offloaded.moe.geometry
+    generator, num_tokens = torch.Generator().manual_seed(0), 5
+    for _ in range(2):
+        states = torch.randn(num_tokens, geometry.hidden_size, generator=generator)
+        logits = torch.randn(2, num_tokens, geometry.num_experts, generator=generator)
+        weights, ids = logits[0].softmax(-1).topk(geometry.top_k)
+        layer.router_logits = logits[0]
+        if "predicted" in rule:
+            ranked = logits[1].topk(geometry.top_k)
+            layer._expected = Guess(ranked.indices, ranked.values, logits[1])
+        output = layer.decode(states, ids, weights)
+        assert output.shape == states.shape
+        layer.residency.check_integrity()
+    assert 0 < device.judged[AGREED] < device.judged[CHOSEN] == 2 * num_tokens * geometry.top_k
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="tests/test_gpu.py runs whole engines there")
 @pytest.mark.parametrize(
-    ("rule", "is_fused"),
+    ("rule", "prefetch", "is_fused"),
     [
-        ("bonus:0.05+substitute:1.5", True),
-        ("substitute+budget:{budget}", False),
+        ("bonus:0.05+substitute:1.5", "none", True),
+        ("substitute+budget:{budget}", "none", False),
+        ("skip", "none", True),
+        ("substitute:1.5+later", "none", False),
+        ("predicted:predicted-weights", "auto", True),
     ],
 )
 def test_a_decode_step_under_a_rule_is_the_host_engines(
-    rule: str, is_fused: bool, monkeypatch: pytest.MonkeyPatch
+    rule: str, prefetch: Any, is_fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    run_streams_in_order(monkeypatch)
     monkeypatch.setattr(DecodeStep, "defers", is_fused)
     monkeypatch.setattr(decode_graph, "LENGTH_STEP", 8)
     monkeypatch.setattr(route_module, "ROWS", 16)  # few programs: they are interpreted
@@ -245,8 +321,13 @@ def test_a_decode_step_under_a_rule_is_the_host_engines(
     slots = model.config.num_experts_per_tok + 2
     host = offload(plain, device=torch.device("cpu"), model_name="tiny")
     rule = rule.format(budget=host.expert_bytes)
-    settings = {"expert_slots": str(slots), "on_miss": rule, "agreement_floor": 0.0}
-    config = EngineConfig(**settings, exact_layers="" if is_fused else "0")
+    config = EngineConfig(
+        expert_slots=str(slots),
+        on_miss=rule,
+        prefetch=prefetch,
+        agreement_floor=0.0,
+        exact_layers="" if is_fused else "0",
+    )
     with Engine(host, config) as engine:
         engine.fill_slots()
         cache, expected = None, []
@@ -258,12 +339,16 @@ def test_a_decode_step_under_a_rule_is_the_host_engines(
     device = RuledExperts(model, config, slots)
     got, step = device.step(tokens)
     torch.testing.assert_close(got, torch.stack(expected), atol=2e-5, rtol=2e-5)
-    assert step.fused["plans in routers"] == model.config.num_hidden_layers * is_fused
+    waiting = len(device.targets)  # for what comes ahead: their routers do not
+    assert step.fused["plans in routers"] == is_fused * (len(device.layers) - waiting)
     assert device.judged[[AGREED, CHOSEN]].tolist() == [
         stats.agreed_experts,
         stats.speculated_experts,
     ]
     assert 0 < stats.agreement < 1
-    assert int(device.counters[:, 1].sum()) == stats.decode.misses
+    totals, behind = device.counters.sum(0), int(device.judged[BEHIND])
+    assert totals[[MISSES, PREFETCHES]].tolist() == [stats.decode.misses, stats.decode.prefetches]
+    assert (totals[MISSES] + behind) * host.expert_bytes == stats.decode.fetched_bytes
+    assert bool(behind) == config.rule.fetches_behind
     for layer in device.layers:
         layer.residency.check_integrity()

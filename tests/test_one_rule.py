@@ -16,7 +16,9 @@ from foreroute.data.routes import Route, Scores
 from foreroute.estimators.selection import router_scores
 from foreroute.estimators.types import GateFamily
 from foreroute.runtime.device.kernels.activation import ExpertForm
+from foreroute.runtime.device.kernels.behind import plan_behind_reference
 from foreroute.runtime.device.kernels.head import plan_head_reference
+from foreroute.runtime.device.kernels.miss import BEHIND, NUM_JUDGED
 from foreroute.runtime.device.kernels.plan import plan_reference
 from foreroute.runtime.device.kernels.tables import (
     HITS,
@@ -26,6 +28,10 @@ from foreroute.runtime.device.kernels.tables import (
     ResidencyTables,
 )
 from foreroute.runtime.device.residency import DeviceResidency
+from foreroute.runtime.host.ledger import HostLedger
+from foreroute.runtime.host.residency import HostResidency
+from foreroute.runtime.host.slot_cache import EMPTY, SlotCache
+from foreroute.runtime.host.transfers import ImmediateTransfers
 from foreroute.runtime.on_miss import find_rule
 from foreroute.runtime.on_miss.budget import Allowance
 from foreroute.runtime.on_miss.choice import Gates, RouterChoice
@@ -37,6 +43,7 @@ from foreroute.runtime.simulator.link import LinkTimes
 from foreroute.runtime.simulator.misses import RuledSteps
 from foreroute.runtime.simulator.predictions import SimulatedPredictor
 from foreroute.runtime.simulator.replay import Replay
+from foreroute.runtime.stats import PhaseStats
 from foreroute.runtime.store.host_store import HostExpertStore
 
 EXPERTS, SLOTS, TOP_K, LAYERS, TOKENS = 16, 6, 3, 3, 120
@@ -109,11 +116,15 @@ def test_simulator_and_kernel_choose_the_same_heads(policy: str) -> None:
     assert counts[timeline.WASTED] == HEAD_SHARE * counters[WASTED_HEADS] > 0
 
 
-def device_residency(policy: str, lead: torch.Tensor | None = None) -> DeviceResidency:
-    """One layer's tables as a GPU's driver has them, on the CPU."""
+def tiny_experts() -> nn.Module:
     experts = nn.Module()
     experts.register_parameter("gate_up_proj", nn.Parameter(torch.zeros(EXPERTS, 4, 2)))
-    store = HostExpertStore([experts], is_pinned=False)
+    return experts
+
+
+def device_residency(policy: str, lead: torch.Tensor | None = None) -> DeviceResidency:
+    """One layer's tables as a GPU's driver has them, on the CPU."""
+    store = HostExpertStore([tiny_experts()], is_pinned=False)
     rule = find_policy(policy)
     run: Any = SimpleNamespace(
         rule=rule.device_rule(),
@@ -166,6 +177,39 @@ def test_a_prompt_counts_the_same_on_the_host_on_the_device_and_in_the_simulator
         assert device.tables.rivals[1].tolist() == host.used_at
         assert replay.cache.used_at[:EXPERTS].tolist() == host.used_at
         assert_shadows_agree(host, device, replay.cache.shadows[:, :EXPERTS])
+
+
+@pytest.mark.parametrize("policy", ["lfu", "lrfu:20", "adaptive"])
+@pytest.mark.parametrize("only_likely", [False, True])
+def test_host_and_kernel_fetch_the_same_behind_a_layer(policy: str, only_likely: bool) -> None:
+    dice, chosen_ids = random.Random(1), random_route().expert_ids[:, 0]
+    lead = torch.zeros(1, dtype=torch.int32) if policy == "adaptive" else None
+    device = device_residency(policy, lead)
+    run: Any = SimpleNamespace(
+        phase=PhaseStats(), is_prefill=False, transfers=ImmediateTransfers(), ledger=HostLedger()
+    )
+    cpu, rule = torch.device("cpu"), find_policy(policy)
+    layout = HostExpertStore([tiny_experts()], is_pinned=False).layouts[0]
+    host = HostResidency(device.rows, SlotCache(EXPERTS, SLOTS, layout, cpu, rule), run)
+    judged, num_behind = torch.zeros(NUM_JUDGED, dtype=torch.int32), 0
+    copies = torch.zeros(3, TOP_K, dtype=torch.int32)
+    for token in chosen_ids:
+        chosen, here = token.tolist(), host.cache.state.here
+        others = [e for e in range(EXPERTS) if here[e] and e not in chosen]
+        ran = [e if here[e] or not others else dice.choice(others) for e in chosen]
+        needed = list(dict.fromkeys(ran))
+        host.fetch(needed, chosen)
+        absent = [e for e in chosen if host.cache.slot_of(e) == EMPTY]
+        host.fetch_behind(absent, kept=[*chosen, *ran], only_likely=only_likely)
+        ids, run_ids = torch.tensor([chosen]), torch.tensor([ran])
+        plan_reference(run_ids, device.tables, device.rule, copies, credited=ids)
+        plan_behind_reference(ids, run_ids, device.tables, judged, copies, only_likely=only_likely)
+        assert device.tables.slot_of.tolist() == [host.cache.slot_of(e) for e in range(EXPERTS)]
+        num_behind += len(absent)
+    assert 0 < int(judged[BEHIND]) <= num_behind
+    assert (int(judged[BEHIND]) < num_behind) == only_likely
+    misses = run.phase.misses + int(judged[BEHIND])
+    assert run.phase.fetched_bytes == misses * host.expert_bytes
 
 
 @pytest.mark.parametrize("has_bias", [False, True])

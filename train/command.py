@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from foreroute.estimators import InputKind
+from foreroute.estimators import EstimatorSpec, InputKind
 from foreroute.estimators.console import plain_console
 from foreroute.train.losses import LossName
 from foreroute.train.run import DeviceChoice, FitConfig, InitName
@@ -26,7 +26,7 @@ def train(
     form: str = "low-rank",
     input: InputKind = "quasi-hidden",
     horizon: int = 1,
-    rank: int = 32,
+    rank: int = EstimatorSpec.rank,
     width: int = 256,
     depth: int = 1,
     epochs: int = FitConfig.epochs,
@@ -77,7 +77,7 @@ def train(
 
     quieten_lightning()
     from foreroute.data.manifest import read_manifest
-    from foreroute.estimators import EstimatorSpec, parse_layers
+    from foreroute.estimators import parse_layers
     from foreroute.estimators.byte_sizes import format_bytes, parse_bytes
     from foreroute.estimators.output import claim
     from foreroute.estimators.ranks import joined_ranks

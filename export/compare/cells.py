@@ -59,7 +59,7 @@ class Cell:
     """Layers ahead."""
     tokens_ahead: int = 0
     """Tokens ahead, 0 or 1."""
-    rank: int = 32
+    rank: int = EstimatorSpec.rank
     """As in `EstimatorSpec`, as are the next two."""
     width: int = 256
     depth: int = 1

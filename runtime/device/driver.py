@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -23,13 +23,13 @@ from foreroute.runtime.device.fusions import fuse_norms, survey
 from foreroute.runtime.device.kernels.fetch import WORD, fetch
 from foreroute.runtime.device.kernels.miss import (
     AGREED,
+    BEHIND,
     CHOSEN,
     IS_CLOSED,
     NUM_JUDGED,
     RECENTLY_AGREED,
     RECENTLY_CHOSEN,
     LayerRule,
-    why_not_ruled,
 )
 from foreroute.runtime.device.kernels.quasi_hidden import add_expected_output
 from foreroute.runtime.device.kernels.tables import (
@@ -93,8 +93,9 @@ def why_not_on_device(
         return "everything but the experts is divided by transformers' own plan"
     if config.cache == "none":
         return "running without a cache is decided on the host"
-    if reason := why_not_ruled(config.rule):
-        return reason
+    rule, is_locked = config.rule, offloaded.store.pins.budget is None
+    if (rule.needs_predictions or rule.fetches_behind) and not is_locked:
+        return f"on_miss={rule.text} loads experts ahead or behind, and some are not page-locked"
     policy = find_policy(config.eviction)
     if policy.worth == "static" or policy.likely_bonus:
         return f"eviction={config.eviction} is decided on the host"
@@ -108,7 +109,7 @@ def why_not_on_device(
 
 
 def layer_rules(
-    offloaded: OffloadedModel, config: EngineConfig, judged: Tensor
+    offloaded: OffloadedModel, config: EngineConfig, judged: Tensor, targets: Collection[int] = ()
 ) -> list[LayerRule | None]:
     """The rule on a miss for each layer, [L]; None where a layer is exact.
 
@@ -116,6 +117,8 @@ def layer_rules(
         offloaded: The model.
         config: Names the rule, and layers that are exact all the same.
         judged: Counters on the device, shared by the layers; see `LayerRule`.
+        targets: Layers of which something is predicted; the others are exact under a rule that runs
+            predictions.
 
     Raises:
         ValueError: If the rule weighs experts and the model's gate rule is unknown.
@@ -124,6 +127,8 @@ def layer_rules(
     if rule.is_exact:
         return [None] * len(moe.layers)
     exact = exact_layers_of(config, moe.geometry)
+    if rule.predicted:
+        exact |= {layer.layer_idx for layer in moe.layers} - set(targets)
     first = next((layer.layer_idx for layer in moe.layers if layer.layer_idx not in exact), None)
     per_token = rule.budget_experts(size, find_profile(config.profile).copy_ms(size))
     return [
@@ -180,6 +185,7 @@ class DeviceDriver:
             form=form,
             predictor=DevicePredictor(ahead, offloaded.moe.model.dtype) if ahead else None,
             ahead=borrow_stream(device, self, priority=-1),
+            behind=borrow_stream(device, self),
             head_words=torch.zeros(1, dtype=torch.int32, device=device),
             num_whole=torch.zeros(1, dtype=torch.int32, device=device),
             trust=torch.full((2,), PRIOR_PREFETCHES, device=device),
@@ -201,18 +207,17 @@ class DeviceDriver:
         self._judged = torch.zeros(NUM_JUDGED, dtype=torch.int32, device=device)
         self._judged_before = self._judged.clone()
         self._guard = AgreementGuard(config.agreement_floor)
-        self._rules = layer_rules(offloaded, config, self._judged)
+        target_of = targets_of(offloaded, ahead)
+        self._rules = layer_rules(offloaded, config, self._judged, target_of.values())
         self._prefill = StreamedPrefill(
             store.layouts[0], self._prefill_group(), device, store.pins.copy_row
         )
         self.layers = self._make_layers(slots_per_layer)
         for place, layer in enumerate(self.layers):
             layer.residency.place = place
-        if ahead is not None:
-            by_idx = {layer.layer_idx: layer for layer in self.layers}
-            for layer in self.layers:
-                target_idx = ahead.target_of(layer.layer_idx)
-                layer.target = None if target_idx is None else by_idx[target_idx]
+        by_idx = {layer.layer_idx: layer for layer in self.layers}
+        for source, target in target_of.items():
+            by_idx[source].target = by_idx[target]
 
     def _make_layers(self, slots_per_layer: Sequence[int]) -> list[DeviceLayer]:
         store, run = self._offloaded.store, self.run
@@ -257,6 +262,8 @@ class DeviceDriver:
             undo: Gets what takes the hooks off again.
         """
         run, moe = self.run, self._offloaded.moe
+        if run.config.rule.fetches_behind and any(self._rules):
+            undo.callback(moe.model.register_forward_hook(self._join_behind).remove)
         if run.predictor is not None:
             if run.predictor.ahead.readouts is not None:
                 run.predictor.ahead.readouts.attach(undo, lambda: run.looks_ahead)
@@ -279,6 +286,10 @@ class DeviceDriver:
         if not run.is_prefill:
             self._settle_pins()
         run.stats.steps_ahead += run.predictor is not None and run.looks_ahead
+
+    def _join_behind(self, *_: Any) -> None:
+        """Let what is copied behind the layers be there when the next forward pass begins."""
+        torch.cuda.current_stream().wait_stream(self.run.behind)
 
     def _settle_pins(self) -> None:
         """Pin what was used most so far, before the first step; see that every step was served."""
@@ -373,7 +384,7 @@ class DeviceDriver:
 
     def _note_agreement(self) -> None:
         """Say so, once, if the device has gone back to the router's choice."""
-        if self._guard.is_open and self._rules[-1] is not None:
+        if self._guard.is_open and any(self._rules):
             judged = self._judged.tolist()
             if judged[IS_CLOSED]:
                 self._guard.judge(judged[RECENTLY_AGREED], judged[RECENTLY_CHOSEN])
@@ -413,7 +424,8 @@ class DeviceDriver:
     def step_for(self, width: int, length: int) -> DecodeStep:
         """The step that reads so many tokens of one sequence, over the cache of `graph_for`.
 
-        It looks nothing ahead. Captured when first needed, also in the midst of a text.
+        It looks nothing ahead, but where a rule on a miss lives by predictions, in steps of one.
+        Captured when first needed, also in the midst of a text.
 
         Args:
             width: Tokens, 1..`MOST_STEP_TOKENS`.
@@ -422,11 +434,13 @@ class DeviceDriver:
         graph = self.graph_for(1, length)
         step = self._steps.get(width)
         if step is None:
-            variant = ON_DEMAND if self._has_look_ahead and width == 1 else 0
+            predicts = width == 1 and self.run.config.rule.needs_predictions
+            can_rest = width == 1 and self._has_look_ahead and not predicts
+            on_demand = partial(self._count_step, ON_DEMAND if can_rest else 0)
             with self._learning_nothing():
                 step = copy.copy(graph) if width == 1 else graph.widened(width)
             if step.is_captured:
-                step.choose_variant = partial(self._count_step, variant)
+                step.choose_variant = self._before_step if predicts else on_demand
             self._steps[width] = step
         return step
 
@@ -449,7 +463,10 @@ class DeviceDriver:
         self._graph, self._steps = None, {}
 
     def _captured(self, batch: int, length: int) -> DecodeStep:
-        """Capture the step; with prefetch twice, one looks ahead and the other does not."""
+        """Capture the step; with prefetch twice, one looks ahead and the other does not.
+
+        Under a rule on a miss that lives by predictions every step looks ahead.
+        """
         run, routers = self.run, [layer.router for layer in self._offloaded.moe.layers]
         self._choose_variant = int  # the first
 
@@ -459,10 +476,11 @@ class DeviceDriver:
 
             return set_up
 
+        self._has_look_ahead = run.predictor is not None
         variants = [looking(False)]
         if run.predictor is not None:
             variants = [looking(True), looking(False)]  # LOOK_AHEAD, ON_DEMAND
-        self._has_look_ahead = len(variants) > 1
+            variants = variants[:1] if run.config.rule.needs_predictions else variants
         try:
             graph = DecodeGraph(self._offloaded.moe.model, batch, length, routers, variants)
         except RuntimeError as error:
@@ -525,19 +543,19 @@ class DeviceDriver:
         head_bytes = int(self.run.head_words) * WORD.itemsize
         totals = (self._counters - self._counted_before).sum(0).tolist()
         misses = totals[MISSES] + totals[TAILS]
+        judged = (self._judged - self._judged_before).tolist()
         stats.decode = PhaseStats(
             forwards=stats.decode.forwards,
             lookups=totals[HITS] + misses,
             hits=totals[HITS],
             misses=misses,
             late=totals[TAILS],
-            fetched_bytes=misses * expert_bytes - totals[TAILS] * head_bytes,
+            fetched_bytes=(misses + judged[BEHIND]) * expert_bytes - totals[TAILS] * head_bytes,
             prefetches=totals[PREFETCHES] + totals[HEADS],
             prefetched_bytes=totals[PREFETCHES] * expert_bytes + totals[HEADS] * head_bytes,
             wasted_bytes=totals[WASTED] * expert_bytes + totals[WASTED_HEADS] * head_bytes,
         )
         stats.prefill.fetched_bytes = self._prefill.prompt_bytes
-        judged = (self._judged - self._judged_before).tolist()
         stats.agreed_experts, stats.speculated_experts = judged[AGREED], judged[CHOSEN]
         stats.is_speculation_off = not self._guard.is_open
         return stats
@@ -580,6 +598,14 @@ class DeviceDriver:
         self._drop_graph()
         if self.run.staging is not None:
             self.run.staging.close()
+
+
+def targets_of(offloaded: OffloadedModel, ahead: LookAhead | None) -> dict[int, int]:
+    """By decoder layer index, the layer predicted from it."""
+    sources = [layer.layer_idx for layer in offloaded.moe.layers]
+    if ahead is None:
+        return {}
+    return {s: target for s in sources if (target := ahead.target_of(s)) is not None}
 
 
 def _stopping_at_strings(settings: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,9 @@ from foreroute.data.adapters import MoELayer, router_logits_of
 from foreroute.runtime.device.fusions.deferred import Deferred, Source, settled
 from foreroute.runtime.device.fusions.routers import Routed
 from foreroute.runtime.device.kernels.demand import Demand
+from foreroute.runtime.device.kernels.miss import LayerRule
 from foreroute.runtime.device.kernels.products import expert_products
+from foreroute.runtime.device.predictor import Guess
 from foreroute.runtime.device.prefill import StreamedPrefill
 from foreroute.runtime.device.residency import DeviceResidency
 from foreroute.runtime.device.run_state import DeviceRun
@@ -67,6 +69,9 @@ class DeviceLayer:
         self._tokens_at_once = len(residency.slots) // residency.top_k
         self._arriving: torch.cuda.Event | None = None
         self._read_ahead: tuple[Tensor, ...] = ()
+        self._expected: Guess | None = None
+        """What was predicted of this layer, where a rule on a miss runs that."""
+        self._read_behind: tuple[Tensor, ...] = ()
 
     def __call__(
         self, experts: nn.Module, router_input: Tensor, expert_ids: Tensor, gate_weights: Tensor
@@ -112,7 +117,8 @@ class DeviceLayer:
         """Empty the slots, and drop what a broken forward pass left."""
         self.residency.tables.forget()
         self.residual = self.router_input = self.router_logits = None
-        self._arriving, self._read_ahead = None, ()
+        self._arriving, self._expected = None, None
+        self._read_ahead = self._read_behind = ()
 
     def decode(
         self,
@@ -133,26 +139,33 @@ class DeviceLayer:
             [T, D].
         """
         source = gate_weights.source if isinstance(gate_weights, Deferred) else None
+        expected, self._expected = self._expected, None
         planned = self._routed(source, expert_ids)
         expert_ids, gate_weights = settled(expert_ids), settled(gate_weights)  # the router first:
         router_input = settled(router_input).contiguous()  # its launch takes the norm
-        logits = self._logits(source) if planned is None else None
+        chosen = _chosen(source, expert_ids)
+        logits = self._logits(source, expected) if planned is None else None
+        ranked = None if expected is None else expected.expert_ids
         if logits is not None and len(expert_ids) <= self._tokens_at_once:
             self._join_prefetch()  # what comes ahead is there when the rule looks
             planned, expert_ids, gate_weights = self.residency.plan_ruled(
-                logits, expert_ids, gate_weights
+                logits, expert_ids, gate_weights, ranked
             )
         guess = self._predict(router_input, expert_ids, gate_weights)
         self._join_prefetch()
         residency, form = self.residency, self._run.form
-        output = torch.empty_like(router_input)
+        output, run_ids = torch.empty_like(router_input), []
         for start in range(0, len(expert_ids), self._tokens_at_once):
             tokens = slice(start, start + self._tokens_at_once)
             ids, weights = expert_ids[tokens].contiguous(), gate_weights[tokens].contiguous()
             if planned is None and logits is not None:
-                (demand, places), _, weights = residency.plan_ruled(logits[tokens], ids, weights)
+                expected_ids = None if ranked is None else ranked[tokens]
+                (demand, places), ids, weights = residency.plan_ruled(
+                    logits[tokens], ids, weights, expected_ids
+                )
             else:
                 demand, places = planned or residency.plan_demand(ids)
+            run_ids.append(ids)
             if guess is not None:
                 self._run.ahead.wait_stream(torch.cuda.current_stream())
             expert_products(
@@ -166,13 +179,25 @@ class DeviceLayer:
                 None if residual is None else residual[tokens],
             )
         if guess is not None:
-            self._look_ahead(*guess)
+            self._look_ahead(guess)
+        if self._on_miss is not None and self._on_miss.rule.fetches_behind:
+            self._fetch_behind(chosen, run_ids[0] if planned else torch.cat(run_ids))
         return output
 
-    def _logits(self, source: Source | None) -> Tensor | None:
-        """The router's logits, [T, E], if a rule on a miss is to read them."""
-        if self.residency.on_miss is None:
+    @property
+    def _on_miss(self) -> LayerRule | None:
+        """The rule on a miss for the step at hand: none that runs predictions, without any."""
+        on_miss = self.residency.on_miss
+        lacks = on_miss is not None and on_miss.rule.predicted and not self._run.looks_ahead
+        return None if lacks else on_miss
+
+    def _logits(self, source: Source | None, expected: Guess | None) -> Tensor | None:
+        """What a rule on a miss weighs experts by, [T, E]; None without a rule."""
+        on_miss = self._on_miss
+        if on_miss is None:
             return None
+        if expected is not None and on_miss.rule.predicted == "predicted-weights":
+            return expected.router_logits
         if isinstance(source, Routed):
             return source.routing.results["logits"].value()
         assert self.router_logits is not None  # the driver hooks the router
@@ -184,15 +209,16 @@ class DeviceLayer:
         While something is on its way ahead, the plan alone waits for it, not the router.
         """
         can_plan = self._arriving is None and len(expert_ids) <= self._tokens_at_once
-        if self.residency.on_miss is not None:  # it decides on the router's own choice
+        on_miss = self._on_miss
+        if on_miss is not None:  # it decides on the router's own choice
             can_plan = can_plan and isinstance(expert_ids, Deferred)
         if not isinstance(source, Routed) or not source.is_pending or not can_plan:
             return None
-        return self.residency.route_and_plan(source.routing, expert_ids)
+        return self.residency.route_and_plan(source.routing, expert_ids, on_miss)
 
     def _predict(
         self, router_input: Tensor, expert_ids: Tensor, gate_weights: Tensor
-    ) -> tuple[Tensor, Tensor] | None:
+    ) -> Guess | None:
         """Rank the target layer's experts, on the stream beside this layer's own demand."""
         run = self._run
         if self.target is None or run.predictor is None or not run.looks_ahead:
@@ -210,22 +236,42 @@ class DeviceLayer:
         # read on the other stream until the target joins it: keep the memory from being used again
         states = (residual, router_input, expert_ids, gate_weights, *guess)
         self.target._read_ahead = tuple(state for state in states if state is not None)
+        if run.config.rule.predicted:
+            self.target._expected = guess
         return guess
 
-    def _look_ahead(self, expert_ids: Tensor, chances: Tensor) -> None:
+    def _look_ahead(self, guess: Guess) -> None:
         """Load ahead for the target layer, behind this layer's demand: that has the link alone."""
         target, run = self.target, self._run
         assert target is not None  # there is a guess
         with torch.cuda.stream(run.ahead):
-            if run.config.prefetch == "auto":
-                target.residency.load_likely(expert_ids, chances, behind=self.residency)
+            if run.config.prefetch == "auto" and not run.config.rule.needs_predictions:
+                ids, chances = guess.expert_ids, guess.chances
+                target.residency.load_likely(ids, chances, behind=self.residency)
             else:
-                ids = expert_ids.T.contiguous()  # [M, T]: every token's best guess first
+                ids = guess.expert_ids.T.contiguous()  # [M, T]: every token's best guess first
                 target.residency.load(ids, behind=self.residency)
             target._arriving = torch.cuda.Event()
             target._arriving.record(run.ahead)
+
+    def _fetch_behind(self, chosen: Tensor, run_ids: Tensor) -> None:
+        """Load what the router chose and the rule did not wait for, behind this layer's products.
+
+        The driver waits for it at the end of the forward pass.
+        """
+        behind, chosen = self._run.behind, chosen.contiguous()
+        behind.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(behind):
+            self.residency.load_left(chosen, run_ids)
+        self._read_behind = chosen, run_ids  # on the other stream, for as long as the pass
 
     def _join_prefetch(self) -> None:
         if self._arriving is not None:
             torch.cuda.current_stream().wait_event(self._arriving)
             self._arriving, self._read_ahead = None, ()
+
+
+def _chosen(source: Source | None, expert_ids: Tensor) -> Tensor:
+    """The router's own experts, [T, K], where its launch has perhaps put others in their place."""
+    own = source.routing.chosen if isinstance(source, Routed) else None
+    return expert_ids if own is None else own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +38,17 @@ class FoldedPair:
     """Epsilon of the norm; None where the state is not normed."""
     default_vectors: Tensor | None
     """[E, D]; None unless the input is quasi-hidden."""
+
+
+class Guess(NamedTuple):
+    """What is expected of a coming layer; on the device."""
+
+    expert_ids: Tensor
+    """[T, M] int64, most likely first."""
+    chances: Tensor
+    """How likely each is needed, [T, M] float32."""
+    router_logits: Tensor
+    """[T, E], as predicted."""
 
 
 @torch.no_grad()
@@ -117,7 +129,7 @@ class DevicePredictor:
         router_input: Tensor,
         expert_ids: Tensor,
         gate_weights: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Guess:
         """Rank the target layer's experts.
 
         Args:
@@ -126,9 +138,6 @@ class DevicePredictor:
             router_input: [T, D].
             expert_ids: The layer's own routing, [T, K].
             gate_weights: [T, K].
-
-        Returns:
-            Ids [T, M] int64, most likely first, and their probabilities [T, M] float32.
         """
         stack, readouts = self.ahead.stack, self.ahead.readouts
         readout = None
@@ -151,7 +160,7 @@ class DevicePredictor:
             states = {"residual": residual, "router_input": router_input, "readout": readout}
             state = states[folded.field]
             assert state is not None
-            scores = predict_logits(
+            logits = scores = predict_logits(
                 state.contiguous(),
                 folded.weight,
                 folded.bias,
@@ -161,7 +170,8 @@ class DevicePredictor:
                 gate_weights=gate_weights.contiguous(),
             )
         table, top_k = self._tables[source_layer], stack.geometry.top_k
-        return rank_experts(scores, *table, top_k=top_k, budget=self.ahead.budget)
+        ranked = rank_experts(scores, *table, top_k=top_k, budget=self.ahead.budget)
+        return Guess(*ranked, logits)
 
 
 def _table(

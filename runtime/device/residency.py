@@ -10,6 +10,7 @@ from torch import Tensor
 from foreroute.data.adapters import MoELayer
 from foreroute.runtime.device.fusions.deferred import Deferred
 from foreroute.runtime.device.fusions.routers import Routing
+from foreroute.runtime.device.kernels.behind import plan_behind
 from foreroute.runtime.device.kernels.demand import Demand
 from foreroute.runtime.device.kernels.duel import fill_shadows, follow_lead
 from foreroute.runtime.device.kernels.fetch import WORD, fetch
@@ -146,29 +147,37 @@ class DeviceResidency:
                 copy_in_parts(self.slots[slot], self.rows[expert])
 
     def plan_ruled(
-        self, router_logits: Tensor, expert_ids: Tensor, gate_weights: Tensor
+        self,
+        router_logits: Tensor,
+        expert_ids: Tensor,
+        gate_weights: Tensor,
+        ranked: Tensor | None = None,
     ) -> tuple[tuple[Demand, Tensor], Tensor, Tensor]:
         """The same after the layer's rule on a miss; and the ids [T, K] and weights that run.
 
         Args:
-            router_logits: [T, E].
+            router_logits: [T, E]; as predicted, where those weigh predicted experts.
             expert_ids: The router's, [T, K]; no more than there are slots.
             gate_weights: [T, K].
+            ranked: Predicted experts that are to run instead, most likely first, [T, at least K].
         """
         assert self.on_miss is not None
         demand, places = self.demand_of(expert_ids.numel())
-        choice = RuledChoice.of(router_logits, expert_ids.long(), gate_weights)
+        choice = RuledChoice.of(router_logits, expert_ids.long(), gate_weights, ranked)
         ruling = (self.on_miss, choice)
         ids = choice.expert_ids
         plan(ids, self.tables, self.rule, demand.copies, places=places, ruling=ruling)
         return self._staged(demand, places), ids, choice.gate_weights
 
-    def route_and_plan(self, routing: Routing, expert_ids: Tensor) -> tuple[Demand, Tensor]:
+    def route_and_plan(
+        self, routing: Routing, expert_ids: Tensor, on_miss: LayerRule | None
+    ) -> tuple[Demand, Tensor]:
         """The same by the launch that runs the layer's router.
 
         Args:
             routing: Still to run.
             expert_ids: Its choice, or what is planned for in its place, [T, K].
+            on_miss: The rule on a miss, if there is one for this step.
         """
         demand, places = self.demand_of(expert_ids.numel())
         is_own = isinstance(expert_ids, Deferred)
@@ -179,7 +188,7 @@ class DeviceResidency:
                 copies=demand.copies,
                 places=places,
                 expert_ids=None if is_own else expert_ids,
-                on_miss=self.on_miss,
+                on_miss=on_miss,
             )
         )
         return self._staged(demand, places)
@@ -225,6 +234,20 @@ class DeviceResidency:
             num_whole=self._run.num_whole,
         )
         fetch(self.rows, self.slots, copies, num_blocks=FETCH_BLOCKS, head_words=head_words)
+
+    def load_left(self, chosen: Tensor, run: Tensor) -> None:
+        """Copy what the router chose and the rule on a miss did not wait for, where that pays.
+
+        Args:
+            chosen: The router's experts, [T, K], contiguous.
+            run: What ran in their place, [T, K], contiguous.
+        """
+        assert self.on_miss is not None  # it left them
+        copies = torch.empty(3, chosen.numel(), dtype=torch.int32, device=chosen.device)
+        only_likely = not self.on_miss.rule.waits_for_none
+        judged = self.on_miss.judged
+        plan_behind(chosen, run, self.tables, judged, copies, only_likely=only_likely)
+        self._copy(copies)
 
     def warm(self, rows: Sequence[Sequence[int]], policy: EvictionPolicy) -> None:
         """Count a recording's uses, and make the experts resident that it used most.

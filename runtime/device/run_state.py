@@ -28,6 +28,8 @@ class DeviceRun(RunState):
     predictor: DevicePredictor | None
     ahead: torch.cuda.Stream
     """Predictions and prefetches run here, beside the compute."""
+    behind: torch.cuda.Stream
+    """What nobody waits for is copied here, until the step is over."""
     head_words: Tensor
     """Where an expert's head ends, [1] int32 on the device; see `fetch`."""
     num_whole: Tensor

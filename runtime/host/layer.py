@@ -136,11 +136,11 @@ class HostLayer:
     def _fetch_behind(self, chosen: list[int], run: list[int]) -> None:
         """Ask for what the router chose and the rule did not wait for."""
         rule, slot_of = self._run.config.rule, self.residency.cache.slot_of
-        if not (rule.waits_for_none or rule.is_later):
+        if not rule.fetches_behind:
             return
         absent = [expert for expert in chosen if slot_of(expert) == EMPTY]
         only_likely = not rule.waits_for_none
-        self.residency.fetch_behind(absent, kept=run, only_likely=only_likely)
+        self.residency.fetch_behind(absent, kept=[*chosen, *run], only_likely=only_likely)
 
     def _look_ahead(
         self,

@@ -11,7 +11,6 @@ from foreroute.runtime.host.ledger import Early
 from foreroute.runtime.host.run_state import HostRun
 from foreroute.runtime.host.slot_cache import EMPTY, SlotCache
 from foreroute.runtime.host.transfers import Ticket
-from foreroute.runtime.policies import PrefetchRule
 
 
 class HostResidency:
@@ -90,19 +89,16 @@ class HostResidency:
         Args:
             absent: Distinct experts without a slot, in the router's order.
             kept: Experts that may not go for them.
-            only_likely: Ask for the likeliest alone, and only if the next tokens are likelier to
-                use it than the one it evicts.
+            only_likely: Ask for the one that is used most alone, and only if it is used more than
+                the one it evicts: either costs one copy.
         """
-        cache, state = self.cache, self.cache.state
+        cache, worth = self.cache, self.cache.state.worth
         cache.pin([*kept, *absent])
         wanted = list(absent[: cache.num_evictable])
         if only_likely and wanted:
-            wanted = [max(wanted, key=state.frequency)]
-            victim = cache.next_victim()
-            feared = 0.0 if victim == EMPTY else state.frequency(victim)
-            # either costs one copy: what is saved if it is used, and what if the victim is
-            if not PrefetchRule.is_worth(state.frequency(wanted[0]), 1.0, feared, 1.0):
-                wanted = []
+            likeliest, victim = max(absent, key=worth.__getitem__), cache.next_victim()
+            pays = victim == EMPTY or worth[likeliest] > worth[victim]
+            wanted = [likeliest] if pays else []
         self._ask_for(wanted)
         cache.unpin()
 

@@ -81,6 +81,11 @@ class MissRule:
         return self.predicted is not None or self.waits_for_none
 
     @property
+    def fetches_behind(self) -> bool:
+        """Whether what nobody waited for may be fetched behind the layer."""
+        return self.waits_for_none or self.is_later
+
+    @property
     def has_budget(self) -> bool:
         """Whether a token's copies are limited."""
         return self.budget_bytes is not None or self.budget_ms is not None

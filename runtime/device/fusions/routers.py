@@ -126,6 +126,8 @@ class Routing:
         """
         self.source, self.router, self.counts = source, router, source.counts
         self.results = {name: Routed(self, name) for name in RESULTS}
+        self.chosen: Tensor | None = None
+        """The router's own experts, [T, K], once it ran; a rule on a miss may run others."""
 
     def run(self, demand: DemandPlan | None = None) -> None:
         """Launch it, and plan for its choice if that is given."""
@@ -139,6 +141,7 @@ class Routing:
             source.settle(choice.router_input)
         for name, result in self.results.items():
             result.settle(getattr(choice, name))
+        self.chosen = choice.chosen
         self.counts["routers with their top-k"] += 1
         self.counts["norms in routers"] += norm is not None
         self.counts["plans in routers"] += demand is not None

@@ -17,8 +17,8 @@ from foreroute.runtime.on_miss import MissRule
 from foreroute.runtime.on_miss.agreement import WINDOW_LAYER_STEPS
 from foreroute.runtime.on_miss.choice import Gates
 
-AGREED, CHOSEN, RECENTLY_AGREED, RECENTLY_CHOSEN, LAYER_STEPS, IS_CLOSED, SPENT = range(7)
-NUM_JUDGED = 7
+AGREED, CHOSEN, RECENTLY_AGREED, RECENTLY_CHOSEN, LAYER_STEPS, IS_CLOSED, SPENT, BEHIND = range(8)
+NUM_JUDGED = 8
 AT_CHOSEN, AT_RECENTLY_AGREED, AT_RECENTLY_CHOSEN, AT_LAYER_STEPS, AT_CLOSED, AT_SPENT = map(
     tl.constexpr, (CHOSEN, RECENTLY_AGREED, RECENTLY_CHOSEN, LAYER_STEPS, IS_CLOSED, SPENT)
 )
@@ -32,13 +32,13 @@ class LayerRule:
     """A rule on a miss, for one layer on the device."""
 
     rule: MissRule
-    """Nothing of it is left to the host; see `why_not_ruled`."""
+    """What to do; what it runs of predictions comes with each choice."""
     gates: Gates
     """How the layer's router weighs experts; its selection bias float32, on the device."""
     judged: Tensor
-    """[7] int32, shared by all layers: of the router's experts, how many ran and how many there
+    """[8] int32, shared by all layers: of the router's experts, how many ran and how many there
     were; the same of the window at hand, and its layer steps; whether agreement fell under the
-    floor; experts copied in this step."""
+    floor; experts copied in this step; experts copied behind their layers (`behind.py`)."""
     floor: float
     """Least share of agreement over a window."""
     allowed: float
@@ -52,7 +52,7 @@ class RuledChoice:
     """A router's choice before and after a rule."""
 
     logits: Tensor
-    """[T, E], contiguous."""
+    """[T, E], contiguous: what experts are ranked and weighed by that the router did not choose."""
     chosen: Tensor
     """[T, K] int64, the router's experts; they are credited."""
     given: Tensor
@@ -61,15 +61,21 @@ class RuledChoice:
     """Written, [T, K] int64: what runs, every one to be resident."""
     gate_weights: Tensor
     """Written, [T, K], in the type of the router's."""
+    ranked: Tensor | None = None
+    """Predicted experts, most likely first, [T, at least K] int64, contiguous; they are wanted in
+    place of the router's."""
 
     @classmethod
-    def of(cls, logits: Tensor, chosen: Tensor, given: Tensor) -> RuledChoice:
+    def of(
+        cls, logits: Tensor, chosen: Tensor, given: Tensor, ranked: Tensor | None = None
+    ) -> RuledChoice:
         """A choice to decide on, with room for what comes of it.
 
         Args:
-            logits: [T, E].
+            logits: [T, E]; as predicted, where those are to weigh predicted experts.
             chosen: [T, K] int64.
             given: [T, K].
+            ranked: [T, at least K] int64, where a rule runs predicted experts.
         """
         chosen = chosen.contiguous()
         return cls(
@@ -78,16 +84,8 @@ class RuledChoice:
             given=given.contiguous(),
             expert_ids=torch.empty_like(chosen),
             gate_weights=torch.empty_like(given, memory_format=torch.contiguous_format),
+            ranked=None if ranked is None else ranked.contiguous(),
         )
-
-
-def why_not_ruled(rule: MissRule) -> str | None:
-    """What of a rule the device does not do, in one line; None if it does all."""
-    if rule.predicted:
-        return "predicted experts are run by the host"
-    if rule.waits_for_none or rule.is_later:
-        return "experts that nobody waits for are fetched by the host"
-    return None
 
 
 @triton.jit
@@ -141,6 +139,7 @@ def rule_ids(  # noqa: ANN201
     logits,
     chosen,
     given,
+    ranked,
     ids,
     gates,
     selection_bias,
@@ -162,6 +161,7 @@ def rule_ids(  # noqa: ANN201
     SCALE: tl.constexpr,
     HAS_SELECTION_BIAS: tl.constexpr,
     WINDOW: tl.constexpr,
+    RANKED: tl.constexpr,
     TOKENS: tl.constexpr,
     TOP_K: tl.constexpr,
     K_PADDED: tl.constexpr,
@@ -193,11 +193,16 @@ def rule_ids(  # noqa: ANN201
         own = tl.load(given + where, mask=is_id, other=0.0).to(tl.float32)
         scores = tl.zeros([EXPERTS], dtype=tl.float32)
         ranking = row
-        if (BONUS > 0) | REPLACES:
+        if (BONUS > 0) | REPLACES | (RANKED > 0):
             scores = _scores(row, is_expert, KIND)
         if HAS_SELECTION_BIAS:
             ranking = scores + tl.load(selection_bias + experts, mask=is_expert, other=0.0)
         wanted, weights = true, own
+        if RANKED > 0:
+            wanted = tl.load(ranked + token * RANKED + at, mask=is_id, other=-1).to(tl.int32)
+            made = _gate_weights(scores, wanted, experts, RENORMALISE, SCALE)
+            weights = made.to(gates.dtype.element_ty).to(tl.float32)
+        asked, asked_weights = wanted, weights
         if BONUS > 0:
             wanted = _choose_with_bonus(true, ranking, here, is_expert, experts, at, BONUS, TOP_K)
             is_other = tl.max((wanted != true).to(tl.int32), 0) > 0
@@ -218,9 +223,9 @@ def rule_ids(  # noqa: ANN201
             if HAS_BUDGET:
                 rank = tl.sum((before & is_absent[None, :]).to(tl.int32), 1)
                 left = left & (rank >= allowance)
-                if not REPLACES:  # a token of which none is there waits for one
-                    has_none = tl.sum(is_absent.to(tl.int32), 0) == TOP_K
-                    left = left & ((has_none == 0) | is_behind)
+            if not (REPLACES | (SHARE > 0) | (MASS > 0)):  # it waits for one where none is there
+                has_none = tl.sum(is_absent.to(tl.int32), 0) == TOP_K
+                left = left & ((has_none == 0) | is_behind)
             if SHARE > 0:
                 left = left & (shares < SHARE) & is_behind
             if MASS > 0:
@@ -239,9 +244,9 @@ def rule_ids(  # noqa: ANN201
                 best = tl.argmax(free, 0)
                 run = tl.where(rank == place, best, run)
                 free = tl.where(experts == best, float("-inf"), free)
-            is_other = tl.max((run != true).to(tl.int32), 0) > 0
+            is_other = tl.max((run != asked).to(tl.int32), 0) > 0
             made = _gate_weights(scores, run, experts, RENORMALISE, SCALE)
-            weights = tl.where(is_other, made, own)
+            weights = tl.where(is_other, made, asked_weights)
         elif IS_LEAVING:
             runs = is_id & (left == 0)
             best = tl.argmax(tl.where(runs, weights, -1.0), 0)
@@ -286,7 +291,8 @@ def rule_arguments(layer: LayerRule | None, choice: RuledChoice | None) -> dict[
         return dict.fromkeys(_TENSORS) | {"HAS_RULE": False} | dict.fromkeys(_CONSTANTS, 0)
     rule, gates = layer.rule, layer.gates
     (num_tokens, top_k), kind = choice.chosen.shape, gates.family.scores
-    tensors = (choice.expert_ids, choice.gate_weights, gates.selection_bias, layer.judged)
+    ranked, ids, weights = choice.ranked, choice.expert_ids, choice.gate_weights
+    tensors = (ranked, ids, weights, gates.selection_bias, layer.judged)
     numbers = (layer.floor, layer.allowed, int(layer.is_first))
     constants = (
         rule.bonus,
@@ -300,6 +306,7 @@ def rule_arguments(layer: LayerRule | None, choice: RuledChoice | None) -> dict[
         gates.scale,
         gates.selection_bias is not None,
         WINDOW_LAYER_STEPS,
+        0 if ranked is None else ranked.shape[1],
         num_tokens,
         top_k,
         triton.next_power_of_2(top_k),
@@ -311,7 +318,16 @@ def rule_arguments(layer: LayerRule | None, choice: RuledChoice | None) -> dict[
     }
 
 
-_TENSORS = ("ruled", "ruled_gates", "selection_bias", "judged", "floor", "allowed", "is_first")
+_TENSORS = (
+    "ranked",
+    "ruled",
+    "ruled_gates",
+    "selection_bias",
+    "judged",
+    "floor",
+    "allowed",
+    "is_first",
+)
 _CONSTANTS = (
     "BONUS",
     "IS_LEAVING",
@@ -324,6 +340,7 @@ _CONSTANTS = (
     "SCALE",
     "HAS_SELECTION_BIAS",
     "WINDOW",
+    "RANKED",
     "RULED_TOKENS",
     "RULED_K",
     "RULED_PADDED",

@@ -74,6 +74,8 @@ class Choice:
     """[T, K]; after a rule on a miss, of what runs."""
     expert_ids: Tensor
     """[T, K] int64, likewise."""
+    chosen: Tensor
+    """[T, K] int64, the router's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +129,7 @@ def _route_kernel(
     decay,
     memory,
     credited,
+    ranked,
     ruled,
     ruled_gates,
     selection_bias,
@@ -164,6 +167,7 @@ def _route_kernel(
     SCALE: tl.constexpr,
     HAS_SELECTION_BIAS: tl.constexpr,
     WINDOW: tl.constexpr,
+    RANKED: tl.constexpr,
     RULED_TOKENS: tl.constexpr,
     RULED_K: tl.constexpr,
     RULED_PADDED: tl.constexpr,
@@ -216,6 +220,7 @@ def _route_kernel(
                 logits,
                 ids,
                 gates,
+                ranked,
                 ruled,
                 ruled_gates,
                 selection_bias,
@@ -237,6 +242,7 @@ def _route_kernel(
                 SCALE,
                 HAS_SELECTION_BIAS,
                 WINDOW,
+                RANKED,
                 RULED_TOKENS,
                 RULED_K,
                 RULED_PADDED,
@@ -331,9 +337,13 @@ def route(
         **plan,
         **rule_arguments(None if demand is None else demand.on_miss, ruled),
     )
-    if ruled is not None:
-        ids, gates = ruled.expert_ids, ruled.gate_weights
-    return Choice(router_input=router_input, logits=logits, gate_weights=gates, expert_ids=ids)
+    return Choice(
+        router_input=router_input,
+        logits=logits,
+        gate_weights=gates if ruled is None else ruled.gate_weights,
+        expert_ids=ids if ruled is None else ruled.expert_ids,
+        chosen=ids,
+    )
 
 
 def _plan_of(demand: DemandPlan, ids: Tensor, credited: Tensor | None = None) -> dict[str, Any]:
@@ -364,4 +374,5 @@ def route_reference(
         logits=logits,
         gate_weights=weights.to(router.dtype),
         expert_ids=ids,
+        chosen=ids,
     )
