@@ -1,14 +1,20 @@
-"""Draws what rules on a miss cost and give, and prints it as a table for docs/speculation.md.
+"""Gathers what rules on a miss cost and give, draws it, and prints it as tables for the docs.
 
-    python benchmarks/speculation.py --out docs/speculation.png
+    foreroute evaluate --rules ... --slots ... --out frontier.json      # once for each setting
+    python benchmarks/speculation.py frontier.json ... --name "12x64 top-8"
+    python benchmarks/speculation.py --out docs/speculation.png         # of the first measurement
 
-From benchmarks/results/speculation.json, which `foreroute evaluate --rules` wrote.
+Rows of one measurement (model, device, settings) come in the place of that one's older rows in
+benchmarks/results/speculation.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -16,9 +22,12 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from foreroute.runtime.evaluation.frontier import Frontier, PriceRow
+from foreroute.estimators.artifacts import read_json, write_json
+from foreroute.runtime.evaluation.frontier import Frontier
 
 RESULTS = Path(__file__).parent / "results" / "speculation.json"
+EXACT = "fetch"
+Row = dict[str, Any]
 FAMILIES = {  # Okabe and Ito's colours, which the colour-blind can tell apart
     "substitute+threshold": ("substitute + threshold", "#009E73", "o"),
     "substitute": ("substitute", "#0072B2", "s"),
@@ -30,6 +39,7 @@ FAMILIES = {  # Okabe and Ito's colours, which the colour-blind can tell apart
 }
 MOST_KL, MOST_LOSS = 0.045, 5.0
 """Beyond, a rule is in the table alone: nats, and per cent of perplexity."""
+WHAT = {"bytes_per_token": "bytes per token", "tpot_ms": "time per token"}
 
 
 def family_of(rule: str) -> tuple[str, str, str]:
@@ -41,25 +51,56 @@ def family_of(rule: str) -> tuple[str, str, str]:
     return FAMILIES["skip"]
 
 
-def bytes_share(row: PriceRow, frontier: Frontier) -> float:
-    """Bytes per token over the exact rule's at the same slots."""
-    exact = next(r for r in frontier.at(row.slots) if r.rule == "fetch")
-    return row.bytes_per_token / exact.bytes_per_token
+def gathered(old: dict[str, Any], frontiers: Sequence[Frontier], name: str) -> dict[str, Any]:
+    """All rows, each with the number of its measurement.
+
+    Args:
+        old: What was gathered before.
+        frontiers: Of one model, each a measurement.
+        name: What tables call the model; its own name if empty.
+    """
+    measurements, rows = list(old.get("measurements", [])), list(old.get("rows", []))
+    for frontier in frontiers:
+        model = name or frontier.rows[0].model
+        about = {"model": model, "device": frontier.device, "settings": frontier.settings}
+        same = [i for i, m in enumerate(measurements) if about.items() <= m.items()]
+        number = same[0] if same else len(measurements)
+        measurements[number : number + 1] = [
+            about | {"command": frontier.command, "versions": frontier.versions}
+        ]
+        new = [dataclasses.asdict(row) | {"model": model} for row in frontier.rows]
+        keys = {(number, row["rule"], row["slots"]) for row in new}
+        rows = [r for r in rows if (r["measurement"], r["rule"], r["slots"]) not in keys]
+        rows += [{"measurement": number, **row} for row in new]
+    return {"measurements": measurements, "rows": rows}
 
 
-def draw(frontier: Frontier, slots: str, axes: tuple[Axes, Axes]) -> None:
-    """KL and perplexity over bytes, of all rules at one number of slots."""
+def of_fetch(row: Row, rows: Sequence[Row], what: str) -> float:
+    """A figure of a row over the exact rule's of the same measurement, at the same slots."""
+    where = ("measurement", "slots")
+    exact = next(r for r in rows if r["rule"] == EXACT and all(r[k] == row[k] for k in where))
+    return float(row[what] / exact[what])
+
+
+def draw(rows: Sequence[Row], what: str, axes: tuple[Axes, Axes]) -> None:
+    """KL and perplexity of rules, over what a token takes of what it takes by `fetch`.
+
+    Args:
+        rows: At one number of slots, of one measurement.
+        what: `bytes_per_token` or `tpot_ms`.
+        axes: For KL and perplexity.
+    """
     seen: set[str] = set()
-    for row in frontier.at(slots):
-        loss = 100 * (row.perplexity_ratio - 1)
-        if row.rule == "fetch" or row.kl > MOST_KL or loss > MOST_LOSS:
+    for row in rows:
+        loss = 100 * (row["perplexity_ratio"] - 1)
+        if row["rule"] == EXACT or row["kl"] > MOST_KL or loss > MOST_LOSS:
             continue
-        label, colour, marker = family_of(row.rule)
-        share = bytes_share(row, frontier)
+        label, colour, marker = family_of(row["rule"])
+        share = of_fetch(row, rows, what)
         style = {"color": colour, "marker": marker, "linestyle": "", "markersize": 6}
         for axis, value, (low, high) in (
-            (axes[0], row.kl, row.kl_interval),
-            (axes[1], loss, tuple(100 * (end - 1) for end in row.perplexity_interval)),
+            (axes[0], row["kl"], row["kl_interval"]),
+            (axes[1], loss, tuple(100 * (end - 1) for end in row["perplexity_interval"])),
         ):
             error = [[max(0.0, value - low)], [max(0.0, high - value)]]
             named = None if label in seen else label
@@ -68,7 +109,6 @@ def draw(frontier: Frontier, slots: str, axes: tuple[Axes, Axes]) -> None:
     axes[0].axhline(0.01, color="#999999", linewidth=0.8, linestyle=":")
     axes[1].axhline(1.0, color="#999999", linewidth=0.8, linestyle=":")
     for axis in axes:
-        axis.axvline(0.6, color="#999999", linewidth=0.8, linestyle=":")
         axis.plot(1.0, 0.0, color="#000000", marker="*", markersize=9, linestyle="")
         axis.annotate(
             "fetch (exact)",
@@ -78,45 +118,71 @@ def draw(frontier: Frontier, slots: str, axes: tuple[Axes, Axes]) -> None:
             fontsize=7,
             textcoords="offset points",
         )
-        axis.set_xlabel("bytes per token, of fetch")
-        axis.set_title(f"{slots} of the experts resident", fontsize=9)
+        axis.set_xlabel(f"{WHAT[what]}, of fetch's")
+        axis.set_title(
+            f"{rows[0]['model']}, {rows[0]['slots']} of the experts resident", fontsize=9
+        )
     axes[0].set_ylabel("mean KL to the exact model, nats")
     axes[1].set_ylabel("perplexity, % more")
 
 
-def table(frontier: Frontier) -> str:
-    """Every row, as Markdown."""
-    lines = [
-        "| slots | rule | bytes | perplexity (95 %) | KL (95 %) | top-1 | ran as routed |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for slots in dict.fromkeys(row.slots for row in frontier.rows):
-        rows = sorted(frontier.at(slots), key=lambda row: row.kl)
-        for row in rows:
-            low, high = (100 * (end - 1) for end in row.perplexity_interval)
-            loss = 100 * (row.perplexity_ratio - 1)
-            lines.append(
-                f"| {slots} | `{row.rule}` | {bytes_share(row, frontier):.2f} | {loss:+.2f} % "
-                f"({low:+.1f} to {high:+.1f}) | {row.kl:.4f} ({row.kl_interval[0]:.4f} to "
-                f"{row.kl_interval[1]:.4f}) | {row.top1_agreement:.3f} | {row.agreement:.3f} |"
-            )
+def table(rows: Sequence[Row], *, is_timed: bool) -> str:
+    """Every row of a measurement, as Markdown; times only where they compare anything."""
+    heads = ["slots", "rule", "bytes, of `fetch`", "perplexity (95 %)", "KL (95 %)", "noise"]
+    heads += ["top-1", "ran as routed", *(["ms", "of `fetch`", "same tokens"] * is_timed)]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for row in sorted(rows, key=lambda r: (float(r["slots"].rstrip("%")), r["kl"])):
+        low, high = (100 * (end - 1) for end in row["perplexity_interval"])
+        cells = [
+            row["slots"],
+            f"`{row['rule']}`",
+            f"{of_fetch(row, rows, 'bytes_per_token'):.2f}",
+            f"{100 * (row['perplexity_ratio'] - 1):+.2f} % ({low:+.1f} to {high:+.1f})",
+            f"{row['kl']:.4f} ({row['kl_interval'][0]:.4f} to {row['kl_interval'][1]:.4f})",
+            f"{row['kl_noise']:.4f}",
+            f"{row['top1_agreement']:.3f}",
+            f"{row['agreement']:.3f}",
+        ]
+        if is_timed:
+            same = row.get("same_tokens")
+            cells += [f"{row['tpot_ms']:.2f}", f"{of_fetch(row, rows, 'tpot_ms'):.2f}"]
+            cells.append("" if same is None else f"{same:.0f}")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Draw the figure and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Gather, draw the figure and print the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("frontiers", type=Path, nargs="*", help="to gather, of one model")
+    parser.add_argument("--name", default="", help="what tables call the model")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--slots", default="25%")
-    parser.add_argument("--out", type=Path, default=Path("docs/speculation.png"))
+    parser.add_argument("--measurement", type=int, default=0, help="that is drawn")
+    parser.add_argument("--out", type=Path, help="draw the figure")
     args = parser.parse_args()
-    frontier = Frontier.read(args.results)
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), dpi=130)
-    draw(frontier, args.slots, tuple(axes))
-    axes[0].legend(fontsize=7, frameon=False)
-    figure.tight_layout()
-    figure.savefig(args.out)
-    print(table(frontier))
+    results = read_json(args.results) if args.results.is_file() else {}
+    if args.frontiers:
+        frontiers = [Frontier.read(path) for path in args.frontiers]
+        results = gathered(results, frontiers, args.name)
+        write_json(args.results, results)
+    by_number = [
+        [row for row in results["rows"] if row["measurement"] == number]
+        for number in range(len(results["measurements"]))
+    ]
+    timed = [about["device"] != "cpu" for about in results["measurements"]]
+    for about, rows, is_timed in zip(results["measurements"], by_number, timed, strict=True):
+        print(f"\n{about['model']} on {about['device']}: {about['settings']}\n")
+        print(table(rows, is_timed=is_timed))
+    if args.out:
+        drawn = by_number[args.measurement]
+        shares = sorted({row["slots"] for row in drawn}, key=lambda s: float(s.rstrip("%")))
+        figure, axes = pyplot.subplots(len(shares), 2, figsize=(9, 3.4 * len(shares)), dpi=110)
+        what = "tpot_ms" if timed[args.measurement] else "bytes_per_token"
+        for share, pair in zip(shares, axes.reshape(-1, 2), strict=True):
+            draw([row for row in drawn if row["slots"] == share], what, tuple(pair))
+        axes.flat[0].legend(fontsize=7, frameon=False)
+        figure.tight_layout()
+        figure.savefig(args.out)
 
 
 if __name__ == "__main__":

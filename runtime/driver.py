@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from foreroute.runtime.config import EngineConfig
 from foreroute.runtime.stats import PhaseStats, RuntimeStats
+
+MOST_STEP_TOKENS = 8
+"""Tokens of each sequence that a decode step may have; more after a past are read as a prompt."""
 
 
 @dataclass(kw_only=True)
@@ -21,21 +24,35 @@ class RunState:
     stats: RuntimeStats = field(default_factory=RuntimeStats)
     is_prefill: bool = True
     """Whether the forward pass at hand reads a prompt (else it is one decode step)."""
+    num_tokens: int = 1
+    """Tokens of each sequence in the forward pass at hand."""
     is_looking_ahead: bool = True
-    """Whether the decode step at hand predicts; on a GPU, whether the one being captured does."""
+    """Whether decode steps of one token predict; on a GPU, whether the one being captured does."""
 
     @property
     def phase(self) -> PhaseStats:
         """Counters of the phase that is running."""
         return self.stats.prefill if self.is_prefill else self.stats.decode
 
-    def begin_forward(self, tokens: Tensor) -> None:
-        """Count a forward pass: over one token per sequence it is a decode step, else prefill.
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the forward pass at hand predicts: a decode step of several tokens never does."""
+        return self.is_looking_ahead and not self.is_prefill and self.num_tokens == 1
+
+    def begin_forward(self, tokens: Tensor, has_past: Callable[[], bool]) -> None:
+        """Count a forward pass: a decode step, or prefill.
+
+        One token per sequence is a decode step, and so are up to `MOST_STEP_TOKENS` after a past,
+        which is how assisted decoding verifies what was drafted.
 
         Args:
             tokens: Ids [B, T], or embeddings [B, T, D].
+            has_past: Whether the pass goes on after tokens that are in a cache; asked only where
+                that decides, for the answer may have to come off the device.
         """
-        self.is_prefill = tokens.shape[1] > 1
+        self.num_tokens = tokens.shape[1]
+        is_short = self.num_tokens <= MOST_STEP_TOKENS
+        self.is_prefill = self.num_tokens > 1 and not (is_short and has_past())
         self.phase.forwards += 1
 
 
@@ -75,7 +92,7 @@ class Driver(Protocol):
         """
         ...
 
-    def begin_forward(self, tokens: Tensor) -> None:
+    def begin_forward(self, tokens: Tensor, has_past: Callable[[], bool]) -> None:
         """A forward pass begins; see `RunState.begin_forward`."""
         ...
 

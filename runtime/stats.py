@@ -21,7 +21,8 @@ class PhaseStats:
     """
 
     forwards: int = 0
-    """Forward passes; in decode each gives one token per sequence."""
+    """Forward passes; in decode each gives one token per sequence, or several where drafts of them
+    were right."""
     lookups: int = 0
     hits: int = 0
     """Lookups served from a resident slot."""

@@ -13,7 +13,8 @@ from foreroute.runtime.stats import RuntimeStats
 class TimingStreamer:
     """A streamer that notes when tokens come and hands them on to the user's own.
 
-    `generate` calls `put` with the prompt, then with each new token once it is on the host.
+    `generate` calls `put` with the prompt, then with each new token once it is on the host, [B];
+    assisted decoding with several at a time, [1, T].
     """
 
     def __init__(self, stats: RuntimeStats, inner: Any = None) -> None:
@@ -31,10 +32,13 @@ class TimingStreamer:
     def put(self, value: Tensor) -> None:
         """Note the time (the prompt comes first and has none), then hand on."""
         now = time.perf_counter()
+        passed_ms = 1e3 * (now - self._last)
+        num_tokens = value.shape[1] if value.dim() == 2 else 1
         if self._num_puts == 1:
-            self._stats.ttft_ms.append(1e3 * (now - self._last))
+            self._stats.ttft_ms.append(passed_ms)
+            self._stats.token_ms += [0.0] * (num_tokens - 1)  # they came with the first
         elif self._num_puts > 1:
-            self._stats.token_ms.append(1e3 * (now - self._last))
+            self._stats.token_ms += [passed_ms / num_tokens] * num_tokens
         if self._num_puts > 0:
             self._last = now
         self._num_puts += 1

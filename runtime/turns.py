@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from foreroute.data.adapters import MoEModel
 from foreroute.data.adapters.seam import is_experts_module
@@ -59,7 +60,7 @@ class Turns:
         @functools.wraps(own)
         def forward(*args: Any, **kwargs: Any) -> Any:
             with self.lock:
-                self._begin(_tokens(args, kwargs))
+                self._begin(_tokens(args, kwargs), kwargs.get("past_key_values"))
                 output = own(*args, **kwargs)
                 self._is_broken = False
                 return output
@@ -73,13 +74,13 @@ class Turns:
         model.forward = forward
         undo.callback(detach)
 
-    def _begin(self, tokens: Tensor | None) -> None:
+    def _begin(self, tokens: Tensor | None, cache: Any) -> None:
         if tokens is None or tokens.dim() < 2:
             return  # the model has something to say about that
         if self._is_broken or (tokens.shape[1] > 1 and not self._is_settled):
             self.settle()
         self._is_broken = True
-        self._driver.begin_forward(tokens)
+        self._driver.begin_forward(tokens, functools.partial(_has_past, cache))
 
     @contextmanager
     def call(self) -> Iterator[None]:
@@ -146,6 +147,13 @@ def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """Ids [B, T], or embeddings [B, T, D]."""
     tokens: Tensor | None = args[0] if args else kwargs.get("input_ids")
     return kwargs.get("inputs_embeds") if tokens is None else tokens
+
+
+def _has_past(cache: Any) -> bool:
+    """Whether tokens were read into a cache of transformers, as far as it counts them."""
+    layers = cache.layers if isinstance(cache, Cache) else ()
+    is_counted = any(isinstance(layer, CacheLayerMixin) for layer in layers)
+    return is_counted and bool(cache.get_seq_length() > 0)
 
 
 def _looks(moe: MoEModel) -> list[Any]:

@@ -153,6 +153,20 @@ def test_generated_tokens_are_the_plain_models(model_type: str, cache: str) -> N
                 assert engine.stats().decode.prefetches > 0 or prefetch == "auto"
 
 
+@pytest.mark.parametrize("input_kind", ["attention-readout", "pre-attention"])
+def test_nothing_is_predicted_where_drafts_are_verified(tiny_moe: Any, input_kind: str) -> None:
+    def stack(moe: MoEModel) -> EstimatorStack:
+        return stack_of(moe, input_kind, horizon=int(input_kind != "pre-attention"))
+
+    tokens = torch.cat([prompt(1, 9), prompt(1, 9)], dim=1)
+    drafts = {"prompt_lookup_num_tokens": 3, "min_new_tokens": 24, "max_new_tokens": 24}
+    expected = greedy(tiny_moe.model, tokens, **drafts)
+    with engine_of(tiny_moe.model, stack, prefetch="all") as engine:
+        assert torch.equal(greedy(engine, tokens, **drafts), expected)
+        engine.check_integrity()
+        assert engine.stats().steps_ahead < engine.stats().decode.forwards < 23
+
+
 def test_beams_and_logits_stay_bit_equal(tiny_moe: Any) -> None:
     model = copy.deepcopy(tiny_moe.model)
     model.set_experts_implementation("batched_mm")

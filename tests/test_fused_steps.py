@@ -200,8 +200,8 @@ class ExpertsInSlots:
             residency.is_pinned[pinned] = 1
         return self.run.staging
 
-    def step(self, tokens: Tensor) -> tuple[Tensor, DecodeStep]:
-        """Logits of decode steps from an empty cache, [steps, V]."""
+    def step(self, tokens: Tensor, width: int = 1) -> tuple[Tensor, DecodeStep]:
+        """Logits of decode steps of so many tokens from an empty cache, [tokens, V]."""
         moe = self.offloaded.moe
         handlers = {m.experts: own for m, own in zip(moe.layers, self.layers, strict=True)}
         with routed_through(moe.model, handlers):
@@ -209,7 +209,10 @@ class ExpertsInSlots:
             step.begin(torch.ones(1, 1, dtype=torch.long))
             step.positions.zero_()
             step._write_at.zero_()
-            return torch.stack([step.replay(token.view(1))[0].clone() for token in tokens]), step
+            if width > 1:
+                step = step.widened(width)
+            parts = [step.replay(part.view(1, -1)).clone() for part in tokens.split(width)]
+            return torch.cat([part.view(width, -1) for part in parts]), step
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="tests/test_gpu.py runs whole engines there")
@@ -256,4 +259,28 @@ def test_steps_give_the_same_bits_whoever_hands_out_the_experts(
     assert int(staging.turns.sum()) > 0
     for layer, rows in zip(experts.layers, experts.offloaded.store.rows, strict=True):
         layer.residency.rows = rows
+        layer.residency.check_integrity()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="tests/test_gpu.py runs whole engines there")
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_steps_of_several_tokens_give_the_same_bits_from_few_slots(
+    model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_graph, "LENGTH_STEP", 8)
+    monkeypatch.setattr(route_module, "ROWS", 16)
+    for module in (demand_module, plan_module):
+        monkeypatch.setattr(module, "DEMAND_PROGRAMS", 2)
+    model = tiny_model(model_type, num_hidden_layers=2).eval()
+    top_k, num_experts = model.config.num_experts_per_tok, model.config.num_local_experts
+    plain, tokens = copy.deepcopy(model), torch.tensor([7, 9, 11, 5, 9, 7])
+    with torch.no_grad():
+        expected = plain(input_ids=tokens.unsqueeze(0)).logits[0]
+    few, enough = (
+        ExpertsInSlots(copy.deepcopy(model), slots) for slots in (top_k + 1, num_experts)
+    )
+    got, _ = few.step(tokens, width=3)
+    assert torch.equal(got, enough.step(tokens, width=3)[0])
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5)
+    for layer in few.layers:
         layer.residency.check_integrity()

@@ -15,9 +15,10 @@ from foreroute.data.adapters import discover, load_tokenizer
 from foreroute.data.recorder import RoutingRecorder
 from foreroute.estimators import EstimatorStack
 from foreroute.runtime import Engine, EngineConfig
-from foreroute.runtime.device.decode_graph import DecodeGraph, DecodeStep
+from foreroute.runtime.device.decode_graph import SPARE_TOKENS, DecodeGraph, DecodeStep
 from foreroute.runtime.device.driver import DeviceDriver
 from foreroute.runtime.device.kernels.tables import ResidencyTables
+from foreroute.runtime.driver import MOST_STEP_TOKENS
 from foreroute.runtime.host.driver import HostDriver
 from foreroute.runtime.host.ledger import TRIAL_STEPS
 from foreroute.runtime.host.transfers import StreamTransfers
@@ -380,6 +381,96 @@ def test_a_prompts_last_uses_count_most_for_eviction(offloaded: OffloadedModel) 
     assert score[0] < score[2] < score[3] == score[4]
     assert score[1] == pytest.approx(score[0] + score[2])
     assert score[5] == 0
+
+
+def widened_logits(engine: Engine, tokens: Tensor, widths: tuple[int, ...]) -> Tensor:
+    """Logits of forced steps of so many tokens in turn, each giving its last one back."""
+    driver: Any = engine.driver
+    steps = [driver.step_for(width, tokens.shape[1] + SPARE_TOKENS) for width in (1, *widths)]
+    assert all(step.is_captured for step in steps)
+    at = 20
+    steps[0].begin(torch.ones_like(tokens[:, :at]))
+    engine(input_ids=tokens[:, :at], past_key_values=steps[0].cache, use_cache=True)
+    rows = []
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in 3 * steps[1:]:
+            rows.append(step.replay(tokens[:, at : at + step.width])[0].clone())
+            step.crop(1)
+            at += step.width - 1
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("prefetch", ["none", "auto"])
+@pytest.mark.parametrize("slots", ["4", "9"])
+def test_steps_of_several_tokens_give_the_all_resident_logits_bit_for_bit(
+    offloaded: OffloadedModel, stock: Any, slots: str, prefetch: Any
+) -> None:
+    widths = (3, MOST_STEP_TOKENS)
+    with graph_engine(offloaded, EngineConfig(expert_slots="100%")) as engine:
+        engine.fill_slots()
+        expected = widened_logits(engine, prompt(), widths)
+    with graph_engine(offloaded, EngineConfig(expert_slots=slots, prefetch=prefetch)) as engine:
+        assert torch.equal(widened_logits(engine, prompt(), widths), expected)
+        engine.check_integrity()
+        stats = engine.stats()
+    assert (stats.decode.forwards, stats.steps_ahead) == (6, 0)
+    assert stats.decode.misses > 0
+    with torch.no_grad():
+        plain = stock(input_ids=prompt()).logits[0, 20 : 20 + widths[0]].float()
+    got = expected[: widths[0]].float()
+    assert (got - plain).abs().max() <= STOCK_TOLERANCE * plain.abs().max()
+
+
+class StopsAtThree:
+    """A streamer that somebody interrupts."""
+
+    puts = 0
+
+    def put(self, value: Tensor) -> None:
+        self.puts += 1
+        if self.puts == 3:
+            raise KeyboardInterrupt
+
+    def end(self) -> None: ...
+
+
+@pytest.mark.parametrize("prefetch", ["none", "auto"])
+def test_assisted_decoding_replays_graphs_and_gives_the_tokens_of_plain_decoding(
+    prefetch: Any,
+) -> None:
+    model = tiny_model("qwen3_moe").eval()  # float32: steps of any width round alike enough
+    assistant = copy.deepcopy(model).to(CUDA)  # every draft is right
+    assistant.generation_config.num_assistant_tokens = 5
+    plain = copy.deepcopy(model).to(CUDA)
+    tokens = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 5, 6, 7]], device=CUDA)
+    given: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
+    stocks = plain.generate(tokens, **given)
+    drafts = ({"prompt_lookup_num_tokens": 5}, {"assistant_model": assistant})
+    config = EngineConfig(expert_slots="4", prefetch=prefetch)
+    with graph_engine(offload(model, device=CUDA, model_name="tiny"), config) as engine:
+        expected = engine.generate(tokens, **given)
+        assert torch.equal(expected, stocks)
+        driver: Any = engine.driver
+        for helper in drafts:
+            engine.reset_stats()
+            assert torch.equal(engine.generate(tokens, **given, **helper), expected)
+            engine.check_integrity()
+            stats = engine.stats()
+            assert stats.prefill.forwards == 1
+            assert 0 < stats.decode.forwards < 39
+            assert len(stats.token_ms) == 39
+            assert stats.steps_ahead == 0
+            assert all(step.is_captured for step in driver._steps.values())
+            assert max(driver._steps) > 1
+            with pytest.raises(KeyboardInterrupt):
+                engine.generate(tokens, streamer=StopsAtThree(), **given, **helper)
+            engine.check_integrity()
+            assert torch.equal(engine.generate(tokens, **given, **helper), expected)
+        assert torch.equal(engine.generate(tokens, **given), expected)
 
 
 def test_capturing_a_step_teaches_eviction_nothing(offloaded: OffloadedModel) -> None:

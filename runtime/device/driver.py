@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch import Tensor
 from foreroute.data.adapters.exceptions import why_not_captured
 from foreroute.estimators.stack import EstimatorStack
 from foreroute.runtime.config import EngineConfig
-from foreroute.runtime.device.decode_graph import DecodeGraph, DecodeStep
+from foreroute.runtime.device.assisted import assisted_loop, is_assisted, why_not_replayed
+from foreroute.runtime.device.decode_graph import SPARE_TOKENS, DecodeGraph, DecodeStep
 from foreroute.runtime.device.expert_form import find_expert_form, why_no_form
 from foreroute.runtime.device.fusions import fuse_norms, survey
 from foreroute.runtime.device.kernels.fetch import WORD, fetch
@@ -72,12 +73,12 @@ PREDICTION_MS = 0.012  # from the router's choice until a head can begin; by ker
 TUNING_REPLAYS = 8
 LEAST_HEAD_SHARE = 0.1
 """Heads of a lesser share of an expert have nothing to win (docs/policies.md)."""
+ASSISTANTS = ("assistant_model", "assistant_tokenizer", "tokenizer")
+"""Arguments of `generate` that assisted decoding needs besides its settings."""
 UNSUPPORTED_ARGUMENTS = (
     "return_dict_in_generate",
     "past_key_values",
-    "assistant_model",
     "inputs_embeds",
-    "prompt_lookup_num_tokens",
     "custom_generate",
 )
 
@@ -194,6 +195,8 @@ class DeviceDriver:
         )
         self.run.set_room(FIRST_ROOM, store.rows[0].shape[1])
         self._graph: DecodeStep | None = None
+        self._steps: dict[int, DecodeStep] = {}
+        """Steps over the same cache, by the tokens that they read."""
         self._choose_variant: Callable[[], int] = int
         self._has_look_ahead = False
         self._is_decoding = False
@@ -263,14 +266,14 @@ class DeviceDriver:
             undo.callback(moe.model.register_forward_hook(self._join_behind).remove)
         if run.predictor is not None:
             if run.predictor.ahead.readouts is not None:
-                run.predictor.ahead.readouts.attach(undo, lambda: not run.is_prefill)
+                run.predictor.ahead.readouts.attach(undo, lambda: run.looks_ahead)
             for layer, own in zip(moe.layers, self.layers, strict=True):
                 own.states.watch(layer, undo)
         for layer, own in zip(moe.layers, self.layers, strict=True):
             own.watch_router(layer, undo)
         fuse_norms(moe.model, undo, lambda: run.is_prefill)
 
-    def begin_forward(self, tokens: Tensor) -> None:
+    def begin_forward(self, tokens: Tensor, has_past: Callable[[], bool]) -> None:
         """A forward pass begins; see `RunState.begin_forward`."""
         run = self.run
         model_dtype = self._offloaded.moe.model.dtype
@@ -279,12 +282,10 @@ class DeviceDriver:
                 f"torch.autocast cannot cast inside this engine's kernels: load the model with "
                 f"dtype={str(torch.get_autocast_dtype('cuda'))[6:]}, or decide_on='host'."
             )
-        run.begin_forward(tokens)
+        run.begin_forward(tokens, has_past)
         if not run.is_prefill:
             self._settle_pins()
-        run.stats.steps_ahead += (
-            not run.is_prefill and run.predictor is not None and run.is_looking_ahead
-        )
+        run.stats.steps_ahead += run.predictor is not None and run.looks_ahead
 
     def _join_behind(self, *_: Any) -> None:
         """Let what is copied behind the layers be there when the next forward pass begins."""
@@ -305,7 +306,7 @@ class DeviceDriver:
     def forget(self) -> None:
         """Empty every slot and drop the graph: nothing of them need be right any more."""
         torch.cuda.synchronize(self._offloaded.device)
-        self._graph = None
+        self._drop_graph()
         for layer in self.layers:
             layer.forget()
 
@@ -325,8 +326,25 @@ class DeviceDriver:
         if model.generation_config.stop_strings:
             return {}
         # transformers hands neither streamer nor tokenizer to a callable: they must come along
-        loop = {"custom_generate": partial(self._decode_loop, streamer=streamer)}
-        return loop | _stopping_at_strings(settings)
+        loop = partial(self._decode_loop, streamer=streamer)
+        if is_assisted(settings):
+            if reason := why_not_replayed(model, settings):
+                logger.info("Steps of assisted decoding are not captured: %s.", reason)
+                return {}
+            helpers = {name: settings[name] for name in ASSISTANTS if name in settings}
+            loop = partial(self._assisted_loop, streamer=streamer, helpers=helpers)
+        return {"custom_generate": loop} | _stopping_at_strings(settings)
+
+    @contextmanager
+    def _decoding(self) -> Iterator[None]:
+        """While open, whoever calls `generate` from within gets another cache."""
+        self._is_decoding = True
+        try:
+            yield
+            self._settle_pins()
+        finally:
+            self._is_decoding = False
+            self._note_agreement()
 
     def _decode_loop(
         self,
@@ -338,10 +356,9 @@ class DeviceDriver:
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Tensor:
-        self._is_decoding = True  # whoever calls `generate` from within needs another cache
-        try:
+        with self._decoding():
             graph = self.graph_for(len(input_ids), int(generation_config.max_length))
-            tokens = decode_loop(
+            return decode_loop(
                 model,
                 graph,
                 input_ids,
@@ -351,11 +368,19 @@ class DeviceDriver:
                 generation_config,
                 streamer,
             )
-            self._settle_pins()
-            return tokens
-        finally:
-            self._is_decoding = False
-            self._note_agreement()
+
+    def _assisted_loop(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        generation_config: Any,
+        helpers: dict[str, Any],
+        **settings: Any,
+    ) -> Tensor:
+        length = int(generation_config.max_length) + SPARE_TOKENS
+        step_of = partial(self.step_for, length=length)
+        with self._decoding():
+            return assisted_loop(model, step_of, input_ids, helpers, generation_config, **settings)
 
     def _note_agreement(self) -> None:
         """Say so, once, if the device has gone back to the router's choice."""
@@ -366,11 +391,16 @@ class DeviceDriver:
 
     def _before_step(self) -> int:
         """Count a decode step, and choose its variant."""
+        self._count_step()
+        variant = self._choose_variant()
+        self.run.stats.steps_ahead += self._has_look_ahead and variant == LOOK_AHEAD
+        return variant
+
+    def _count_step(self, variant: int = 0) -> int:
+        """Count a decode step; gives its variant back."""
         if self.run.staging is not None:
             self.run.staging.require_served()
         self.run.stats.decode.forwards += 1
-        variant = self._choose_variant()
-        self.run.stats.steps_ahead += self._has_look_ahead and variant == LOOK_AHEAD
         return variant
 
     @torch.inference_mode(False)  # its cache outlives the call
@@ -382,23 +412,55 @@ class DeviceDriver:
         self._settle_pins()
         graph = self._graph
         if graph is None or graph.batch != batch or graph.length < length:
-            self._graph = None  # its cache's memory is free before the next one's is taken
-            stats, self.run.stats = self.run.stats, RuntimeStats()
-            # what is learnt of real tokens: capturing and measuring run the same made-up one again
-            tables = [layer.residency.tables for layer in self.layers]
-            learnt = [self._counters, self._judged, self.run.trust]
-            learnt += [tensor for table in tables for tensor in table.learnt]
-            before = [tensor.clone() for tensor in learnt]
-            try:
+            self._drop_graph()  # its cache's memory is free before the next one's is taken
+            with self._learning_nothing():
                 graph = self._captured(batch, length)
-            finally:
-                self.run.stats = stats
-                for tensor, value in zip(learnt, before, strict=True):
-                    tensor.copy_(value)
-            if isinstance(graph, DecodeGraph):  # other steps are counted by `begin_forward`
+            if graph.is_captured:  # other steps are counted by `begin_forward`
                 graph.choose_variant = self._before_step
             self._graph = graph
         return graph
+
+    @torch.inference_mode(False)
+    def step_for(self, width: int, length: int) -> DecodeStep:
+        """The step that reads so many tokens of one sequence, over the cache of `graph_for`.
+
+        It looks nothing ahead, but where a rule on a miss lives by predictions, in steps of one.
+        Captured when first needed, also in the midst of a text.
+
+        Args:
+            width: Tokens, 1..`MOST_STEP_TOKENS`.
+            length: Greatest number of tokens of the sequence, `SPARE_TOKENS` among them.
+        """
+        graph = self.graph_for(1, length)
+        step = self._steps.get(width)
+        if step is None:
+            predicts = width == 1 and self.run.config.rule.needs_predictions
+            can_rest = width == 1 and self._has_look_ahead and not predicts
+            on_demand = partial(self._count_step, ON_DEMAND if can_rest else 0)
+            with self._learning_nothing():
+                step = copy.copy(graph) if width == 1 else graph.widened(width)
+            if step.is_captured:
+                step.choose_variant = self._before_step if predicts else on_demand
+            self._steps[width] = step
+        return step
+
+    @contextmanager
+    def _learning_nothing(self) -> Iterator[None]:
+        """While open, steps of made-up tokens run, to be captured or measured."""
+        stats, self.run.stats = self.run.stats, RuntimeStats()
+        tables = [layer.residency.tables for layer in self.layers]
+        learnt = [self._counters, self._judged, self.run.trust]
+        learnt += [tensor for table in tables for tensor in table.learnt]
+        before = [tensor.clone() for tensor in learnt]
+        try:
+            yield
+        finally:
+            self.run.stats = stats
+            for tensor, value in zip(learnt, before, strict=True):
+                tensor.copy_(value)
+
+    def _drop_graph(self) -> None:
+        self._graph, self._steps = None, {}
 
     def _captured(self, batch: int, length: int) -> DecodeStep:
         """Capture the step; with prefetch twice, one looks ahead and the other does not.
@@ -533,7 +595,7 @@ class DeviceDriver:
 
     def close(self) -> None:
         """Drop the captured graph, and let nobody wait for the host any more."""
-        self._graph = None
+        self._drop_graph()
         if self.run.staging is not None:
             self.run.staging.close()
 

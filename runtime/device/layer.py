@@ -12,6 +12,7 @@ from foreroute.data.adapters import MoELayer, router_logits_of
 from foreroute.runtime.device.fusions.deferred import Deferred, Source, settled
 from foreroute.runtime.device.fusions.routers import Routed
 from foreroute.runtime.device.kernels.demand import Demand
+from foreroute.runtime.device.kernels.miss import LayerRule
 from foreroute.runtime.device.kernels.products import expert_products
 from foreroute.runtime.device.predictor import Guess
 from foreroute.runtime.device.prefill import StreamedPrefill
@@ -179,13 +180,20 @@ class DeviceLayer:
             )
         if guess is not None:
             self._look_ahead(guess)
-        if residency.on_miss is not None and residency.on_miss.rule.fetches_behind:
+        if self._on_miss is not None and self._on_miss.rule.fetches_behind:
             self._fetch_behind(chosen, run_ids[0] if planned else torch.cat(run_ids))
         return output
 
+    @property
+    def _on_miss(self) -> LayerRule | None:
+        """The rule on a miss for the step at hand: none that runs predictions, without any."""
+        on_miss = self.residency.on_miss
+        lacks = on_miss is not None and on_miss.rule.predicted and not self._run.looks_ahead
+        return None if lacks else on_miss
+
     def _logits(self, source: Source | None, expected: Guess | None) -> Tensor | None:
         """What a rule on a miss weighs experts by, [T, E]; None without a rule."""
-        on_miss = self.residency.on_miss
+        on_miss = self._on_miss
         if on_miss is None:
             return None
         if expected is not None and on_miss.rule.predicted == "predicted-weights":
@@ -201,18 +209,19 @@ class DeviceLayer:
         While something is on its way ahead, the plan alone waits for it, not the router.
         """
         can_plan = self._arriving is None and len(expert_ids) <= self._tokens_at_once
-        if self.residency.on_miss is not None:  # it decides on the router's own choice
+        on_miss = self._on_miss
+        if on_miss is not None:  # it decides on the router's own choice
             can_plan = can_plan and isinstance(expert_ids, Deferred)
         if not isinstance(source, Routed) or not source.is_pending or not can_plan:
             return None
-        return self.residency.route_and_plan(source.routing, expert_ids)
+        return self.residency.route_and_plan(source.routing, expert_ids, on_miss)
 
     def _predict(
         self, router_input: Tensor, expert_ids: Tensor, gate_weights: Tensor
     ) -> Guess | None:
         """Rank the target layer's experts, on the stream beside this layer's own demand."""
         run = self._run
-        if self.target is None or run.predictor is None or not run.is_looking_ahead:
+        if self.target is None or run.predictor is None or not run.looks_ahead:
             return None
         residual, router_input = self.states.residual, self.states.router_input(router_input)
         run.ahead.wait_stream(torch.cuda.current_stream())

@@ -169,12 +169,15 @@ class DeviceResidency:
         plan(ids, self.tables, self.rule, demand.copies, places=places, ruling=ruling)
         return self._staged(demand, places), ids, choice.gate_weights
 
-    def route_and_plan(self, routing: Routing, expert_ids: Tensor) -> tuple[Demand, Tensor]:
+    def route_and_plan(
+        self, routing: Routing, expert_ids: Tensor, on_miss: LayerRule | None
+    ) -> tuple[Demand, Tensor]:
         """The same by the launch that runs the layer's router.
 
         Args:
             routing: Still to run.
             expert_ids: Its choice, or what is planned for in its place, [T, K].
+            on_miss: The rule on a miss, if there is one for this step.
         """
         demand, places = self.demand_of(expert_ids.numel())
         is_own = isinstance(expert_ids, Deferred)
@@ -185,7 +188,7 @@ class DeviceResidency:
                 copies=demand.copies,
                 places=places,
                 expert_ids=None if is_own else expert_ids,
-                on_miss=self.on_miss,
+                on_miss=on_miss,
             )
         )
         return self._staged(demand, places)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -140,7 +140,7 @@ class HostDriver:
         run, moe = self.run, self._offloaded.moe
         fields = run.predictor.ahead.stack.input_fields if run.predictor else ()
         if run.predictor is not None and run.predictor.ahead.readouts is not None:
-            run.predictor.ahead.readouts.attach(undo, lambda: not run.is_prefill)
+            run.predictor.ahead.readouts.attach(undo, lambda: run.looks_ahead)
         needs_logits = run.config.rule.needs_scores
         for layer, own in zip(moe.layers, self.layers, strict=True):
             if run.predictor is not None:
@@ -150,9 +150,9 @@ class HostDriver:
             if needs_logits or run.policy.likely_bonus > 0:
                 watch_router_logits(layer, partial(setattr, own, "router_logits"), undo)
 
-    def begin_forward(self, tokens: Tensor) -> None:
+    def begin_forward(self, tokens: Tensor, has_past: Callable[[], bool]) -> None:
         """A forward pass begins; see `RunState.begin_forward`."""
-        self.run.begin_forward(tokens)
+        self.run.begin_forward(tokens, has_past)
         if not self.run.is_prefill:
             if not self._offloaded.store.pins.is_settled:
                 self._settle_pins()

@@ -127,7 +127,7 @@ class HostLayer:
 
     def _settle(self, true_rows: list[list[int]]) -> None:
         """Let the chooser learn from what the router chose."""
-        if self._run.chooser is not None and self._run.is_looking_ahead:
+        if self._run.chooser is not None and self._run.looks_ahead:
             needed = {expert for row in true_rows for expert in row}
             here = self.residency.cache.state.here
             has_missed = not all(here[expert] for expert in needed)
@@ -155,7 +155,7 @@ class HostLayer:
         """
         run = self._run
         predictor, is_own = run.predictor, self.target is self
-        if predictor is None or not run.is_looking_ahead or self.target is None or is_own:
+        if predictor is None or not run.looks_ahead or self.target is None or is_own:
             return facts.tolist(), None
         with run.ledger.spending():
             logits, ranked = predictor.predict(
@@ -176,12 +176,12 @@ class HostLayer:
             layer_input: What enters it, [T, D].
         """
         self.layer_input = layer_input
-        if self.target is self and not self._run.is_prefill:
+        if self.target is self:
             self._expect_own(layer_input)
 
     def _expect_own(self, layer_input: Tensor) -> None:
         run, predictor = self._run, self._run.predictor
-        if predictor is None or not run.is_looking_ahead:
+        if predictor is None or not run.looks_ahead:
             return
         with run.ledger.spending():
             logits, ranked = predictor.predict(self.layer_idx, layer_input=layer_input)

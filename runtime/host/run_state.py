@@ -40,11 +40,11 @@ class HostRun(RunState):
 
     def begin_step(self) -> None:
         """Decide whether a decode step looks ahead."""
-        if self.give_up is not None:
+        if self.give_up is not None and self.num_tokens == 1:  # others would blur its trials
             self.is_looking_ahead = self.give_up.next_variant() == LOOK_AHEAD
         if self.allowance is not None:
             self.allowance.begin_step()
-        self.stats.steps_ahead += self.predictor is not None and self.is_looking_ahead
+        self.stats.steps_ahead += self.predictor is not None and self.looks_ahead
 
     def count_agreement(self, num_agreed: int, num_run: int) -> None:
         """Count one layer's step under a speculative rule.

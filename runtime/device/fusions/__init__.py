@@ -3,7 +3,7 @@
 Everything is undone by closing the `ExitStack` that the functions are given.
 """
 
-from foreroute.runtime.device.fusions.attention import fuse_attention
+from foreroute.runtime.device.fusions.attention import attention_kinds, fuse_attention
 from foreroute.runtime.device.fusions.deferred_norms import defer_norms
 from foreroute.runtime.device.fusions.norms import find_norms, fuse_norms
 from foreroute.runtime.device.fusions.rotary import fuse_rotary
@@ -12,6 +12,7 @@ from foreroute.runtime.device.fusions.survey import Survey, survey
 
 __all__ = [
     "Survey",
+    "attention_kinds",
     "defer_norms",
     "find_norms",
     "find_routers",

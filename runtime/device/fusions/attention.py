@@ -21,6 +21,12 @@ ATTENTION_NAME = "foreroute_decode"
 CONFIG_FIELD = "_attn_implementation_internal"
 
 
+def attention_kinds(model: Any) -> set[str]:
+    """The names of the attention functions of a model's configurations."""
+    configs = (module.config for module in model.modules() if hasattr(module, "config"))
+    return {kind for c in configs if (kind := getattr(c, CONFIG_FIELD, None)) is not None}
+
+
 def fuse_attention(model: Any, undo: ExitStack, counts: Counter[str] | None = None) -> int:
     """Compute attention of single tokens under boolean masks by one kernel.
 

@@ -1,0 +1,204 @@
+"""Steps that read several tokens at once by the device's kernels; interpreted on a CPU."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+pytest.importorskip("triton", reason="needs triton")
+
+from tiny_images import image_prompt
+from tiny_models import tiny_model
+
+from foreroute.data.adapters import find_moe_layers
+from foreroute.runtime.device import decode_graph
+from foreroute.runtime.device.assisted import assisted_loop, is_assisted, why_not_replayed
+from foreroute.runtime.device.decode_graph import SPARE_TOKENS, DecodeStep, why_not_widened
+from foreroute.runtime.device.kernels import linear, route
+from foreroute.runtime.driver import MOST_STEP_TOKENS
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "models.json"
+ROWS = json.loads(RESULTS.read_text())
+PROMPT, WIDTHS, DROPPED = 5, (3, 1, 2), 2
+TOLERANCE = 2e-5  # float32, sums in another order
+GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "disable_compile": True}
+
+
+@pytest.fixture(autouse=True)
+def quick_under_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_graph, "LENGTH_STEP", 16)
+    # programs run one after the other
+    monkeypatch.setattr(linear, "TILE", 2**17)
+    monkeypatch.setattr(route, "ROWS", 8)
+
+
+def step_of(model: Any, batch: int, length: int) -> DecodeStep:
+    return DecodeStep(model, batch, length, [layer.router for layer in find_moe_layers(model)])
+
+
+def forced_logits(model: Any, tokens: Tensor, mask: Tensor) -> Tensor:
+    """Logits after each token behind the prompt, by steps; each begins with wrong ones, [B, n, V].
+
+    The wrong ones are given back.
+    """
+    one = step_of(model, len(tokens), tokens.shape[1] + DROPPED)
+    steps = {width: one.widened(width) if width > 1 else one for width in {*WIDTHS, DROPPED}}
+    one.begin(mask[:, :PROMPT])
+    with torch.no_grad():
+        model(
+            input_ids=tokens[:, :PROMPT],
+            attention_mask=mask[:, :PROMPT],
+            position_ids=(mask[:, :PROMPT].cumsum(-1) - 1).clamp_min(0),
+            past_key_values=one.cache,
+        )
+    logits, start = [], PROMPT
+    for width in WIDTHS:
+        steps[DROPPED].replay(torch.full((len(tokens), DROPPED), 7))
+        one.crop(DROPPED)
+        part = tokens[:, start : start + width]
+        out = steps[width].replay(part if width > 1 else part[:, 0]).clone()
+        logits.append(out if width > 1 else out.unsqueeze(1))
+        start += width
+    return torch.cat(logits, dim=1)
+
+
+def capturable_types() -> list[str]:
+    return [row["model_type"] for row in ROWS if row["graph"] == "yes"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides"),
+    [
+        *((model_type, {}) for model_type in capturable_types()),
+        ("mixtral", {"sliding_window": 4}),
+        ("gpt_oss", {"sliding_window": 4}),
+    ],
+)
+def test_steps_of_several_tokens_give_the_logits_of_one_pass_over_the_text(
+    model_type: str, overrides: dict[str, Any]
+) -> None:
+    model = tiny_model(model_type, **overrides).eval()
+    if reason := why_not_widened(model):
+        pytest.skip(reason)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(3, 60, (2, PROMPT + sum(WIDTHS)), generator=generator)
+    mask = torch.ones_like(tokens)
+    mask[1, :2] = 0  # padding on the left
+    with torch.no_grad():
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        expected = model(input_ids=tokens, attention_mask=mask, position_ids=positions).logits
+    got = forced_logits(model, tokens, mask)
+    torch.testing.assert_close(got, expected[:, PROMPT:], atol=TOLERANCE, rtol=TOLERANCE)
+
+
+class Steps:
+    """Steps over one cache by width, as the driver makes them; counts replays by width."""
+
+    def __init__(self, model: Any, length: int) -> None:
+        self.one = step_of(model, 1, length + SPARE_TOKENS)
+        self.widths: list[int] = []
+
+    def __call__(self, width: int) -> DecodeStep:
+        self.widths.append(width)
+        return self.one.widened(width) if width > 1 else self.one
+
+
+def replayed(model: Any, tokens: Tensor, helpers: dict[str, Any], **settings: Any) -> Any:
+    """What assisted decoding by steps gives, and the widths of the steps."""
+    steps = Steps(model, tokens.shape[1] + settings["max_new_tokens"])
+
+    def loop(model: Any, input_ids: Tensor, generation_config: Any, **given: Any) -> Tensor:
+        return assisted_loop(model, steps, input_ids, helpers, generation_config, **given)
+
+    ids = model.generate(tokens, custom_generate=loop, **settings)
+    return ids, steps.widths[1:]  # the first is asked for with the prompt
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "settings"),
+    [
+        (3, {}),
+        (MOST_STEP_TOKENS + 2, {}),
+        (3, {"repetition_penalty": 1.1}),
+        (3, {"eos_token_id": [24, 41]}),
+    ],
+)
+def test_looked_up_drafts_give_transformers_tokens(
+    num_tokens: int, settings: dict[str, Any]
+) -> None:
+    model = tiny_model("qwen3_moe").eval()
+    tokens = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 5, 6, 7]])
+    given = GREEDY | settings | {"max_new_tokens": 14}
+    plain = model.generate(tokens, **given)
+    given["prompt_lookup_num_tokens"] = num_tokens
+    expected = model.generate(tokens, **given)
+    got, widths = replayed(model, tokens, {}, **given)
+    assert torch.equal(got, expected)
+    assert torch.equal(got, plain)
+    assert max(widths) > 1
+
+
+def test_an_assistants_drafts_give_transformers_tokens() -> None:
+    model = tiny_model("qwen3_moe").eval()
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    vocabulary = model.config.vocab_size
+    assistant = Qwen3ForCausalLM(Qwen3Config(vocab_size=vocabulary, **sizes, **heads)).eval()
+    assistant.generation_config.num_assistant_tokens = 4
+    for helper in (assistant, copy.deepcopy(model)):  # few are right, and all are
+        given = GREEDY | {"max_new_tokens": 7}
+        tokens = torch.arange(5, 12).unsqueeze(0)
+        expected = model.generate(tokens, assistant_model=helper, **given)
+        given["assistant_model"] = helper
+        got, widths = replayed(model, tokens, {"assistant_model": helper}, **given)
+        assert torch.equal(got, expected)
+        assert max(widths) > 1
+
+
+def test_sampled_tokens_are_transformers_by_the_same_seed() -> None:
+    model, tokens = tiny_model("qwen3_moe").eval(), torch.tensor([[5, 6, 7, 8, 5, 6]])
+    given = GREEDY | {"max_new_tokens": 6, "do_sample": True, "prompt_lookup_num_tokens": 3}
+    torch.manual_seed(3)
+    expected = model.generate(tokens, **given)
+    torch.manual_seed(3)
+    assert torch.equal(replayed(model, tokens, {}, **given)[0], expected)
+
+
+@pytest.mark.parametrize(
+    "model_type", [row["model_type"] for row in ROWS if row["graph"] == row["images"] == "yes"]
+)
+def test_looked_up_drafts_after_an_image_give_transformers_tokens(model_type: str) -> None:
+    model = tiny_model(model_type)
+    if reason := why_not_widened(model):
+        pytest.skip(reason)
+    tokens, image = image_prompt(model)
+    given = GREEDY | {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 6} | image
+    given["prompt_lookup_num_tokens"] = 2
+    expected = model.generate(tokens, **given)
+    assert torch.equal(replayed(model, tokens, {}, **given)[0], expected)
+
+
+def test_a_batch_and_a_foreign_vocabulary_are_refused_by_transformers() -> None:
+    model = tiny_model("qwen3_moe").eval()
+    given = GREEDY | {"max_new_tokens": 4, "prompt_lookup_num_tokens": 2}
+    with pytest.raises(ValueError, match="batch_size = 1"):
+        replayed(model, torch.tensor([[5, 6, 5], [7, 8, 7]]), {}, **given)
+    foreign = tiny_model("qwen3_moe", vocab_size=model.config.vocab_size + 8)
+    given = GREEDY | {"max_new_tokens": 4, "assistant_model": foreign}
+    with pytest.raises(ValueError, match="different tokenizers"):
+        replayed(model, torch.tensor([[5, 6, 5]]), {"assistant_model": foreign}, **given)
+
+
+def test_drafts_that_read_more_than_logits_are_left_to_transformers() -> None:
+    model = tiny_model("qwen3_moe")
+    assert not is_assisted({"max_new_tokens": 3})
+    assert is_assisted({"prompt_lookup_num_tokens": 3})
+    assert not why_not_replayed(model, {"prompt_lookup_num_tokens": 3})
+    assert why_not_replayed(model, {"use_mtp": True})
+    model.config._attn_implementation_internal = "flash_attention_2"
+    assert "flash_attention_2" in why_not_replayed(model, {"prompt_lookup_num_tokens": 3})
