@@ -173,6 +173,6 @@ def test_missing_parts_are_named(folder, tmp_path) -> None:
 
 def test_a_name_of_any_length_makes_no_long_message():
     geometry = toy_geometry(0, 1, model_name="x" * 5000)
-    with pytest.raises(ValueError, match="Layer 9 is not an MoE layer of x{300};"):
+    with pytest.raises(ValueError, match=r"Layer 9 is not an MoE layer of x{300};"):
         geometry.position(9)
     assert len(geometry.describe()) < 400
