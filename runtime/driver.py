@@ -96,6 +96,10 @@ class Driver(Protocol):
         """A forward pass begins; see `RunState.begin_forward`."""
         ...
 
+    def end_forward(self) -> None:
+        """The forward pass is over, and no other has begun."""
+        ...
+
     def forget(self) -> None:
         """Empty every slot and drop what was captured: nothing of it need be right any more."""
         ...

@@ -62,6 +62,7 @@ class Turns:
             with self.lock:
                 self._begin(_tokens(args, kwargs), kwargs.get("past_key_values"))
                 output = own(*args, **kwargs)
+                self._driver.end_forward()
                 self._is_broken = False
                 return output
 

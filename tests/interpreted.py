@@ -1,14 +1,21 @@
 """What the device's layers share, where their kernels are interpreted on a CPU."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from foreroute.runtime import engine
 from foreroute.runtime.config import EngineConfig
+from foreroute.runtime.device import decode_graph, driver
+from foreroute.runtime.device.decode_graph import DecodeGraph
 from foreroute.runtime.device.expert_form import find_expert_form
+from foreroute.runtime.device.kernels import demand, plan
 from foreroute.runtime.device.run_state import DeviceRun
+from foreroute.runtime.look_ahead import LookAhead
 from foreroute.runtime.policies.eviction import ScoreRule
 from foreroute.runtime.store.offload import OffloadedModel
 
@@ -16,7 +23,10 @@ from foreroute.runtime.store.offload import OffloadedModel
 class InOrder:
     """A stream, or an event of one, where every launch is done before the next one comes."""
 
-    def wait_stream(self, other: "InOrder") -> None:
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """It is like any other."""
+
+    def wait_stream(self, *_: Any) -> None:
         """It is past."""
 
     wait_event = record = wait_stream
@@ -27,6 +37,41 @@ def run_streams_in_order(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch.cuda, "current_stream", InOrder)
     patch.setattr(torch.cuda, "Event", InOrder)
     patch.setattr(torch.cuda, "stream", nullcontext)
+
+
+class Replayed:
+    """Stands for a captured graph: the step runs again, and writes where it wrote."""
+
+    def __init__(self, step: DecodeGraph) -> None:
+        self.step, self.logits = step, step._step().clone()
+
+    def replay(self) -> None:
+        with self.step._fused():
+            self.logits.copy_(self.step._step())
+
+
+def decide_as_on_a_gpu(patch: pytest.MonkeyPatch) -> None:
+    """Let engines on a CPU be driven by the device's driver, with steps that count as captured."""
+    run_streams_in_order(patch)
+    patch.setattr(torch.cuda, "Stream", InOrder)
+    patch.setattr(torch.cuda, "synchronize", lambda _: None)
+    for module in (decode_graph, driver):
+        patch.setattr(module, "borrow_stream", InOrder)
+    for module in (demand, plan):
+        patch.setattr(module, "DEMAND_PROGRAMS", 2)
+
+    def capture(step: DecodeGraph) -> tuple[Replayed, Tensor]:
+        graph = Replayed(step)
+        return graph, graph.logits
+
+    def make(
+        offloaded: OffloadedModel, config: EngineConfig, slots: Sequence[int], stack: Any
+    ) -> driver.DeviceDriver:
+        ahead = LookAhead.for_engine(offloaded, config, stack)
+        return driver.DeviceDriver(offloaded, config, slots, ahead)
+
+    patch.setattr(DecodeGraph, "_capture", capture)
+    patch.setattr(engine, "_make_driver", make)
 
 
 def run_on_cpu(offloaded: OffloadedModel, config: EngineConfig, rule: ScoreRule) -> DeviceRun:

@@ -12,15 +12,23 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 pytest.importorskip("triton", reason="needs triton")
 
+from interpreted import decide_as_on_a_gpu
 from tiny_images import image_prompt
 from tiny_models import tiny_model
 
 from foreroute.data.adapters import find_moe_layers
+from foreroute.runtime import Engine, EngineConfig
 from foreroute.runtime.device import decode_graph
 from foreroute.runtime.device.assisted import assisted_loop, is_assisted, why_not_replayed
-from foreroute.runtime.device.decode_graph import SPARE_TOKENS, DecodeStep, why_not_widened
+from foreroute.runtime.device.decode_graph import (
+    SPARE_TOKENS,
+    DecodeGraph,
+    DecodeStep,
+    why_not_widened,
+)
 from foreroute.runtime.device.kernels import linear, route
 from foreroute.runtime.driver import MOST_STEP_TOKENS
+from foreroute.runtime.store.offload import offload
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "models.json"
 ROWS = json.loads(RESULTS.read_text())
@@ -141,6 +149,41 @@ def test_looked_up_drafts_give_transformers_tokens(
     assert torch.equal(got, expected)
     assert torch.equal(got, plain)
     assert max(widths) > 1
+
+
+def test_a_step_that_cannot_be_captured_goes_on_with_the_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decide_as_on_a_gpu(monkeypatch)
+    captured = DecodeGraph._capture
+
+    def capture_one(step: DecodeGraph) -> Any:
+        def refuse(*_: Any) -> None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        if step.width == 1:
+            return captured(step)
+        hook = step._model.lm_head.register_forward_pre_hook(refuse)
+        try:
+            return step._step()
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(DecodeGraph, "_capture", capture_one)
+    model = tiny_model("qwen3_moe", num_hidden_layers=1).eval()
+    assistant = copy.deepcopy(model)  # every draft is right
+    assistant.generation_config.num_assistant_tokens = 2
+    tokens, given = torch.arange(5, 12).unsqueeze(0), GREEDY | {"max_new_tokens": 6}
+    expected = model.generate(tokens, **given)
+    offloaded = offload(model, device=torch.device("cpu"), model_name="tiny")
+    with Engine(offloaded, EngineConfig(expert_slots="4", prefetch="none")) as engine:
+        driver: Any = engine.driver
+        got = engine.generate(tokens, assistant_model=assistant, **given)
+        is_captured = {step.width: step.is_captured for step in driver._steps.values()}
+        assert max(is_captured) > 1
+        assert [width for width, is_so in is_captured.items() if is_so] == [1]
+        engine.check_integrity()
+    assert torch.equal(got, expected)
 
 
 def test_an_assistants_drafts_give_transformers_tokens() -> None:

@@ -5,6 +5,7 @@ import copy
 import gc
 import itertools
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,29 @@ def test_threads_are_answered_one_after_the_other(folder: Path, settings: dict[s
             thread.join()
         engine.check_integrity()
     assert not wrong
+
+
+def test_a_forward_pass_is_over_before_another_thread_begins_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    with engine_of(folder) as engine:
+        for name in ("begin_forward", "end_forward"):
+            own = getattr(engine.driver, name)
+
+            def note(*args: Any, own: Any = own, name: str = name) -> None:
+                own(*args)
+                seen.append(name)
+
+            monkeypatch.setattr(engine.driver, name, note)
+        hook = engine.model.register_forward_hook(lambda *_: time.sleep(0.05))
+        threads = [threading.Thread(target=engine.model, args=(TOKENS,)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        hook.remove()
+    assert seen == ["begin_forward", "end_forward"] * 3
 
 
 @pytest.mark.parametrize("settings", [{}, {"prefetch": "all"}, {"eviction": "static"}])

@@ -473,6 +473,17 @@ def test_assisted_decoding_replays_graphs_and_gives_the_tokens_of_plain_decoding
         assert torch.equal(engine.generate(tokens, **given), expected)
 
 
+@pytest.mark.parametrize("rule", ["skip", "substitute:0.9+later", "predicted+skip"])
+def test_steps_of_several_tokens_are_captured_under_rules_that_fetch_behind(
+    offloaded: OffloadedModel, rule: str
+) -> None:
+    config = EngineConfig(expert_slots="5", on_miss=rule, prefetch="auto", agreement_floor=0.0)
+    with graph_engine(offloaded, config) as engine:
+        driver: Any = engine.driver
+        assert all(driver.step_for(width, 64).is_captured for width in (1, 2, 4))
+        engine.check_integrity()
+
+
 def test_capturing_a_step_teaches_eviction_nothing(offloaded: OffloadedModel) -> None:
     config = EngineConfig(expert_slots="6", prefetch="auto")
     with graph_engine(offloaded, config) as engine:

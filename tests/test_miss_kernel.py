@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs triton")
 
-from interpreted import run_on_cpu, run_streams_in_order
+from interpreted import InOrder, run_on_cpu, run_streams_in_order
 from tiny_models import tiny_model
 
 from foreroute.data.adapters.seam import routed_through
@@ -214,7 +214,7 @@ class RuledExperts:
         self.offloaded = offload(model, device=torch.device("cpu"), model_name="tiny")
         store, moe = self.offloaded.store, self.offloaded.moe
         eviction = find_policy(config.eviction).device_rule()
-        run = run_on_cpu(self.offloaded, config, eviction)
+        run = self.run = run_on_cpu(self.offloaded, config, eviction)
         counters = torch.zeros(len(moe.layers), NUM_COUNTERS, dtype=torch.int32)
         self.judged = torch.zeros(NUM_JUDGED, dtype=torch.int32)
         ahead = LookAhead.for_engine(self.offloaded, config, None)
@@ -293,6 +293,48 @@ def test_a_batch_with_fewer_slots_than_it_needs_leaves_them_right(
         assert output.shape == states.shape
         layer.residency.check_integrity()
     assert 0 < device.judged[AGREED] < device.judged[CHOSEN] == 2 * num_tokens * geometry.top_k
+
+
+class Captured(InOrder):
+    """A stream of a graph that is captured: it can wait for no stream that is not part of it."""
+
+    def __init__(self, *, is_part: bool = False) -> None:
+        super().__init__()
+        self.is_part, self.num_waits = is_part, 0
+
+    def wait_stream(self, other: Any) -> None:
+        assert other.is_part
+        self.is_part = True
+        self.num_waits += 1
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="tests/test_gpu.py captures steps there")
+@pytest.mark.parametrize("rule", ["skip", "predicted+skip", "predicted+substitute:0.9+later"])
+def test_a_captured_step_waits_for_copies_behind_its_layers_if_it_makes_any(
+    rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_streams_in_order(monkeypatch)
+    for module in (demand_module, plan_module):
+        monkeypatch.setattr(module, "DEMAND_PROGRAMS", 2)
+    model = tiny_model("qwen3_moe", num_hidden_layers=2).eval()
+    config = EngineConfig(expert_slots="6", on_miss=rule, prefetch="all", agreement_floor=0.0)
+    device = RuledExperts(model, config, 6)
+    layer, run, geometry = device.layers[1], device.run, device.offloaded.moe.geometry
+    for num_tokens in (1, 2):  # where drafts are verified, nothing is predicted
+        graph = Captured(is_part=True)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda graph=graph: graph)
+        run.num_tokens, run.behind = num_tokens, Captured()  # type: ignore[assignment]
+        states = torch.randn(num_tokens, geometry.hidden_size)
+        layer.router_logits = torch.randn(num_tokens, geometry.num_experts)
+        weights, ids = layer.router_logits.softmax(-1).topk(geometry.top_k)
+        if run.looks_ahead:
+            layer._expected = Guess(ids.flip(-1), weights, layer.router_logits)
+        layer.decode(states, ids, weights)
+        run.join_behind()
+        copies = config.rule.predicted is None or num_tokens == 1
+        assert run.behind.is_part == bool(graph.num_waits) == copies
+        run.join_behind()
+        assert graph.num_waits == copies
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="tests/test_gpu.py runs whole engines there")

@@ -262,8 +262,6 @@ class DeviceDriver:
             undo: Gets what takes the hooks off again.
         """
         run, moe = self.run, self._offloaded.moe
-        if run.config.rule.fetches_behind and any(self._rules):
-            undo.callback(moe.model.register_forward_hook(self._join_behind).remove)
         if run.predictor is not None:
             if run.predictor.ahead.readouts is not None:
                 run.predictor.ahead.readouts.attach(undo, lambda: run.looks_ahead)
@@ -287,9 +285,9 @@ class DeviceDriver:
             self._settle_pins()
         run.stats.steps_ahead += run.predictor is not None and run.looks_ahead
 
-    def _join_behind(self, *_: Any) -> None:
+    def end_forward(self) -> None:
         """Let what is copied behind the layers be there when the next forward pass begins."""
-        torch.cuda.current_stream().wait_stream(self.run.behind)
+        self.run.join_behind()
 
     def _settle_pins(self) -> None:
         """Pin what was used most so far, before the first step; see that every step was served."""
@@ -304,9 +302,15 @@ class DeviceDriver:
                 layer.residency.learn_pins(is_pinned)
 
     def forget(self) -> None:
-        """Empty every slot and drop the graph: nothing of them need be right any more."""
+        """Empty every slot and drop the graph: nothing of them need be right any more.
+
+        In the midst of a text, when a step could not be captured, the graph stays: its cache holds
+        the text.
+        """
         torch.cuda.synchronize(self._offloaded.device)
-        self._drop_graph()
+        self.run.is_copying_behind = False
+        if not self._is_decoding:
+            self._drop_graph()
         for layer in self.layers:
             layer.forget()
 

@@ -108,8 +108,9 @@ class DeviceLayer:
 
         def show(_: nn.Module, __: Any, output: Any) -> None:
             parts = output if isinstance(output, tuple) else (output,)
-            if not any(isinstance(part, Deferred) for part in parts):
-                self.router_logits = router_logits_of(output, layer.num_experts)
+            is_fused = any(isinstance(part, Deferred) for part in parts)
+            # none, rather than those of an earlier pass
+            self.router_logits = None if is_fused else router_logits_of(output, layer.num_experts)
 
         undo.callback(layer.router.register_forward_hook(show).remove)
 
@@ -259,9 +260,8 @@ class DeviceLayer:
 
         The driver waits for it at the end of the forward pass.
         """
-        behind, chosen = self._run.behind, chosen.contiguous()
-        behind.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(behind):
+        chosen = chosen.contiguous()
+        with torch.cuda.stream(self._run.fork_behind()):
             self.residency.load_left(chosen, run_ids)
         self._read_behind = chosen, run_ids  # on the other stream, for as long as the pass
 

@@ -29,7 +29,7 @@ class DeviceRun(RunState):
     ahead: torch.cuda.Stream
     """Predictions and prefetches run here, beside the compute."""
     behind: torch.cuda.Stream
-    """What nobody waits for is copied here, until the step is over."""
+    """What nobody waits for is copied here, until the forward pass is over."""
     head_words: Tensor
     """Where an expert's head ends, [1] int32 on the device; see `fetch`."""
     num_whole: Tensor
@@ -42,6 +42,23 @@ class DeviceRun(RunState):
     """What one use by a prompt counts for eviction, in uses by a decode step."""
     staging: Staging | None = None
     """Where the host hands out experts that are not page-locked; None where all are."""
+    is_copying_behind: bool = False
+    """Whether something is copied behind the layers that nothing has waited for."""
+
+    def fork_behind(self) -> torch.cuda.Stream:
+        """The stream to copy on behind what has been launched so far."""
+        self.behind.wait_stream(torch.cuda.current_stream())
+        self.is_copying_behind = True
+        return self.behind
+
+    def join_behind(self) -> None:
+        """Let what is copied behind the layers, if anything is, be there for what comes next.
+
+        A graph that is captured cannot wait for a stream on which it has launched nothing.
+        """
+        if self.is_copying_behind:
+            torch.cuda.current_stream().wait_stream(self.behind)
+            self.is_copying_behind = False
 
     def set_room(self, experts: float, row_bytes: int) -> None:
         """Say how much can be copied early: whole experts, and a head in whole blocks of `fetch`.

@@ -158,6 +158,9 @@ class HostDriver:
                 self._settle_pins()
             self.run.begin_step()
 
+    def end_forward(self) -> None:
+        """Nothing: each layer waits for what it needs."""
+
     def _settle_pins(self) -> None:
         """Pin what was used most so far, before the first step."""
         worth = [torch.tensor(layer.residency.cache.state.worth) for layer in self.layers]
