@@ -180,7 +180,7 @@ def main() -> None:
         what = "tpot_ms" if timed[args.measurement] else "bytes_per_token"
         for share, pair in zip(shares, axes.reshape(-1, 2), strict=True):
             draw([row for row in drawn if row["slots"] == share], what, tuple(pair))
-        axes.flat[0].legend(fontsize=7, frameon=False)
+            pair[0].legend(fontsize=7, frameon=False)
         figure.tight_layout()
         figure.savefig(args.out)
 
