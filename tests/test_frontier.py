@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import speculation
 import torch
 
 from foreroute.data.corpus import split_of
@@ -228,3 +229,17 @@ def test_tasks_and_rules_exclude_each_other(capsys: pytest.CaptureFixture[str]) 
         code, _, error = run(f"evaluate {words}", capsys)
         assert code == 2
         assert "Give --tasks" in error
+
+
+def test_a_measurement_gathered_again_takes_the_place_of_its_older_rows(measured: Path) -> None:
+    rows = [row("fetch", 0.0, 100, 2.0), row("skip:0.5", 0.01, 60, 1.0)]
+    first = dataclasses.replace(Frontier.read(measured), rows=rows)
+    other = dataclasses.replace(first, device="another", rows=rows[:1])
+    found = speculation.gathered({}, [first, other], "tiny")
+    cheaper = dataclasses.replace(first, rows=[rows[0], row("skip:0.5", 0.01, 50, 1.0)])
+    found = speculation.gathered(found, [cheaper], "tiny")
+    assert [about["device"] for about in found["measurements"]] == [first.device, "another"]
+    kept = [r for r in found["rows"] if r["measurement"] == 0]
+    assert [r["rule"] for r in kept] == ["fetch", "skip:0.5"]
+    assert speculation.of_fetch(kept[1], found["rows"], "bytes_per_token") == 0.5
+    assert "| 25% | `skip:0.5` | 0.50 |" in speculation.table(kept, is_timed=False)

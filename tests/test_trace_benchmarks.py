@@ -1,7 +1,9 @@
 """The benchmarks of traces run at the smallest size and print what they say."""
 
 import json
+import shutil
 
+import on_demand_recording
 import on_policy
 import pytest
 import torch
@@ -56,3 +58,24 @@ def test_recall_of_tokens_is_that_of_a_hand_count(tiny_traces):
     top = (source.router_input @ traces.anchors.router_weight[2].T).topk(2).indices[5]
     shared = set(top.tolist()) & set(target.expert_ids[5].tolist())
     assert found[0, 5] == len(shared) / 2
+
+
+def test_recordings_are_compared_number_by_number(tiny_traces, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_traces, other)
+    assert set(on_demand_recording.share_equal(tiny_traces, other).values()) == {1.0}
+    traces = Traces.open(other)
+    layer, shard = traces.geometry.layer_indices[0], traces.manifest.shards[0].shard_idx
+    changed = traces.record(layer, shard)
+    changed.gate_weights[0, 0] += 1
+    read = Traces.record
+
+    def record(self, layer_idx, shard_idx):
+        is_changed = (self.folder, layer_idx, shard_idx) == (other, layer, shard)
+        return changed if is_changed else read(self, layer_idx, shard_idx)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Traces, "record", record)
+        found = on_demand_recording.share_equal(tiny_traces, other)
+    assert 0.999 < found.pop("gate_weights") < 1
+    assert set(found.values()) == {1.0}
