@@ -139,6 +139,26 @@ def read_json(path: Path, schema: Any = dict[str, Any], remedy: str = "Make it a
     return parse_json(_bytes_of(path, remedy), schema, str(path), remedy)
 
 
+def read_checked(path: Path, schema: type[Built], remedy: str) -> tuple[Built, dict[str, Any]]:
+    """Read JSON of a known form, of which more is wanted than the form says.
+
+    Args:
+        path: As `read_json` takes it, as are the others.
+        schema: What it must hold.
+        remedy: What the user can do.
+
+    Returns:
+        What the form says of it, and everything, as it is in the file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, or holds something else; the message names file and field.
+    """
+    text, name = _bytes_of(path, remedy), str(path)
+    known = parse_json(text, schema, name, remedy)
+    return known, parse_json(text, dict[str, Any], name, remedy)
+
+
 def parse_json(text: bytes, schema: type[Built], name: str, remedy: str = "") -> Built:
     """Read JSON of a known form from memory.
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypedDict
 from foreroute.estimators import EstimatorSpec, EstimatorStack, MoEGeometry
 from foreroute.estimators.artifacts import (
     Count,
-    read_json,
+    read_checked,
     read_tensors,
     read_versioned,
     require_digest,
@@ -259,7 +259,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
         ValueError: If it is damaged; names file and field.
     """
     path = folder / METRICS_NAME
-    known = read_json(path, RunMetrics, REMEDY)
+    known, content = read_checked(path, RunMetrics, REMEDY)
     num_layers, budgets = len(known["layers"]), set(map(str, known["budgets"]))
     for figures in (known["estimator"], *known["baselines"].values()):
         by_budget, by_layer = figures["recall_at_budgets"], figures["per_layer"]
@@ -269,7 +269,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{path} is damaged (not of {num_layers} layers). {REMEDY}")
         if not budgets <= by_budget.keys() & by_layer["recall_at_budgets"].keys():
             raise ValueError(f"{path} is damaged (a budget is missing). {REMEDY}")
-    return read_json(path)
+    return content
 
 
 def _read_plan(folder: Path) -> RunPlan:

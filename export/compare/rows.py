@@ -9,7 +9,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 import msgspec
 
 from foreroute.estimators import FORMS
-from foreroute.estimators.artifacts import Count, read_json
+from foreroute.estimators.artifacts import Count, read_checked
 
 REMEDY = "Remove it: the same command measures that predictor again."
 
@@ -96,7 +96,8 @@ def read_rows(path: Path, texts: Collection[str]) -> list[dict[str, Any]]:
     Raises:
         ValueError: If it is damaged; names file and field.
     """
-    for row in read_json(path, _Rows, REMEDY)["rows"]:
+    known, content = read_checked(path, _Rows, REMEDY)
+    for row in known["rows"]:
         by_layer = row["recall_per_layer"]
         costs = row.get("chosen_cost_per_layer", by_layer)
         is_ours = row["slug"] == path.stem and row["tested_on"] in texts
@@ -106,5 +107,5 @@ def read_rows(path: Path, texts: Collection[str]) -> list[dict[str, Any]]:
         wanted = OF_FORMS * is_form + OF_SAVED * ("tpot_saved" in row)
         if missing := [name for name in wanted if name not in row]:
             raise ValueError(f"{path} is damaged (it has no {missing[0]}). {REMEDY}")
-    rows: list[dict[str, Any]] = read_json(path)["rows"]
+    rows: list[dict[str, Any]] = content["rows"]
     return rows

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from foreroute.estimators.artifacts import read_json
+from foreroute.estimators.artifacts import read_checked
 from foreroute.estimators.types import MoEGeometry
 from foreroute.export.report.document import document, picture, table
 
@@ -51,9 +51,10 @@ def read_bench(path: Path) -> dict[str, Any]:
         ValueError: If it is damaged; names file and field.
     """
     remedy = "Run foreroute bench again."
-    if BASELINE not in read_json(path, Bench, remedy)["modes"]:
+    bench, content = read_checked(path, Bench, remedy)
+    if BASELINE not in bench["modes"]:
         raise ValueError(f"{path} is damaged (it has no mode {BASELINE}). {remedy}")
-    return read_json(path)
+    return content
 
 
 def bench_page(bench: Mapping[str, Any], title: str, command: str) -> str:
