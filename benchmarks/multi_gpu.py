@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from decode_steps import EagerSteps, GraphSteps
-from link import link_bandwidth, synchronize
+from link import link_bandwidth
 from random_shapes import HostPool, build, free_memory, settings_of
 from replayed_routing import (
     Replay,
@@ -30,6 +29,7 @@ from replayed_routing import (
     random_routes,
     read_steps,
 )
+from ttft_gpu import time_prompts
 
 from foreroute.estimators.artifacts import package_versions, read_json, write_json
 from foreroute.runtime import Engine, EngineConfig
@@ -83,22 +83,16 @@ class MultiGpuBenchmark:
         vocab = self.offloaded.moe.model.config.vocab_size
         shape, generator = (PROMPT_REPEATS + 1, self.args.prompt_tokens), torch.Generator()
         prompts = torch.randint(vocab, shape, generator=generator.manual_seed(0)).to(self.device)
-        times = []
         with Engine(self.offloaded, EngineConfig(expert_slots=f"{slots}%")) as engine:
             engine.fill_slots()
-            for prompt in prompts:
-                synchronize(self.device)
-                start = time.perf_counter()
-                output = engine(input_ids=prompt[None], use_cache=True, logits_to_keep=1)
-                output.logits[0, -1].argmax().item()
-                times.append(1e3 * (time.perf_counter() - start))
+            times = time_prompts(engine, prompts, PROMPT_REPEATS)
             moved = engine.stats().prefill.fetched_bytes / len(prompts)
         row = {
             "gpus": self.ranks.num_ranks,
             "slots": slots,
             "arm": f"prompt-{self.args.prompt_tokens}",
-            "ttft_ms_median": statistics.median(times[1:]),
-            "ttft_ms_mean": statistics.fmean(times[1:]),
+            "ttft_ms_median": statistics.median(times),
+            "ttft_ms_mean": statistics.fmean(times),
             "bytes_per_gpu": moved,
             "link_gb_s": self.link_gb_s,
             "repeats": PROMPT_REPEATS,

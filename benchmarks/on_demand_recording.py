@@ -27,6 +27,7 @@ from foreroute.data.adapters import resolve_device
 from foreroute.data.cli import collect
 from foreroute.data.traces import Traces
 from foreroute.estimators.artifacts import package_versions, write_json
+from foreroute.runtime.evaluation.frontier import device_name
 
 STOCK = "stock"
 BUNDLED = Path(__file__).parents[1] / "data" / "bundled_model"
@@ -114,7 +115,7 @@ def main() -> None:
     if args.json:
         result = {
             "weights": weights,
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            "device": device_name(device),
             "versions": package_versions(),
             "command": " ".join(sys.argv),
             "rows": rows,
