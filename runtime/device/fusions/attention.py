@@ -21,10 +21,15 @@ ATTENTION_NAME = "foreroute_decode"
 CONFIG_FIELD = "_attn_implementation_internal"
 
 
+def _configs(model: Any) -> list[Any]:
+    """The configurations of a model's modules that name an attention function, each once."""
+    found = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    return [config for config in found.values() if getattr(config, CONFIG_FIELD, None) is not None]
+
+
 def attention_kinds(model: Any) -> set[str]:
     """The names of the attention functions of a model's configurations."""
-    configs = (module.config for module in model.modules() if hasattr(module, "config"))
-    return {kind for c in configs if (kind := getattr(c, CONFIG_FIELD, None)) is not None}
+    return {getattr(config, CONFIG_FIELD) for config in _configs(model)}
 
 
 def fuse_attention(model: Any, undo: ExitStack, counts: Counter[str] | None = None) -> int:
@@ -38,11 +43,10 @@ def fuse_attention(model: Any, undo: ExitStack, counts: Counter[str] | None = No
     Returns:
         How many configurations were switched.
     """
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     switched = 0
-    for config in configs.values():
-        original = getattr(config, CONFIG_FIELD, None)
-        if original is None or original == ATTENTION_NAME:
+    for config in _configs(model):
+        original = getattr(config, CONFIG_FIELD)
+        if original == ATTENTION_NAME:
             continue
         name = f"{ATTENTION_NAME}_{original}"
         ALL_ATTENTION_FUNCTIONS.register(name, partial(_attend, original=original, counts=counts))
