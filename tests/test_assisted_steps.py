@@ -1,8 +1,6 @@
 """Steps that read several tokens at once by the device's kernels; interpreted on a CPU."""
 
 import copy
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +11,21 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 pytest.importorskip("triton", reason="needs triton")
 
 from interpreted import decide_as_on_a_gpu
+from step_cases import (
+    CAPTURABLE,
+    PROMPT,
+    TOLERANCE,
+    WITH_IMAGES,
+    logits_of_one_pass,
+    padded_text,
+    quicken,
+    read_prompt,
+)
 from tiny_images import image_prompt
 from tiny_models import tiny_model
 
 from foreroute.data.adapters import find_moe_layers
 from foreroute.runtime import Engine, EngineConfig
-from foreroute.runtime.device import decode_graph
 from foreroute.runtime.device.assisted import assisted_loop, is_assisted, why_not_replayed
 from foreroute.runtime.device.decode_graph import (
     SPARE_TOKENS,
@@ -26,23 +33,16 @@ from foreroute.runtime.device.decode_graph import (
     DecodeStep,
     why_not_widened,
 )
-from foreroute.runtime.device.kernels import linear, route
 from foreroute.runtime.driver import MOST_STEP_TOKENS
 from foreroute.runtime.store.offload import offload
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "models.json"
-ROWS = json.loads(RESULTS.read_text())
-PROMPT, WIDTHS, DROPPED = 5, (3, 1), 2
-TOLERANCE = 2e-5  # float32, sums in another order
+WIDTHS, DROPPED = (3, 1), 2
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "disable_compile": True}
 
 
 @pytest.fixture(autouse=True)
 def quick_under_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_graph, "LENGTH_STEP", 16)
-    # programs run one after the other
-    monkeypatch.setattr(linear, "TILE", 2**17)
-    monkeypatch.setattr(route, "ROWS", 8)
+    quicken(monkeypatch)
 
 
 def step_of(model: Any, batch: int, length: int) -> DecodeStep:
@@ -56,14 +56,7 @@ def forced_logits(model: Any, tokens: Tensor, mask: Tensor) -> Tensor:
     """
     one = step_of(model, len(tokens), tokens.shape[1] + DROPPED)
     steps = {width: one.widened(width) if width > 1 else one for width in {*WIDTHS, DROPPED}}
-    one.begin(mask[:, :PROMPT])
-    with torch.no_grad():
-        model(
-            input_ids=tokens[:, :PROMPT],
-            attention_mask=mask[:, :PROMPT],
-            position_ids=(mask[:, :PROMPT].cumsum(-1) - 1).clamp_min(0),
-            past_key_values=one.cache,
-        )
+    read_prompt(model, one, tokens, mask)
     logits, start = [], PROMPT
     steps[DROPPED].replay(torch.full((len(tokens), DROPPED), 7))
     one.crop(DROPPED)
@@ -75,33 +68,17 @@ def forced_logits(model: Any, tokens: Tensor, mask: Tensor) -> Tensor:
     return torch.cat(logits, dim=1)
 
 
-def capturable_types() -> list[str]:
-    return [row["model_type"] for row in ROWS if row["graph"] == "yes"]
-
-
-@pytest.mark.parametrize(
-    ("model_type", "overrides"),
-    [
-        *((model_type, {}) for model_type in capturable_types()),
-        ("mixtral", {"sliding_window": 4}),
-        ("gpt_oss", {"sliding_window": 4}),
-    ],
-)
+@pytest.mark.parametrize(("model_type", "overrides"), CAPTURABLE)
 def test_steps_of_several_tokens_give_the_logits_of_one_pass_over_the_text(
     model_type: str, overrides: dict[str, Any]
 ) -> None:
     model = tiny_model(model_type, **overrides).eval()
     if reason := why_not_widened(model):
         pytest.skip(reason)
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(3, 60, (2, PROMPT + sum(WIDTHS)), generator=generator)
-    mask = torch.ones_like(tokens)
-    mask[1, :2] = 0  # padding on the left
-    with torch.no_grad():
-        positions = (mask.cumsum(-1) - 1).clamp_min(0)
-        expected = model(input_ids=tokens, attention_mask=mask, position_ids=positions).logits
+    tokens, mask = padded_text(sum(WIDTHS))
+    expected = logits_of_one_pass(model, tokens, mask)
     got = forced_logits(model, tokens, mask)
-    torch.testing.assert_close(got, expected[:, PROMPT:], atol=TOLERANCE, rtol=TOLERANCE)
+    torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=TOLERANCE)
 
 
 class Steps:
@@ -212,9 +189,7 @@ def test_sampled_tokens_are_transformers_by_the_same_seed() -> None:
     assert torch.equal(replayed(model, tokens, {}, **given)[0], expected)
 
 
-@pytest.mark.parametrize(
-    "model_type", [row["model_type"] for row in ROWS if row["graph"] == row["images"] == "yes"]
-)
+@pytest.mark.parametrize("model_type", WITH_IMAGES)
 def test_looked_up_drafts_after_an_image_give_transformers_tokens(model_type: str) -> None:
     model = tiny_model(model_type)
     if reason := why_not_widened(model):

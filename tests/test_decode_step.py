@@ -1,8 +1,6 @@
 """A decode step with its kernels gives the logits of the plain model; interpreted on a CPU."""
 
-import json
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,28 +10,30 @@ from transformers import StaticCache
 
 pytest.importorskip("triton", reason="needs triton")
 
+from step_cases import (
+    CAPTURABLE,
+    PROMPT,
+    TOLERANCE,
+    WITH_IMAGES,
+    logits_of_one_pass,
+    padded_text,
+    quicken,
+    read_prompt,
+)
 from tiny_images import image_prompt
 from tiny_models import tiny_model
 
 from foreroute.data.adapters import find_moe_layers
-from foreroute.runtime.device import decode_graph
 from foreroute.runtime.device.decode_graph import DecodeStep
 from foreroute.runtime.device.fusions import find_routers, fuse_attention, fuse_rotary, fuse_routers
-from foreroute.runtime.device.kernels import linear, route
 from foreroute.runtime.device.sampling import decode_loop
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "models.json"
-ROWS = json.loads(RESULTS.read_text())
-PROMPT, STEPS = 5, 4
-TOLERANCE = 2e-5  # float32, sums in another order
+STEPS = 4
 
 
 @pytest.fixture(autouse=True)
 def quick_under_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_graph, "LENGTH_STEP", 16)
-    # programs run one after the other
-    monkeypatch.setattr(linear, "TILE", 2**17)
-    monkeypatch.setattr(route, "ROWS", 8)
+    quicken(monkeypatch)
 
 
 def forced_logits(model: Any, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -41,47 +41,22 @@ def forced_logits(model: Any, tokens: Tensor, mask: Tensor) -> Tensor:
     routers = [layer.router for layer in find_moe_layers(model)]
     step = DecodeStep(model, len(tokens), PROMPT + STEPS, routers)
     assert vars(step.cache).keys() == vars(StaticCache(config=model.config, max_cache_len=1)).keys()
-    step.begin(mask[:, :PROMPT])
-    with torch.no_grad():
-        model(
-            input_ids=tokens[:, :PROMPT],
-            attention_mask=mask[:, :PROMPT],
-            position_ids=(mask[:, :PROMPT].cumsum(-1) - 1).clamp_min(0),
-            past_key_values=step.cache,
-        )
+    read_prompt(model, step, tokens, mask)
     return torch.stack([step.replay(t).clone() for t in tokens[:, PROMPT:].T], dim=1)
 
 
-def capturable_types() -> list[str]:
-    return [row["model_type"] for row in ROWS if row["graph"] == "yes"]
-
-
-@pytest.mark.parametrize(
-    ("model_type", "overrides"),
-    [
-        *((model_type, {}) for model_type in capturable_types()),
-        ("mixtral", {"sliding_window": 4}),
-        ("gpt_oss", {"sliding_window": 4}),
-    ],
-)
+@pytest.mark.parametrize(("model_type", "overrides"), CAPTURABLE)
 def test_decode_steps_give_the_logits_of_one_pass_over_the_text(
     model_type: str, overrides: dict[str, Any]
 ) -> None:
     model = tiny_model(model_type, **overrides).eval()
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(3, 60, (2, PROMPT + STEPS), generator=generator)
-    mask = torch.ones_like(tokens)
-    mask[1, :2] = 0  # padding on the left
-    with torch.no_grad():
-        positions = (mask.cumsum(-1) - 1).clamp_min(0)
-        expected = model(input_ids=tokens, attention_mask=mask, position_ids=positions).logits
+    tokens, mask = padded_text(STEPS)
+    expected = logits_of_one_pass(model, tokens, mask)
     got = forced_logits(model, tokens, mask)
-    torch.testing.assert_close(got, expected[:, PROMPT:], atol=TOLERANCE, rtol=TOLERANCE)
+    torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-@pytest.mark.parametrize(
-    "model_type", [row["model_type"] for row in ROWS if row["graph"] == row["images"] == "yes"]
-)
+@pytest.mark.parametrize("model_type", WITH_IMAGES)
 def test_decode_steps_after_an_image_give_the_logits_of_generate(model_type: str) -> None:
     model = tiny_model(model_type)
     tokens, image = image_prompt(model)
