@@ -263,22 +263,24 @@ class RuledExperts:
             return torch.stack([step.replay(token.view(1))[0].clone() for token in tokens]), step
 
 
+def two_layers_under(
+    monkeypatch: pytest.MonkeyPatch, rule: str, prefetch: Any, num_slots: int
+) -> RuledExperts:
+    """Two layers of a tiny model under a rule, quick under the interpreter."""
+    run_streams_in_order(monkeypatch)
+    for module in (demand_module, plan_module):
+        monkeypatch.setattr(module, "DEMAND_PROGRAMS", 2)
+    model = tiny_model("qwen3_moe", num_hidden_layers=2).eval()
+    settings = {"expert_slots": str(num_slots), "prefetch": prefetch, "agreement_floor": 0.0}
+    return RuledExperts(model, EngineConfig(on_miss=rule, **settings), num_slots)
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="tests/test_gpu.py runs whole engines there")
 @pytest.mark.parametrize("rule", ["skip", "substitute:1.5+later", "predicted+skip"])
 def test_a_batch_with_fewer_slots_than_it_needs_leaves_them_right(
     rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_streams_in_order(monkeypatch)
-    for module in (demand_module, plan_module):
-        monkeypatch.setattr(module, "DEMAND_PROGRAMS", 2)
-    model = tiny_model("qwen3_moe", num_hidden_layers=2).eval()
-    config = EngineConfig(
-        expert_slots="4",
-        on_miss=rule,
-        prefetch="all" if "predicted" in rule else "none",
-        agreement_floor=0.0,
-    )
-    device = RuledExperts(model, config, 4)
+    device = two_layers_under(monkeypatch, rule, "all" if "predicted" in rule else "none", 4)
     layer, geometry = device.layers[1], device.offloaded.moe.geometry
     generator, num_tokens = torch.Generator().manual_seed(0), 5
     for _ in range(2):
@@ -313,12 +315,7 @@ class Captured(InOrder):
 def test_a_captured_step_waits_for_copies_behind_its_layers_if_it_makes_any(
     rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_streams_in_order(monkeypatch)
-    for module in (demand_module, plan_module):
-        monkeypatch.setattr(module, "DEMAND_PROGRAMS", 2)
-    model = tiny_model("qwen3_moe", num_hidden_layers=2).eval()
-    config = EngineConfig(expert_slots="6", on_miss=rule, prefetch="all", agreement_floor=0.0)
-    device = RuledExperts(model, config, 6)
+    device = two_layers_under(monkeypatch, rule, "all", 6)
     layer, run, geometry = device.layers[1], device.run, device.offloaded.moe.geometry
     for num_tokens in (1, 2):  # where drafts are verified, nothing is predicted
         graph = Captured(is_part=True)
@@ -331,7 +328,7 @@ def test_a_captured_step_waits_for_copies_behind_its_layers_if_it_makes_any(
             layer._expected = Guess(ids.flip(-1), weights, layer.router_logits)
         layer.decode(states, ids, weights)
         run.join_behind()
-        copies = config.rule.predicted is None or num_tokens == 1
+        copies = run.config.rule.predicted is None or num_tokens == 1
         assert run.behind.is_part == bool(graph.num_waits) == copies
         run.join_behind()
         assert graph.num_waits == copies
