@@ -456,19 +456,26 @@ def fetch_bandwidth(expert_bytes: int) -> dict[str, float]:
 def tune(experts: Experts) -> dict[str, float]:
     """Time of the products with other tiles."""
     found = {}
+    names: tuple[str, ...]
+    sizes: list[tuple[int, ...]]
+    module: Any
     if experts.shape.form.is_transposed and experts.shape.encoding is None:
         names = ("OUTPUTS", "DEPTH", "WARPS")
         module = transposed
         sizes = [(64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 8), (32, 128, 4), (32, 256, 8)]
     else:
         names = ("ROWS", "COLUMNS", "WARPS")
-        module = expert_module  # type: ignore[assignment]
+        module = expert_module
         sizes = [(1, 1024, 2), (1, 2048, 2), (1, 2048, 4), (2, 1024, 4), (2, 2048, 4), (4, 1024, 4)]
     halves: tuple[str, ...] = ("UP", "DOWN")
     if experts.shape.encoding is Lossless:
         halves = ("PACKED_UP", "PACKED_DOWN")
         sizes = [(r, c, w) for r in (1, 2, 4, 8, 16) for c in (32, 128, 256) for w in (1, 2, 4)]
         sizes = [(r, c, w) for r, c, w in sizes if 2 <= r * c / (32 * w) <= 32]
+    elif experts.shape.encoding is Mxfp4:
+        names, halves = (*names, "UNROLL"), ("FLOAT4_UP", "FLOAT4_DOWN")
+        words = ((32, 1), (64, 2), (128, 4))
+        sizes = [(r, *w, unroll) for r in (1, 2, 4) for w in words for unroll in (1, 3, 12)]
     elif experts.shape.encoding is not None:
         halves = ("FEW",)
         sizes = [(1, 1024, 2), (2, 512, 2), (4, 256, 2), (4, 512, 4), (8, 256, 4), (8, 512, 4)]

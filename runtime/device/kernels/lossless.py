@@ -75,14 +75,14 @@ def _add_tile(total, base, mask, state, start, COLUMNS: tl.constexpr, AT_ONCE: t
     if NUM_WORDS % AT_ONCE != 0:
         mask = mask & (word < NUM_WORDS)
     pairs = load_pairs(base + word, mask, NUM_WORDS)
-    total += _low(pairs[0]) * _inputs(state, word, 0, COLUMNS, AT_ONCE)
-    total += _low(pairs[1]) * _inputs(state, word, 1, COLUMNS, AT_ONCE)
-    total += _high(pairs[0]) * _inputs(state, word, 2, COLUMNS, AT_ONCE)
-    total += _high(pairs[1]) * _inputs(state, word, 3, COLUMNS, AT_ONCE)
-    total += _low(pairs[2]) * _inputs(state, word, 4, COLUMNS, AT_ONCE)
-    total += _low(pairs[3]) * _inputs(state, word, 5, COLUMNS, AT_ONCE)
-    total += _high(pairs[2]) * _inputs(state, word, 6, COLUMNS, AT_ONCE)
-    total += _high(pairs[3]) * _inputs(state, word, 7, COLUMNS, AT_ONCE)
+    total += low_number(pairs[0]) * _inputs(state, word, 0, COLUMNS, AT_ONCE)
+    total += low_number(pairs[1]) * _inputs(state, word, 1, COLUMNS, AT_ONCE)
+    total += high_number(pairs[0]) * _inputs(state, word, 2, COLUMNS, AT_ONCE)
+    total += high_number(pairs[1]) * _inputs(state, word, 3, COLUMNS, AT_ONCE)
+    total += low_number(pairs[2]) * _inputs(state, word, 4, COLUMNS, AT_ONCE)
+    total += low_number(pairs[3]) * _inputs(state, word, 5, COLUMNS, AT_ONCE)
+    total += high_number(pairs[2]) * _inputs(state, word, 6, COLUMNS, AT_ONCE)
+    total += high_number(pairs[3]) * _inputs(state, word, 7, COLUMNS, AT_ONCE)
     return total
 
 
@@ -123,12 +123,14 @@ def load_pairs(where, mask, num_words):  # noqa: ANN201
 
 
 @triton.jit
-def _low(pair):
+def low_number(pair):  # noqa: ANN201
+    """The number in a pair's low half, float32."""
     return (pair << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _high(pair):
+def high_number(pair):  # noqa: ANN201
+    """The number in a pair's high half, float32."""
     return (pair & -65536).to(tl.float32, bitcast=True)
 
 

@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from foreroute.runtime.store.encodings import (
-    MXFP4_GROUP,
     ChannelScaled,
     EncodedWeights,
     Fp8Blocks,
@@ -25,15 +24,12 @@ from foreroute.runtime.store.encodings import (
 )
 
 PLAIN, INT8, FP8, FP8_BLOCKS, INT4, MXFP4, LOSSLESS = range(7)
-GROUPED = (FP8_BLOCKS, INT4, MXFP4)
+GROUPED = (FP8_BLOCKS, INT4)
 KIND_PLAIN, KIND_FP8, KIND_FP8_BLOCKS, KIND_INT4 = map(tl.constexpr, (PLAIN, FP8, FP8_BLOCKS, INT4))
-KIND_LOSSLESS = tl.constexpr(LOSSLESS)
+KIND_MXFP4, KIND_LOSSLESS = tl.constexpr(MXFP4), tl.constexpr(LOSSLESS)
 """The same for kernels. Up to `FP8` a row has one scale at most; from `FP8_BLOCKS` on groups of
-elements share scales, and from `INT4` on a byte holds two numbers."""
-KIND_MXFP4 = tl.constexpr(MXFP4)
-FLOAT4_OF_STATE, FLOAT4_OF_SUM = tl.constexpr(2.0**100), tl.constexpr(2.0**26)
-"""Factors that make up for `_float4`: on inputs, once for all rows, and on a group's sum. Powers of
-two round nothing; together 2**126, apart so that neither inputs nor sums leave float32's range."""
+elements share scales; in `INT4` a byte holds two numbers. From `MXFP4` on they are read by words
+of eight numbers (`float4.py`, `lossless.py`), not by what is here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +67,10 @@ class SlotMatrix:
         encoding, parts = weight.parameter.encoding, weight.parts
         sized = partial(cls, rows=encoding.rows, columns=encoding.columns)
         if isinstance(encoding, Mxfp4):
-            data, scales, group = parts["_blocks"].flatten(2), parts["_scales"], MXFP4_GROUP // 2
-            return sized(kind=MXFP4, data=data, scales=scales, offsets=scales, group=group)
+            data, scales = parts["_blocks"].flatten(2).view(torch.int32), parts["_scales"]
+            return sized(kind=MXFP4, data=data, scales=scales, offsets=scales)
         data = parts[""]
-        if isinstance(encoding, Lossless):  # read by `lossless.py`, not by what is below
+        if isinstance(encoding, Lossless):
             lines = parts["_lines"]
             return sized(kind=LOSSLESS, data=data, scales=lines, offsets=lines)
         if isinstance(encoding, Int4):
@@ -174,8 +170,6 @@ def load_inputs(  # noqa: ANN201
     else:
         low = tl.load(state + 2 * element, mask=is_there, other=0.0).to(tl.float32)
         high = tl.load(state + 2 * element + 1, mask=is_there, other=0.0).to(tl.float32)
-    if KIND == KIND_MXFP4:
-        low, high = low * FLOAT4_OF_STATE, high * FLOAT4_OF_STATE
     return element, is_there, low, high
 
 
@@ -232,17 +226,11 @@ def row_sums(  # noqa: ANN201
         scale = tl.load(scales + at, mask=has_scale, other=0)
         if KIND == KIND_FP8_BLOCKS:
             total = tl.sum(_float8(raw) * low[None, :, :], 2) * scale
-        elif KIND == KIND_INT4:
+        else:
             sums = _float_of(raw & 15) * low[None, :, :] + _float_of(raw >> 4) * high[None, :, :]
             offset = tl.load(offsets + at, mask=has_scale, other=0.0).to(tl.float32)
             total = tl.sum(sums, 2) * scale.to(tl.float32)
             total += offset * tl.sum(low + high, 1)[None, :]
-        else:
-            sums = _float4(raw & 15) * low[None, :, :] + _float4(raw >> 4) * high[None, :, :]
-            exponent = scale.to(tl.int32)
-            bits = tl.where(exponent == 0, 1 << 22, exponent << 23)
-            # 2 ** (exponent - 127)
-            total = tl.sum(sums, 2) * FLOAT4_OF_SUM * bits.to(tl.float32, bitcast=True)
         return tl.sum(total, 1)
 
 
@@ -258,11 +246,3 @@ def _float8(bits):
     wide = bits.to(tl.int32)
     moved = ((wide & 0x7F) << 20) | ((wide & 0x80) << 24)
     return moved.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2 ** 120
-
-
-@triton.jit
-def _float4(bits):
-    """2**-126 of what e2m1 bits stand for: 0, .5, 1, 1.5, 2, 3, 4, 6, and their negatives."""
-    wide = bits.to(tl.int32)
-    moved = ((wide & 7) << 22) | ((wide & 8) << 28)
-    return moved.to(tl.float32, bitcast=True)

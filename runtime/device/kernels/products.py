@@ -24,11 +24,14 @@ from foreroute.runtime.device.kernels.demand import (
     serve_demand,
     slot_named,
 )
+from foreroute.runtime.device.kernels.float4 import float4_sums
 from foreroute.runtime.device.kernels.linear import store_output
 from foreroute.runtime.device.kernels.lossless import packed_sums
 from foreroute.runtime.device.kernels.matrices import (
     KIND_LOSSLESS,
+    KIND_MXFP4,
     LOSSLESS,
+    MXFP4,
     PLAIN,
     SlotMatrix,
     load_inputs,
@@ -44,6 +47,9 @@ FEW_ROWS, FEW_COLUMNS, FEW_WARPS = 8, 512, 4
 # Without loss in 12 bits, in words of eight columns: fastest of those tried, as above.
 PACKED_UP_ROWS, PACKED_UP_COLUMNS, PACKED_UP_WARPS = 2, 128, 1
 PACKED_DOWN_ROWS, PACKED_DOWN_COLUMNS, PACKED_DOWN_WARPS = 2, 32, 2
+# Four-bit floats, likewise; of those tried at gpt-oss-20b's shape.
+FLOAT4_UP_ROWS, FLOAT4_UP_COLUMNS, FLOAT4_UP_WARPS, FLOAT4_UP_UNROLL = 1, 32, 1, 12
+FLOAT4_DOWN_ROWS, FLOAT4_DOWN_COLUMNS, FLOAT4_DOWN_WARPS, FLOAT4_DOWN_UNROLL = 2, 32, 1, 1
 
 
 @triton.jit
@@ -84,6 +90,7 @@ def _up_kernel(
     ACTIVATION: tl.constexpr,
     HAS_GATE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    INNER_BY_PLANES: tl.constexpr,
     ROWS: tl.constexpr,
     KIND: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -91,6 +98,7 @@ def _up_kernel(
     PADDED: tl.constexpr,
     AT_ONCE: tl.constexpr,
     SHARED_ROWS: tl.constexpr,
+    UNROLL: tl.constexpr,
     COPIERS: tl.constexpr,
     COPIES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -132,15 +140,19 @@ def _up_kernel(
         )
         gate = tl.zeros([ROWS], dtype=tl.float32)
         up = tl.zeros([ROWS], dtype=tl.float32)
-        if KIND == KIND_LOSSLESS:
-            lines = scales + slot * scale_slot_stride
-            words = weight + slot * slot_stride
-            parts = tl.arange(0, 2 if HAS_GATE else 1)[:, None]  # the gate's rows, and up's
-            rows_of_parts = row[None, :] + (parts if HAS_GATE else 1) * apart
+        if KIND >= KIND_MXFP4:
             one = tl.zeros([1, 1], dtype=tl.int64)
-            sums = packed_sums(
-                words + one, lines + one, num_rows, rows_of_parts, state + one, COLUMNS, AT_ONCE
-            )
+            words = weight + slot * slot_stride + one
+            lines = scales + slot * scale_slot_stride + one
+            state += one
+            parts = tl.arange(0, 2 if HAS_GATE else 1)[:, None]  # the gate's rows, and up's
+            of_parts = row[None, :] + (parts if HAS_GATE else 1) * apart
+            if KIND == KIND_LOSSLESS:
+                sums = packed_sums(words, lines, num_rows, of_parts, state, COLUMNS, AT_ONCE)
+            else:
+                sums = float4_sums(
+                    words, lines, num_rows, of_parts, state, COLUMNS, 8, 1, AT_ONCE, UNROLL
+                )
             up = tl.sum(tl.where(parts == parts.shape[0] - 1, sums, 0.0), 0)
             if HAS_GATE:
                 gate = tl.sum(tl.where(parts == 0, sums, 0.0), 0)
@@ -156,7 +168,8 @@ def _up_kernel(
                 gate += tl.load(where_bias, mask=is_at, other=0.0).to(tl.float32)
             up += tl.load(where_bias + apart, mask=is_at, other=0.0).to(tl.float32)
         value = activate(gate, up, alpha, limit, ACTIVATION, HAS_GATE)
-        tl.store(inner + pair * width + at, value, mask=is_at)
+        where_inner = (at % 8) * (width // 8) + at // 8 if INNER_BY_PLANES else at
+        tl.store(inner + pair * width + where_inner, value, mask=is_at)
 
 
 @triton.jit
@@ -192,6 +205,7 @@ def _down_kernel(
     PADDED: tl.constexpr,
     AT_ONCE: tl.constexpr,
     SHARED_ROWS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     token = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -208,26 +222,28 @@ def _down_kernel(
         height,
     )
     total = tl.zeros([ROWS], dtype=tl.float32)
-    if KIND == KIND_LOSSLESS:
+    if KIND >= KIND_MXFP4:
         k = tl.arange(0, MOST_K)[:, None]  # all experts side by side
         pair = token * TOP_K + k
         slot = slot_named(tl.load(places + pair, mask=k < TOP_K, other=0))
-        sums = packed_sums(
-            weight + slot * slot_stride,
-            scales + slot * scale_slot_stride,
-            num_rows,
-            tl.where(k < TOP_K, row[None, :], num_rows),
-            inner + tl.where(k < TOP_K, pair, 0) * width,
-            COLUMNS,
-            AT_ONCE,
-        )
+        words = weight + slot * slot_stride
+        lines = scales + slot * scale_slot_stride
+        row_of = tl.where(k < TOP_K, row[None, :], num_rows)
+        state_of = inner + tl.where(k < TOP_K, pair, 0) * width
+        if KIND == KIND_LOSSLESS:
+            sums = packed_sums(words, lines, num_rows, row_of, state_of, COLUMNS, AT_ONCE)
+        else:
+            PLANE: tl.constexpr = COLUMNS // 8
+            sums = float4_sums(
+                words, lines, num_rows, row_of, state_of, COLUMNS, 1, PLANE, AT_ONCE, UNROLL
+            )
         factor = tl.load(gate_weights + pair, mask=k < TOP_K, other=0.0).to(tl.float32)
         total += tl.sum(factor * sums, 0)
     for k in tl.static_range(TOP_K):
         pair = token * TOP_K + k
         slot = slot_named(tl.load(places + pair))
         value = tl.zeros([ROWS], dtype=tl.float32)
-        if KIND != KIND_LOSSLESS:
+        if KIND < KIND_MXFP4:
             for start in range(0, num_steps, AT_ONCE):
                 state = inner + pair * width
                 tile = load_inputs(state, start, num_elements, KIND, GROUP, PADDED, AT_ONCE)
@@ -235,7 +251,7 @@ def _down_kernel(
         if HAS_BIAS:
             where_bias = bias + slot * bias_slot_stride + row
             value += tl.load(where_bias, mask=is_row, other=0.0).to(tl.float32)
-        if KIND != KIND_LOSSLESS or HAS_BIAS:
+        if KIND < KIND_MXFP4 or HAS_BIAS:
             total += tl.load(gate_weights + pair).to(tl.float32) * value
     store_output(output, residual, token * depth + row, total, is_row, HAS_RESIDUAL)
 
@@ -292,8 +308,10 @@ def expert_products(
         ACTIVATION=ACTIVATIONS.index(form.activation),
         HAS_GATE=form.has_gate,
         HAS_BIAS=first_bias is not None,
+        INNER_BY_PLANES=down.kind == MXFP4,
         ROWS=rows,
         num_warps=num_warps,
+        UNROLL=FLOAT4_UP_UNROLL if up.kind == MXFP4 else 1,
         **up.arguments(tile),
         **copying,
     )
@@ -314,6 +332,7 @@ def expert_products(
         HAS_RESIDUAL=residual is not None,
         ROWS=rows,
         num_warps=num_warps,
+        UNROLL=FLOAT4_DOWN_UNROLL if down.kind == MXFP4 else 1,
         **down.arguments(tile),
     )
 
@@ -322,6 +341,9 @@ def _tile(kind: int, *, is_up: bool) -> tuple[int, int, int]:
     """Rows, elements of a row and warps of a program."""
     if kind == PLAIN:
         return (UP_ROWS, UP_COLUMNS, UP_WARPS) if is_up else (DOWN_ROWS, DOWN_COLUMNS, DOWN_WARPS)
+    if kind == MXFP4:
+        up = FLOAT4_UP_ROWS, FLOAT4_UP_COLUMNS, FLOAT4_UP_WARPS
+        return up if is_up else (FLOAT4_DOWN_ROWS, FLOAT4_DOWN_COLUMNS, FLOAT4_DOWN_WARPS)
     if kind != LOSSLESS:
         return FEW_ROWS, FEW_COLUMNS, FEW_WARPS
     if is_up:
