@@ -6,7 +6,13 @@ from typing import Any
 import pytest
 
 from foreroute.runtime.device.kernels.tables import MISSES, NUM_COUNTERS, PREFETCHES, TAILS
-from foreroute.runtime.device.ledger import BLOCK_STEPS, LONGEST_PERIOD_STEPS, TRIAL_STEPS, Trials
+from foreroute.runtime.device.ledger import (
+    BLOCK_STEPS,
+    COLD_STEPS,
+    LONGEST_PERIOD_STEPS,
+    TRIAL_STEPS,
+    Trials,
+)
 from foreroute.runtime.host.ledger import Early, HostLedger
 from foreroute.runtime.policies.give_up import (
     LOOK_AHEAD,
@@ -30,11 +36,11 @@ class Moment:
         return self.ms - float(earlier.ms)
 
 
-def variants(steps: int, saved_ms: float, spent_ms: float) -> list[int]:
+def variants(steps: int, saved_ms: float, spent_ms: float, cold_steps: int = 0) -> list[int]:
     """What is chosen where a step needs 0 to 6 absent experts, of 1 ms each, and 2 without any.
 
-    Looking ahead takes `spent_ms`, and saves `saved_ms` of the first of them; the second comes
-    early as a whole.
+    The first `cold_steps` need 100 more, which take .9 ms each. Looking ahead takes `spent_ms`, and
+    saves `saved_ms` of the first of them; the second comes early as a whole.
     """
     now = Moment(0.0, [0] * NUM_COUNTERS)
     trials = Trials(lambda: Moment(now.ms, list(now.counters)), base_ms=2.0, expert_ms=1.0)
@@ -43,6 +49,9 @@ def variants(steps: int, saved_ms: float, spent_ms: float) -> list[int]:
         chosen.append(trials.next_variant())
         needed = step * 5 % 7
         now.ms += 2.0 + needed
+        if step < cold_steps:
+            now.ms += 0.9 * 100
+            now.counters[MISSES] += 100
         if chosen[-1] == LOOK_AHEAD:
             begun, early = min(needed, 1), int(needed > 1)
             now.ms += spent_ms - saved_ms * begun - early
@@ -55,7 +64,7 @@ def variants(steps: int, saved_ms: float, spent_ms: float) -> list[int]:
 
 def test_prefetch_that_pays_goes_on() -> None:
     chosen = variants(2 * PERIOD_STEPS, saved_ms=0.8, spent_ms=1.0)
-    assert set(chosen[TRIAL_STEPS:PERIOD_STEPS]) == {LOOK_AHEAD}
+    assert set(chosen[COLD_STEPS + TRIAL_STEPS : PERIOD_STEPS]) == {LOOK_AHEAD}
     assert chosen[: 2 * BLOCK_STEPS] == [LOOK_AHEAD] * BLOCK_STEPS + [ON_DEMAND] * BLOCK_STEPS
 
 
@@ -64,11 +73,22 @@ def test_prefetch_that_does_not_pay_is_tried_ever_more_rarely(
 ) -> None:
     caplog.set_level("INFO")
     chosen = variants(2 * LONGEST_PERIOD_STEPS, saved_ms=0.3, spent_ms=1.2)
-    assert set(chosen[TRIAL_STEPS + 1 : PERIOD_STEPS]) == {ON_DEMAND}
+    assert set(chosen[COLD_STEPS + TRIAL_STEPS + 1 : PERIOD_STEPS]) == {ON_DEMAND}
     tried = chosen.count(LOOK_AHEAD) / len(chosen)
     assert 0 < tried <= 5 * TRIAL_STEPS / (2 * LONGEST_PERIOD_STEPS)
     (message,) = caplog.messages
     assert "Prefetch rests: a step that looks ahead takes" in message
+
+
+def test_what_slots_cost_while_they_fill_is_not_put_down_to_later_misses() -> None:
+    chosen = variants(PERIOD_STEPS, saved_ms=0.3, spent_ms=1.3, cold_steps=BLOCK_STEPS)
+    assert set(chosen[COLD_STEPS + TRIAL_STEPS + 1 :]) == {ON_DEMAND}
+
+
+def test_a_gain_that_may_be_chance_is_none() -> None:
+    for saved_ms, variant in ((0.3, ON_DEMAND), (0.5, LOOK_AHEAD)):  # .5 % of a step, and 4 %
+        chosen = variants(PERIOD_STEPS, saved_ms=saved_ms, spent_ms=0.985)
+        assert set(chosen[COLD_STEPS + TRIAL_STEPS + 1 :]) == {variant}
 
 
 def test_where_nothing_can_be_saved_nothing_is_tried() -> None:

@@ -45,8 +45,8 @@ from foreroute.runtime.device.kernels.tables import (
     WHOLE,
 )
 from foreroute.runtime.device.layer import DeviceLayer
-from foreroute.runtime.device.ledger import Trials
-from foreroute.runtime.device.marks import DeviceMark
+from foreroute.runtime.device.ledger import NUM_MARKS, Trials
+from foreroute.runtime.device.marks import DeviceMarks
 from foreroute.runtime.device.predictor import DevicePredictor
 from foreroute.runtime.device.prefill import StreamedPrefill
 from foreroute.runtime.device.residency import FETCH_BLOCKS, DeviceResidency
@@ -525,8 +525,8 @@ class DeviceDriver:
             self._choose_variant = partial(int, ON_DEMAND)
             return
 
-        mark = partial(DeviceMark, self._counters)
-        trials = Trials(mark, base_ms=step_ms[ON_DEMAND], expert_ms=expert_ms)
+        marks = DeviceMarks(self._counters, NUM_MARKS)
+        trials = Trials(marks, base_ms=step_ms[ON_DEMAND], expert_ms=expert_ms)
         self._choose_variant = trials.next_variant
 
     def _fetch_ms(self) -> float:

@@ -15,6 +15,13 @@ logger = logging.getLogger(__name__)
 BLOCK_STEPS, BLOCKS = 8, 8
 """A trial's steps look ahead for a block, decide on demand for the next one, and so on."""
 TRIAL_STEPS = BLOCK_STEPS * BLOCKS
+NUM_MARKS = BLOCKS + 1
+COLD_STEPS = 2 * BLOCK_STEPS
+"""Before the first trial they take turns too, uncounted: while slots fill, many experts come at
+once, each for less than a miss takes later."""
+LEAST_GAIN = 1.01
+"""A trial is of few steps, and experts that prefetches drove out look as if they had saved them:
+what it finds beyond this is no chance."""
 LONGEST_PERIOD_STEPS = 8 * PERIOD_STEPS
 
 
@@ -44,16 +51,16 @@ class Trials:
             expert_ms: One expert over the link; the least that a miss is taken to cost.
         """
         self._mark, self._base_ms, self._expert_ms = mark, base_ms, expert_ms
-        self._at, self._period = 0, PERIOD_STEPS
+        self._at, self._period = -COLD_STEPS, PERIOD_STEPS
         self._marks: list[Mark] = []
         self.is_worth_it = True
 
     def next_variant(self) -> int:
         """Called once before every decode step: `LOOK_AHEAD` or `ON_DEMAND`."""
         at, self._at = self._at, self._at + 1
-        if at <= TRIAL_STEPS and at % BLOCK_STEPS == 0:
+        if 0 <= at <= TRIAL_STEPS and at % BLOCK_STEPS == 0:
             self._marks.append(self._mark())
-        if len(self._marks) == BLOCKS + 1 and self._marks[-1].is_past():
+        if len(self._marks) == NUM_MARKS and self._marks[-1].is_past():
             self._decide(self._balance())
             self._marks = []
         if self._at >= self._period:
@@ -86,7 +93,8 @@ class Trials:
         return _Means(ms / steps, misses / steps)
 
     def _decide(self, balance: Balance) -> None:
-        was_worth_it, self.is_worth_it = self.is_worth_it, balance.saved_ms > balance.spent_ms
+        was_worth_it = self.is_worth_it
+        self.is_worth_it = balance.saved_ms > LEAST_GAIN * balance.spent_ms
         longer = min(LONGEST_PERIOD_STEPS, 2 * self._period)
         self._period = PERIOD_STEPS if self.is_worth_it else longer
         if self.is_worth_it != was_worth_it:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from typing import Protocol
 
 import torch
@@ -22,20 +23,48 @@ class Mark(Protocol):
         """Milliseconds between two moments that are past."""
 
 
-class DeviceMark:
-    """Marks the current stream, without waiting."""
+class DeviceMarks:
+    """Marks the current stream, without waiting and without allocating.
 
-    def __init__(self, counters: Tensor) -> None:
-        """Copy the counters to the host as soon as the device comes here.
+    So many are kept; a further one takes the place of the oldest.
+    """
+
+    def __init__(self, counters: Tensor, count: int) -> None:
+        """Make room for the marks.
 
         Args:
             counters: Of all layers, [L, C] int32, on the device.
+            count: How many are read together.
         """
-        self._host = torch.empty(counters.shape, dtype=torch.int32, pin_memory=True)
+        self._counters = counters
+        # Page-locking memory takes longer than a short decode step: not when a mark is set
+        host = torch.empty(count, *counters.shape, dtype=torch.int32, pin_memory=True)
+        self._kept = cycle([DeviceMark(own) for own in host])
+
+    def __call__(self) -> DeviceMark:
+        """Mark this moment."""
+        mark = next(self._kept)
+        mark.set(self._counters)
+        return mark
+
+
+class DeviceMark:
+    """A moment of a stream."""
+
+    def __init__(self, host: Tensor) -> None:
+        """Not set yet.
+
+        Args:
+            host: Gets the counters, [L, C] int32, page-locked.
+        """
+        self._host = host
         self._event = torch.cuda.Event(enable_timing=True)
+        self._copied = torch.cuda.Event()
+
+    def set(self, counters: Tensor) -> None:
+        """Have the counters copied to the host when the device comes here."""
         self._event.record()
         self._host.copy_(counters, non_blocking=True)
-        self._copied = torch.cuda.Event()
         self._copied.record()
 
     @property
