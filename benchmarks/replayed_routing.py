@@ -15,6 +15,7 @@ from foreroute.data.adapters import MoEModel
 from foreroute.data.adapters.seam import HANDLER_ATTRIBUTE
 from foreroute.data.routes import ABSENT, Route, read_route
 from foreroute.runtime import Engine
+from foreroute.runtime.device.predictor import DevicePredictor, Guess
 from foreroute.runtime.host.predictor import HostPredictor
 from foreroute.runtime.simulator import SimulatedPredictor
 
@@ -157,13 +158,16 @@ class _Replayed(HostPredictor):
 class _ReplayedOnDevice:
     """The same for a predictor that gives ids with their probabilities."""
 
-    def __init__(self, inner: Any, now: ReplayedPredictions, position: dict[int, int]) -> None:
+    def __init__(
+        self, inner: DevicePredictor, now: ReplayedPredictions, position: dict[int, int]
+    ) -> None:
         self._inner, self._now, self._position = inner, now, position
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def predict(self, source_layer: int, **states: Tensor) -> tuple[Tensor, Tensor]:
-        self._inner.predict(source_layer, **states)
+    def predict(self, source_layer: int, **states: Any) -> Guess:
+        own = self._inner.predict(source_layer, **states)
         target = self._position[self._inner.ahead.target_of(source_layer) or 0]
-        return self._now.expert_ids[target], self._now.confidence[target]
+        now = self._now
+        return own._replace(expert_ids=now.expert_ids[target], chances=now.confidence[target])
