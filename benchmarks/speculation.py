@@ -3,6 +3,7 @@
     foreroute evaluate --rules ... --slots ... --out frontier.json      # once for each setting
     python benchmarks/speculation.py frontier.json ... --name "12x64 top-8"
     python benchmarks/speculation.py --out docs/speculation.png         # of the first measurement
+    python benchmarks/speculation.py --measurement 4 --slots 25% --out docs/speculation_gpu.png
 
 Rows of one measurement (model, device, settings) come in the place of that one's older rows in
 benchmarks/results/speculation.json.
@@ -158,6 +159,7 @@ def main() -> None:
     parser.add_argument("--name", default="", help="what tables call the model")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--measurement", type=int, default=0, help="that is drawn")
+    parser.add_argument("--slots", nargs="+", help="that are drawn; all by themselves")
     parser.add_argument("--out", type=Path, help="draw the figure")
     args = parser.parse_args()
     results = read_json(args.results) if args.results.is_file() else {}
@@ -175,10 +177,11 @@ def main() -> None:
         print(table(rows, is_timed=is_timed))
     if args.out:
         drawn = by_number[args.measurement]
-        shares = sorted({row["slots"] for row in drawn}, key=lambda s: float(s.rstrip("%")))
-        figure, axes = pyplot.subplots(len(shares), 2, figsize=(9, 3.4 * len(shares)), dpi=110)
+        measured = {row["slots"] for row in drawn}
+        shares = args.slots or sorted(measured, key=lambda s: float(s.rstrip("%")))
+        figure, axes = pyplot.subplots(len(shares), 2, squeeze=False, figsize=(9, 3.4 * len(shares)), dpi=110)
         what = "tpot_ms" if timed[args.measurement] else "bytes_per_token"
-        for share, pair in zip(shares, axes.reshape(-1, 2), strict=True):
+        for share, pair in zip(shares, axes, strict=True):
             draw([row for row in drawn if row["slots"] == share], what, tuple(pair))
             pair[0].legend(fontsize=7, frameon=False)
         figure.tight_layout()
