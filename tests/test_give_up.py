@@ -43,7 +43,7 @@ def variants(steps: int, saved_ms: float, spent_ms: float, cold_steps: int = 0) 
     saves `saved_ms` of the first of them; the second comes early as a whole.
     """
     now = Moment(0.0, [0] * NUM_COUNTERS)
-    trials = Trials(lambda: Moment(now.ms, list(now.counters)), base_ms=2.0, expert_ms=1.0)
+    trials = Trials(lambda: Moment(now.ms, list(now.counters)), base_ms=2.0)
     chosen = []
     for step in range(steps):
         chosen.append(trials.next_variant())

@@ -53,6 +53,7 @@ from foreroute.runtime.device.residency import FETCH_BLOCKS, DeviceResidency
 from foreroute.runtime.device.run_state import DeviceRun
 from foreroute.runtime.device.sampling import decode_loop
 from foreroute.runtime.device.streams import borrow_stream
+from foreroute.runtime.device.timing import milliseconds, ms_of_one_more
 from foreroute.runtime.look_ahead import LookAhead
 from foreroute.runtime.on_miss.agreement import AgreementGuard
 from foreroute.runtime.on_miss.gates import exact_layers_of, gates_of
@@ -69,6 +70,7 @@ from foreroute.runtime.store.staging import Staging
 logger = logging.getLogger(__name__)
 
 FIRST_ROOM = 0.4
+TUNING_EXPERTS = 8
 PREDICTION_MS = 0.012  # from the router's choice until a head can begin; by kernel times
 TUNING_REPLAYS = 8
 LEAST_HEAD_SHARE = 0.1
@@ -510,7 +512,7 @@ class DeviceDriver:
         step_ms = []
         for variant in (LOOK_AHEAD, ON_DEMAND):
             graph.choose_variant = partial(int, variant)
-            replays = [_milliseconds(lambda: graph.replay(token)) for _ in range(TUNING_REPLAYS)]
+            replays = [milliseconds(lambda: graph.replay(token)) for _ in range(TUNING_REPLAYS)]
             step_ms.append(min(replays))  # the same token again and again: nothing is missing
         expert_ms = self._fetch_ms()
         window_ms = step_ms[ON_DEMAND] / len(self.layers)
@@ -526,20 +528,22 @@ class DeviceDriver:
             return
 
         marks = DeviceMarks(self._counters, NUM_MARKS)
-        trials = Trials(marks, base_ms=step_ms[ON_DEMAND], expert_ms=expert_ms)
+        trials = Trials(marks, base_ms=step_ms[ON_DEMAND])
         self._choose_variant = trials.next_variant
 
     def _fetch_ms(self) -> float:
-        """Time to fetch one expert that is resident already, over itself."""
+        """Time that one expert more takes on the link; some that are resident are fetched again."""
         layer = self.layers[0].residency
-        slot = int((layer.tables.expert_in != EMPTY).nonzero()[0])
-        place = [int(layer.tables.expert_in[slot]), slot, WHOLE]
-        copies = torch.tensor(place, dtype=torch.int32, device=self._offloaded.device).unsqueeze(1)
+        slots = (layer.tables.expert_in != EMPTY).nonzero()[:TUNING_EXPERTS]
+        experts = layer.tables.expert_in[slots]
+        places = torch.cat([experts, slots, torch.full_like(slots, WHOLE)], dim=1).T
 
-        def once() -> None:
-            fetch(layer.rows, layer.slots, copies, num_blocks=FETCH_BLOCKS)
+        def time_of(num_experts: int) -> float:
+            copies = places[:, :num_experts].to(torch.int32).contiguous()
+            once = partial(fetch, layer.rows, layer.slots, copies, num_blocks=FETCH_BLOCKS)
+            return min(milliseconds(once) for _ in range(TUNING_REPLAYS))
 
-        return min(_milliseconds(once) for _ in range(TUNING_REPLAYS))
+        return ms_of_one_more(time_of, len(slots))
 
     def stats(self) -> RuntimeStats:
         """Counters and times so far; reads the counters off the device."""
@@ -627,12 +631,3 @@ def _stopping_at_strings(settings: dict[str, Any]) -> dict[str, Any]:
         changed["generation_config"] = copy.deepcopy(config)
         changed["generation_config"].stop_strings = None
     return changed
-
-
-def _milliseconds(run: Callable[[], object]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end))

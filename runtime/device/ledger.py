@@ -42,15 +42,14 @@ class Trials:
     Trials that find nothing come again after ever longer periods.
     """
 
-    def __init__(self, mark: Callable[[], Mark], *, base_ms: float, expert_ms: float) -> None:
+    def __init__(self, mark: Callable[[], Mark], *, base_ms: float) -> None:
         """Begin with a trial.
 
         Args:
             mark: Marks the moment before a step.
             base_ms: A step on demand that misses nothing.
-            expert_ms: One expert over the link; the least that a miss is taken to cost.
         """
-        self._mark, self._base_ms, self._expert_ms = mark, base_ms, expert_ms
+        self._mark, self._base_ms = mark, base_ms
         self._at, self._period = -COLD_STEPS, PERIOD_STEPS
         self._marks: list[Mark] = []
         self.is_worth_it = True
@@ -76,9 +75,10 @@ class Trials:
             for before, after in zip(self._marks[:-1], self._marks[1:], strict=True)
         ]
         ahead, demand = (self._means(changes, first) for first in (0, 1))
-        miss_ms = self._expert_ms
+        # less than an expert takes on the link, where products of others run meanwhile
+        miss_ms = 0.0
         if demand.misses:
-            miss_ms = max(miss_ms, (demand.ms - self._base_ms) / demand.misses)
+            miss_ms = max(0.0, demand.ms - self._base_ms) / demand.misses
         steps_ahead = TRIAL_STEPS / 2
         used = sum(c[PREFETCHES] - c[WASTED] for c in changes) / steps_ahead
         begun = sum(c[TAILS] for c in changes) / steps_ahead

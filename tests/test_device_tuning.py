@@ -1,0 +1,55 @@
+"""What a captured step measures of its machine, on a driver whose kernels are interpreted."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs triton")
+
+from interpreted import decide_as_on_a_gpu
+from step_cases import quicken
+from tiny_models import tiny_model
+
+from foreroute.runtime import Engine, EngineConfig
+from foreroute.runtime.device import driver as driver_module
+from foreroute.runtime.device.kernels.fetch import fetch
+from foreroute.runtime.device.timing import ms_of_one_more
+from foreroute.runtime.store.offload import offload
+
+LAUNCH_MS, EXPERT_MS, LAYER_MS = 0.05, 0.04, 0.076
+
+
+def test_room_for_early_copies_is_that_of_the_link_not_of_a_launch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    quicken(monkeypatch)
+    decide_as_on_a_gpu(monkeypatch)
+    model = tiny_model("qwen3_moe", num_hidden_layers=2).eval()
+
+    def made_up(run: Any) -> float:
+        run()  # what is timed is there, and runs
+        if isinstance(run, partial):
+            assert run.func is fetch
+            return LAUNCH_MS + EXPERT_MS * run.args[2].shape[1]
+        return 2 * LAYER_MS
+
+    monkeypatch.setattr(driver_module, "milliseconds", made_up)
+    monkeypatch.setattr(driver_module, "DeviceMarks", lambda *_: None)
+    offloaded = offload(model, device=torch.device("cpu"), model_name="tiny")
+    with Engine(offloaded, EngineConfig(expert_slots="4", prefetch="auto")) as engine:
+        driver: Any = engine.driver
+        rooms: list[float] = []
+        monkeypatch.setattr(driver.run, "set_room", lambda room, _: rooms.append(room))
+        driver.graph_for(1, 32)
+        engine.check_integrity()
+    assert rooms == [pytest.approx((LAYER_MS - driver_module.PREDICTION_MS) / EXPERT_MS)]
+
+
+def test_a_copy_is_timed_without_its_launch() -> None:
+    assert ms_of_one_more(lambda count: LAUNCH_MS + EXPERT_MS * count, 8) == pytest.approx(0.04)
+    assert ms_of_one_more(lambda count: LAUNCH_MS + EXPERT_MS * count, 1) == pytest.approx(0.09)
+    assert ms_of_one_more(lambda count: 0.5 / count, 2) > 0  # disturbed
