@@ -295,6 +295,25 @@ def encoded(encoding: Encoding, num_slots: int, generator: torch.Generator) -> d
     return parts
 
 
+@pytest.mark.parametrize("kind", ["mxfp4", "lossless"])
+def test_a_slot_that_no_token_asks_for_may_hold_anything(kind: str) -> None:
+    form, generator = FORMS["qwen"], torch.Generator().manual_seed(4)
+    depth, width, num_slots, top_k = 64, 32, 4, 3  # no power of two: lanes are left over
+    weights: dict[str, Any] = {}
+    for key, rows, columns in (("gate_up_proj", 2 * width, depth), ("down_proj", depth, width)):
+        encoding = ENCODINGS[kind](rows, columns)
+        parts = encoded(encoding, num_slots, generator)
+        for part in parts.values():
+            part[0].view(torch.uint8).fill_(255)
+        parameter = EncodedParameter(encoding, (rows, columns), torch.float32, False)
+        weights[key] = EncodedWeights(parameter, {k: part.to(DEVICE) for k, part in parts.items()})
+    places = torch.tensor([[1, 2, 3], [0, 1, 2]], dtype=torch.int32, device=DEVICE)
+    hidden = torch.randn(1, depth, generator=generator).to(DEVICE)
+    gates, output = torch.rand(1, top_k, generator=generator).to(DEVICE), torch.empty_like(hidden)
+    expert_products(hidden, places, gates, weights, form, output)
+    assert output.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [*((n, torch.float32) for n in ("qwen", "gpt-oss", "nemotron")), ("gpt-oss", torch.bfloat16)],

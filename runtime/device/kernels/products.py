@@ -238,7 +238,7 @@ def _down_kernel(
                 words, lines, num_rows, row_of, state_of, COLUMNS, 1, PLANE, AT_ONCE, UNROLL
             )
         factor = tl.load(gate_weights + pair, mask=k < TOP_K, other=0.0).to(tl.float32)
-        total += tl.sum(factor * sums, 0)
+        total += tl.sum(tl.where(k < TOP_K, factor * sums, 0.0), 0)  # others may be no numbers
     for k in tl.static_range(TOP_K):
         pair = token * TOP_K + k
         slot = slot_named(tl.load(places + pair))
