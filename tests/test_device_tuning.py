@@ -38,6 +38,7 @@ def test_room_for_early_copies_is_that_of_the_link_not_of_a_launch(
         return 2 * LAYER_MS
 
     monkeypatch.setattr(driver_module, "milliseconds", made_up)
+    monkeypatch.setattr(driver_module, "TUNING_REPLAYS", 1)
     monkeypatch.setattr(driver_module, "DeviceMarks", lambda *_: None)
     offloaded = offload(model, device=torch.device("cpu"), model_name="tiny")
     with Engine(offloaded, EngineConfig(expert_slots="4", prefetch="auto")) as engine:
