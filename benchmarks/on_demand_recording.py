@@ -26,8 +26,7 @@ from prepared_loading import save_model
 from foreroute.data.adapters import resolve_device
 from foreroute.data.cli import collect
 from foreroute.data.traces import Traces
-from foreroute.estimators.artifacts import package_versions, write_json
-from foreroute.runtime.evaluation.frontier import device_name
+from foreroute.estimators.artifacts import device_name, package_versions, write_json
 
 STOCK = "stock"
 BUNDLED = Path(__file__).parents[1] / "data" / "bundled_model"

@@ -345,6 +345,11 @@ def require_digest(path: Path, digest: str, remedy: str) -> None:
         raise ValueError(f"{path} is damaged (its sha256 is not the recorded one). {remedy}")
 
 
+def device_name(device: torch.device) -> str:
+    """What results call the device they were measured on: a GPU's name, or `cpu`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages whose behaviour an artifact depends on."""
     versions = {"python": sys.version.split()[0]}

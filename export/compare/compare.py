@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 import torch
 
 from foreroute.estimators import TRAINING_FREE_FORM, EstimatorStack
-from foreroute.estimators.artifacts import package_versions, read_json, write_json
+from foreroute.estimators.artifacts import device_name, package_versions, read_json, write_json
 from foreroute.export.compare.cells import Cell, catalogue
 from foreroute.export.compare.plan import (
     PREDICTIONS_FOLDER,
@@ -204,11 +204,6 @@ class Comparison:
 def by_layer_us(stack: EstimatorStack) -> float:
     """Microseconds of one token's prediction at one layer, as decoding calls it."""
     return layer_by_layer_us(stack) / len(stack.target_layers)
-
-
-def device_name(device: torch.device) -> str:
-    """As the results name it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def _group_of(cell: Cell) -> tuple[str, int, int]:

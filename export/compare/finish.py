@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from foreroute.estimators import TRAINING_FREE_FORM, EstimatorSpec, find_form
-from foreroute.estimators.artifacts import package_versions, write_json
-from foreroute.export.compare.compare import Comparison, device_name
+from foreroute.estimators.artifacts import device_name, package_versions, write_json
+from foreroute.export.compare.compare import Comparison
 from foreroute.export.compare.plan import RESULTS_NAME, ROWS_FOLDER, TRUTH_FOLDER
 from foreroute.export.compare.predicted import PredictedExperts
 from foreroute.export.compare.score import score

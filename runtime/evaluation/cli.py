@@ -149,11 +149,11 @@ def _measure_rules(
     from foreroute.data.adapters.vocabulary import vocabulary_size
     from foreroute.data.columns import RowReading
     from foreroute.data.held_out import held_out_sequences
-    from foreroute.estimators.artifacts import package_versions, require_file_place
+    from foreroute.estimators.artifacts import device_name, package_versions, require_file_place
     from foreroute.estimators.console import plain_console
     from foreroute.export.bundle import load_bundle
     from foreroute.runtime.config import EngineConfig
-    from foreroute.runtime.evaluation.frontier import Frontier, device_name
+    from foreroute.runtime.evaluation.frontier import Frontier
     from foreroute.runtime.evaluation.price import PriceList, Texts, not_measured, rules_of
     from foreroute.runtime.evaluation.tables import price_table
     from foreroute.runtime.store.offload import load_offloaded

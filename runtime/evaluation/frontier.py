@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from foreroute.estimators import MoEGeometry
 from foreroute.estimators.artifacts import read_versioned, write_json
 from foreroute.export.hub import FRONTIER_NAME
@@ -179,11 +177,6 @@ class Frontier:
         if not fitting:
             raise ValueError(f"The frontier has no rule within {quality_budget:.2%} at {slots}.")
         return min(fitting, key=lambda row: row.tpot_ms if self.is_timed else row.bytes_per_token)
-
-
-def device_name(device: torch.device) -> str:
-    """What a frontier calls a device: `cpu`, or a GPU's name."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def parse_quality_budget(text: str) -> float:
