@@ -529,6 +529,9 @@ class DeviceDriver:
             logger.info("Nothing is prefetched: a layer takes as long as %s of an expert.", share)
             self._choose_variant = partial(int, ON_DEMAND)
             return
+        if run.config.prefetch == "all":
+            self._choose_variant = partial(int, LOOK_AHEAD)
+            return
 
         marks = DeviceMarks(self._counters, NUM_MARKS)
         self._trials = Trials(marks, base_ms=step_ms[ON_DEMAND])
