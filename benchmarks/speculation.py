@@ -179,7 +179,9 @@ def main() -> None:
         drawn = by_number[args.measurement]
         measured = {row["slots"] for row in drawn}
         shares = args.slots or sorted(measured, key=lambda s: float(s.rstrip("%")))
-        figure, axes = pyplot.subplots(len(shares), 2, squeeze=False, figsize=(9, 3.4 * len(shares)), dpi=110)
+        figure, axes = pyplot.subplots(
+            len(shares), 2, squeeze=False, figsize=(9, 3.4 * len(shares)), dpi=110
+        )
         what = "tpot_ms" if timed[args.measurement] else "bytes_per_token"
         for share, pair in zip(shares, axes, strict=True):
             draw([row for row in drawn if row["slots"] == share], what, tuple(pair))
