@@ -15,9 +15,12 @@ from step_cases import quicken
 from tiny_models import tiny_model
 
 from foreroute.runtime import Engine, EngineConfig
+from foreroute.runtime.config import PrefetchMode
 from foreroute.runtime.device import driver as driver_module
 from foreroute.runtime.device.kernels.fetch import fetch
+from foreroute.runtime.device.ledger import COLD_STEPS
 from foreroute.runtime.device.timing import ms_of_one_more
+from foreroute.runtime.policies.give_up import LOOK_AHEAD, ON_DEMAND
 from foreroute.runtime.store.offload import offload
 
 LAUNCH_MS, EXPERT_MS, LAYER_MS = 0.05, 0.04, 0.076
@@ -48,6 +51,37 @@ def test_room_for_early_copies_is_that_of_the_link_not_of_a_launch(
         driver.graph_for(1, 32)
         engine.check_integrity()
     assert rooms == [pytest.approx((LAYER_MS - driver_module.PREDICTION_MS) / EXPERT_MS)]
+
+
+def test_a_trial_is_told_when_a_text_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    quicken(monkeypatch)
+    decide_as_on_a_gpu(monkeypatch)
+    model = tiny_model("qwen3_moe", num_hidden_layers=2).eval()
+    ends: list[int] = []
+    monkeypatch.setattr(driver_module, "milliseconds", lambda _: LAYER_MS)
+    monkeypatch.setattr(driver_module, "DeviceMarks", lambda *_: None)
+    monkeypatch.setattr(driver_module.Trials, "break_off", lambda trials: ends.append(trials._at))
+    offloaded = offload(model, device=torch.device("cpu"), model_name="tiny")
+    settings: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    with Engine(offloaded, EngineConfig(expert_slots="4", prefetch="auto")) as engine:
+        for _ in range(2):
+            engine.generate(torch.tensor([[5, 6, 7]]), **settings)
+    assert ends == [2 - COLD_STEPS, 4 - COLD_STEPS]
+
+
+@pytest.mark.parametrize("prefetch", ["auto", "all"])
+def test_only_auto_ever_rests(monkeypatch: pytest.MonkeyPatch, prefetch: PrefetchMode) -> None:
+    quicken(monkeypatch)
+    decide_as_on_a_gpu(monkeypatch)
+    model = tiny_model("qwen3_moe", num_hidden_layers=2).eval()
+    monkeypatch.setattr(driver_module, "milliseconds", lambda _: LAYER_MS)
+    monkeypatch.setattr(driver_module, "DeviceMarks", lambda *_: None)
+    offloaded = offload(model, device=torch.device("cpu"), model_name="tiny")
+    with Engine(offloaded, EngineConfig(expert_slots="4", prefetch=prefetch)) as engine:
+        driver: Any = engine.driver
+        driver.graph_for(1, 32)
+        variants = {driver._choose_variant() for _ in range(COLD_STEPS)}
+    assert variants == ({LOOK_AHEAD, ON_DEMAND} if prefetch == "auto" else {LOOK_AHEAD})
 
 
 def test_a_copy_is_timed_without_its_launch() -> None:

@@ -28,24 +28,31 @@ class Moment:
 
     ms: float
     counters: list[int]
+    is_there: bool = True
 
     def is_past(self) -> bool:
-        return True
+        return self.is_there
 
     def ms_since(self, earlier: Any) -> float:
         return self.ms - float(earlier.ms)
 
 
-def variants(steps: int, saved_ms: float, spent_ms: float, cold_steps: int = 0) -> list[int]:
+def variants(
+    steps: int, saved_ms: float, spent_ms: float, cold_steps: int = 0, text_steps: int = 0
+) -> list[int]:
     """What is chosen where a step needs 0 to 6 absent experts, of 1 ms each, and 2 without any.
 
     The first `cold_steps` need 100 more, which take .9 ms each. Looking ahead takes `spent_ms`, and
-    saves `saved_ms` of the first of them; the second comes early as a whole.
+    saves `saved_ms` of the first of them; the second comes early as a whole. After every
+    `text_steps` a text ends, and another one's prompt takes 1000 ms.
     """
     now = Moment(0.0, [0] * NUM_COUNTERS)
-    trials = Trials(lambda: Moment(now.ms, list(now.counters)), base_ms=2.0)
+    trials = Trials(lambda _: Moment(now.ms, list(now.counters)), base_ms=2.0)
     chosen = []
     for step in range(steps):
+        if text_steps and step and step % text_steps == 0:
+            trials.break_off()
+            now.ms += 1000.0
         chosen.append(trials.next_variant())
         needed = step * 5 % 7
         now.ms += 2.0 + needed
@@ -89,6 +96,23 @@ def test_a_gain_that_may_be_chance_is_none() -> None:
     for saved_ms, variant in ((0.3, ON_DEMAND), (0.5, LOOK_AHEAD)):  # .5 % of a step, and 4 %
         chosen = variants(PERIOD_STEPS, saved_ms=saved_ms, spent_ms=0.985)
         assert set(chosen[COLD_STEPS + TRIAL_STEPS + 1 :]) == {variant}
+
+
+@pytest.mark.parametrize("text_steps", [24, 30, 40, 46, 70])
+def test_prompts_between_texts_are_put_down_to_no_step(text_steps: int) -> None:
+    for saved_ms, spent_ms, variant in ((0.8, 1.0, LOOK_AHEAD), (0.3, 1.2, ON_DEMAND)):
+        chosen = variants(PERIOD_STEPS, saved_ms, spent_ms, text_steps=text_steps)
+        assert set(chosen[PERIOD_STEPS // 2 :]) == {variant}
+
+
+def test_a_trial_that_is_never_read_does_not_keep_the_next_one_from_being_read() -> None:
+    now = Moment(0.0, [0] * NUM_COUNTERS)
+    trials = Trials(lambda _: Moment(now.ms, list(now.counters), now.is_there), base_ms=2.0)
+    now.is_there = False
+    for step in range(3 * PERIOD_STEPS):
+        now.is_there = step > PERIOD_STEPS
+        now.ms += 3.0 if trials.next_variant() == LOOK_AHEAD else 2.0
+    assert not trials.is_worth_it
 
 
 def test_where_nothing_can_be_saved_nothing_is_tried() -> None:

@@ -200,6 +200,7 @@ class DeviceDriver:
         self._steps: dict[int, DecodeStep] = {}
         """Steps over the same cache, by the tokens that they read."""
         self._choose_variant: Callable[[], int] = int
+        self._trials: Trials | None = None
         self._has_look_ahead = False
         self._is_decoding = False
         self._knows_pins = False
@@ -350,6 +351,8 @@ class DeviceDriver:
             self._settle_pins()
         finally:
             self._is_decoding = False
+            if self._trials is not None:
+                self._trials.break_off()
             self._note_agreement()
 
     def _decode_loop(
@@ -474,7 +477,7 @@ class DeviceDriver:
         Under a rule on a miss that lives by predictions every step looks ahead.
         """
         run, routers = self.run, [layer.router for layer in self._offloaded.moe.layers]
-        self._choose_variant = int  # the first
+        self._choose_variant, self._trials = int, None  # the first
 
         def looking(ahead: bool) -> Callable[[], None]:
             def set_up() -> None:
@@ -526,10 +529,13 @@ class DeviceDriver:
             logger.info("Nothing is prefetched: a layer takes as long as %s of an expert.", share)
             self._choose_variant = partial(int, ON_DEMAND)
             return
+        if run.config.prefetch == "all":
+            self._choose_variant = partial(int, LOOK_AHEAD)
+            return
 
         marks = DeviceMarks(self._counters, NUM_MARKS)
-        trials = Trials(marks, base_ms=step_ms[ON_DEMAND])
-        self._choose_variant = trials.next_variant
+        self._trials = Trials(marks, base_ms=step_ms[ON_DEMAND])
+        self._choose_variant = self._trials.next_variant
 
     def _fetch_ms(self) -> float:
         """Time that one expert more takes on the link; some that are resident are fetched again."""

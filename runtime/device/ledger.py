@@ -15,7 +15,8 @@ logger = logging.getLogger(__name__)
 BLOCK_STEPS, BLOCKS = 8, 8
 """A trial's steps look ahead for a block, decide on demand for the next one, and so on."""
 TRIAL_STEPS = BLOCK_STEPS * BLOCKS
-NUM_MARKS = BLOCKS + 1
+NUM_MARKS = 2 * BLOCKS
+"""Before and after every block of a trial."""
 COLD_STEPS = 2 * BLOCK_STEPS
 """Before the first trial they take turns too, uncounted: while slots fill, many experts come at
 once, each for less than a miss takes later."""
@@ -42,37 +43,52 @@ class Trials:
     Trials that find nothing come again after ever longer periods.
     """
 
-    def __init__(self, mark: Callable[[], Mark], *, base_ms: float) -> None:
+    def __init__(self, mark: Callable[[int], Mark], *, base_ms: float) -> None:
         """Begin with a trial.
 
         Args:
-            mark: Marks the moment before a step.
+            mark: Marks the moment before a step, as one of `NUM_MARKS`; forgets that one's last.
             base_ms: A step on demand that misses nothing.
         """
         self._mark, self._base_ms = mark, base_ms
         self._at, self._period = -COLD_STEPS, PERIOD_STEPS
-        self._marks: list[Mark] = []
+        self._begins: list[Mark] = []
+        self._ends: list[Mark] = []
         self.is_worth_it = True
 
     def next_variant(self) -> int:
         """Called once before every decode step: `LOOK_AHEAD` or `ON_DEMAND`."""
         at, self._at = self._at, self._at + 1
         if 0 <= at <= TRIAL_STEPS and at % BLOCK_STEPS == 0:
-            self._marks.append(self._mark())
-        if len(self._marks) == NUM_MARKS and self._marks[-1].is_past():
+            self._turn(at // BLOCK_STEPS)
+        if len(self._ends) == BLOCKS and self._ends[-1].is_past():
             self._decide(self._balance())
-            self._marks = []
+            self._begins, self._ends = [], []
         if self._at >= self._period:
             self._at = 0
         if at < TRIAL_STEPS:
             return ON_DEMAND if at // BLOCK_STEPS % 2 else LOOK_AHEAD
         return LOOK_AHEAD if self.is_worth_it else ON_DEMAND
 
+    def break_off(self) -> None:
+        """Called when a text ends: a block that has begun begins anew, after the next prompt."""
+        if len(self._ends) < len(self._begins):
+            self._begins.pop()
+            self._at = BLOCK_STEPS * len(self._begins)
+
+    def _turn(self, block: int) -> None:
+        """Mark that a block begins, if it is one of the trial, and that the one before it ends."""
+        if len(self._ends) < len(self._begins):
+            self._ends.append(self._mark(2 * len(self._ends) + 1))
+        if block < BLOCKS:
+            del self._begins[block:], self._ends[block:]  # of a trial that was never read
+            self._begins.append(self._mark(2 * block))
+
     def _balance(self) -> Balance:
         """What one step that looks ahead took and saved, from a trial that is over."""
         changes = [
             [b - a for a, b in zip(before.counters, after.counters, strict=True)]
-            for before, after in zip(self._marks[:-1], self._marks[1:], strict=True)
+            for before, after in zip(self._begins, self._ends, strict=True)
         ]
         ahead, demand = (self._means(changes, first) for first in (0, 1))
         # less than an expert takes on the link, where products of others run meanwhile
@@ -87,7 +103,7 @@ class Trials:
 
     def _means(self, changes: list[list[int]], first: int) -> _Means:
         blocks = range(first, BLOCKS, 2)
-        ms = sum(self._marks[i + 1].ms_since(self._marks[i]) for i in blocks)
+        ms = sum(self._ends[i].ms_since(self._begins[i]) for i in blocks)
         misses = sum(changes[i][MISSES] for i in blocks)
         steps = BLOCK_STEPS * len(blocks)
         return _Means(ms / steps, misses / steps)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import cycle
 from typing import Protocol
 
 import torch
@@ -24,26 +23,27 @@ class Mark(Protocol):
 
 
 class DeviceMarks:
-    """Marks the current stream, without waiting and without allocating.
-
-    So many are kept; a further one takes the place of the oldest.
-    """
+    """Marks the current stream, without waiting and without allocating."""
 
     def __init__(self, counters: Tensor, count: int) -> None:
         """Make room for the marks.
 
         Args:
             counters: Of all layers, [L, C] int32, on the device.
-            count: How many are read together.
+            count: How many there are.
         """
         self._counters = counters
         # Page-locking memory takes longer than a short decode step: not when a mark is set
         host = torch.empty(count, *counters.shape, dtype=torch.int32, pin_memory=True)
-        self._kept = cycle([DeviceMark(own) for own in host])
+        self._marks = [DeviceMark(own) for own in host]
 
-    def __call__(self) -> DeviceMark:
-        """Mark this moment."""
-        mark = next(self._kept)
+    def __call__(self, place: int) -> DeviceMark:
+        """Mark this moment.
+
+        Args:
+            place: Which of the marks is set, 0..count - 1; its last moment is forgotten.
+        """
+        mark = self._marks[place]
         mark.set(self._counters)
         return mark
 

@@ -43,7 +43,7 @@ class SlotMatrix:
     columns: int
     """Inputs."""
     data: Tensor
-    """[S, rows, elements]: numbers, or bytes of one or two of them."""
+    """[S, rows, elements]: numbers, bytes of one or two of them, or words of eight."""
     scales: Tensor
     """[S, rows or blocks of rows, groups]; `data` again where there are none; lines where
     `LOSSLESS`."""

@@ -14,7 +14,6 @@ from foreroute.runtime.store.encodings.fewer_bits import (
 )
 from foreroute.runtime.store.encodings.lossless import Lossless, TooManyExceptions
 from foreroute.runtime.store.encodings.native import (
-    MXFP4_GROUP,
     Fp8Blocks,
     Mxfp4,
     native_encoder,
@@ -23,7 +22,6 @@ from foreroute.runtime.store.encodings.parameter import EncodedParameter, Encode
 
 __all__ = [
     "EXPERT_DTYPES",
-    "MXFP4_GROUP",
     "Cast",
     "ChannelScaled",
     "EncodedParameter",
