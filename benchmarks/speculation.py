@@ -66,8 +66,11 @@ def gathered(old: dict[str, Any], frontiers: Sequence[Frontier], name: str) -> d
         about = {"model": model, "device": frontier.device, "settings": frontier.settings}
         same = [i for i, m in enumerate(measurements) if about.items() <= m.items()]
         number = same[0] if same else len(measurements)
+        commands = {frontier.command: None}  # a measurement may take several
+        if same:
+            commands = dict.fromkeys(measurements[number]["command"].split("; ")) | commands
         measurements[number : number + 1] = [
-            about | {"command": frontier.command, "versions": frontier.versions}
+            about | {"command": "; ".join(commands), "versions": frontier.versions}
         ]
         new = [dataclasses.asdict(row) | {"model": model} for row in frontier.rows]
         keys = {(number, row["rule"], row["slots"]) for row in new}

@@ -1,9 +1,9 @@
 """Products with four-bit floats (MXFP4), as a checkpoint has them: two numbers in one register.
 
 A word holds eight consecutive columns. Put where a bfloat16 has its sign, two bits of exponent and
-a bit of mantissa, a code makes 2 ** -126 of its number; inputs are multiplied by 2 ** 100, sums of
-a word by 2 ** 26 and by the scale of its group: powers of two, so that nothing is rounded.
-Inputs must lie below 2 ** 28; sums below 2 ** -100 lose bits.
+a bit of mantissa, a code makes 2 ** -126 of its number; inputs are multiplied by 2 ** 64, sums of
+a word by the scale of its group, and all of them by 2 ** 62: powers of two, so that nothing is
+rounded. Inputs must lie below 2 ** 64; sums below 2 ** -64 lose bits.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 from foreroute.runtime.device.kernels.lossless import high_number, low_number
 
 WORDS_OF_GROUP = tl.constexpr(4)
-OF_INPUT, OF_SUM = tl.constexpr(2.0**100), tl.constexpr(2.0**26)
+OF_INPUT, OF_SUM = tl.constexpr(2.0**64), tl.constexpr(2.0**62)
 """Together 2 ** 126, and apart so that inputs and sums stay within float32's range."""
 
 
