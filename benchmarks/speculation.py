@@ -40,6 +40,8 @@ FAMILIES = {  # Okabe and Ito's colours, which the colour-blind can tell apart
 }
 MOST_KL, MOST_LOSS = 0.045, 5.0
 """Beyond, a rule is in the table alone: nats, and per cent of perplexity."""
+SLOTS_OF_EXACT = "25%", "33%"
+"""In bfloat16, and at the same memory in 12 bits."""
 WHAT = {"bytes_per_token": "bytes per token", "tpot_ms": "time per token"}
 
 
@@ -86,13 +88,14 @@ def of_fetch(row: Row, rows: Sequence[Row], what: str) -> float:
     return float(row[what] / exact[what])
 
 
-def draw(rows: Sequence[Row], what: str, axes: tuple[Axes, Axes]) -> None:
+def draw(rows: Sequence[Row], what: str, axes: tuple[Axes, Axes], exact: dict[str, float]) -> None:
     """KL and perplexity of rules, over what a token takes of what it takes by `fetch`.
 
     Args:
         rows: At one number of slots, of one measurement.
         what: `bytes_per_token` or `tpot_ms`.
         axes: For KL and perplexity.
+        exact: Ways to run that change nothing, and what a token takes by them, of `fetch`'s.
     """
     seen: set[str] = set()
     for row in rows:
@@ -113,15 +116,10 @@ def draw(rows: Sequence[Row], what: str, axes: tuple[Axes, Axes]) -> None:
     axes[0].axhline(0.01, color="#999999", linewidth=0.8, linestyle=":")
     axes[1].axhline(1.0, color="#999999", linewidth=0.8, linestyle=":")
     for axis in axes:
-        axis.plot(1.0, 0.0, color="#000000", marker="*", markersize=9, linestyle="")
-        axis.annotate(
-            "fetch (exact)",
-            (1.0, 0.0),
-            xytext=(-4, 6),
-            ha="right",
-            fontsize=7,
-            textcoords="offset points",
-        )
+        for label, share in exact.items():
+            axis.plot(share, 0.0, color="#000000", marker="*", markersize=9, linestyle="")
+            style = {"ha": "right", "fontsize": 7, "textcoords": "offset points"}
+            axis.annotate(label, (share, 0.0), xytext=(-4, 6), **style)
         axis.set_xlabel(f"{WHAT[what]}, of fetch's")
         axis.set_title(
             f"{rows[0]['model']}, {rows[0]['slots']} of the experts resident", fontsize=9
@@ -162,6 +160,13 @@ def main() -> None:
     parser.add_argument("--name", default="", help="what tables call the model")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--measurement", type=int, default=0, help="that is drawn")
+    parser.add_argument(
+        "--exact",
+        type=int,
+        nargs=2,
+        metavar=("BFLOAT16", "LOSSLESS"),
+        help="measurements whose exact rows are drawn too: what 12 bits take of bfloat16 at 25 %%",
+    )
     parser.add_argument("--slots", nargs="+", help="that are drawn; all by themselves")
     parser.add_argument("--out", type=Path, help="draw the figure")
     args = parser.parse_args()
@@ -187,7 +192,14 @@ def main() -> None:
         )
         what = "tpot_ms" if timed[args.measurement] else "bytes_per_token"
         for share, pair in zip(shares, axes, strict=True):
-            draw([row for row in drawn if row["slots"] == share], what, tuple(pair))
+            exact = {"fetch (exact)": 1.0}
+            if args.exact and share == SLOTS_OF_EXACT[0]:
+                taken = [
+                    next(r[what] for r in by_number[n] if (r["rule"], r["slots"]) == (EXACT, at))
+                    for n, at in zip(args.exact, SLOTS_OF_EXACT, strict=True)
+                ]
+                exact["exact, in 12 bits"] = taken[1] / taken[0]
+            draw([row for row in drawn if row["slots"] == share], what, tuple(pair), exact)
             pair[0].legend(fontsize=7, frameon=False)
         figure.tight_layout()
         figure.savefig(args.out)
