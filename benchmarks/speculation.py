@@ -2,7 +2,7 @@
 
     foreroute evaluate --rules ... --slots ... --out frontier.json      # once for each setting
     python benchmarks/speculation.py frontier.json ... --name "12x64 top-8"
-    python benchmarks/speculation.py --out docs/speculation.png         # of the first measurement
+    python benchmarks/speculation.py --exact 8 9 --out docs/speculation.png     # of the first
     python benchmarks/speculation.py --measurement 4 --slots 25% --out docs/speculation_gpu.png
 
 Rows of one measurement (model, device, settings) come in the place of that one's older rows in
@@ -119,7 +119,7 @@ def draw(rows: Sequence[Row], what: str, axes: tuple[Axes, Axes], exact: dict[st
         for label, share in exact.items():
             axis.plot(share, 0.0, color="#000000", marker="*", markersize=9, linestyle="")
             style = {"ha": "right", "fontsize": 7, "textcoords": "offset points"}
-            axis.annotate(label, (share, 0.0), xytext=(-4, 6), **style)
+            axis.annotate(label, (share, 0.0), xytext=(-4, 6 if share == 1 else -11), **style)
         axis.set_xlabel(f"{WHAT[what]}, of fetch's")
         axis.set_title(
             f"{rows[0]['model']}, {rows[0]['slots']} of the experts resident", fontsize=9
