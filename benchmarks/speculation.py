@@ -116,6 +116,7 @@ def draw(rows: Sequence[Row], what: str, axes: tuple[Axes, Axes], exact: dict[st
     axes[0].axhline(0.01, color="#999999", linewidth=0.8, linestyle=":")
     axes[1].axhline(1.0, color="#999999", linewidth=0.8, linestyle=":")
     for axis in axes:
+        axis.margins(y=0.12)
         for label, share in exact.items():
             axis.plot(share, 0.0, color="#000000", marker="*", markersize=9, linestyle="")
             style = {"ha": "right", "fontsize": 7, "textcoords": "offset points"}
