@@ -503,7 +503,7 @@ class DeviceDriver:
         logger.info("Fused in a decode step: %s.", graph.fused_parts())
         left = survey(self._offloaded.moe.model, routers).left_text
         logger.info("Left in a decode step as the model has it: %s.", left)
-        if len(variants) > 1:
+        if len(variants) > 1 and run.config.prefetch == "auto":
             self._tune(graph)
         return graph
 
@@ -524,13 +524,10 @@ class DeviceDriver:
             prediction_ms += READOUT_SHARE * window_ms
         room = max(0.0, window_ms - prediction_ms) / expert_ms
         run.set_room(room, row_bytes)
-        if run.config.prefetch == "auto" and room < LEAST_HEAD_SHARE:
+        if room < LEAST_HEAD_SHARE:
             share = f"{room:.0%}"
             logger.info("Nothing is prefetched: a layer takes as long as %s of an expert.", share)
             self._choose_variant = partial(int, ON_DEMAND)
-            return
-        if run.config.prefetch == "all":
-            self._choose_variant = partial(int, LOOK_AHEAD)
             return
 
         marks = DeviceMarks(self._counters, NUM_MARKS)
