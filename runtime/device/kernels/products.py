@@ -290,7 +290,7 @@ def expert_products(
     top_k = num_pairs // num_tokens
     inner = hidden.new_empty((num_pairs, width), dtype=torch.float32)
     is_alternating = form.has_gate and form.is_interleaved
-    rows, tile, num_warps = _tile(up.kind, is_up=True)
+    rows, tile, num_warps, unroll = _tile(up.kind, is_up=True)
     _up_kernel[(copying["COPIERS"] + triton.cdiv(width, rows) * num_pairs,)](
         hidden=hidden,
         bias=places if first_bias is None else first_bias,
@@ -311,11 +311,11 @@ def expert_products(
         INNER_BY_PLANES=down.kind == MXFP4,
         ROWS=rows,
         num_warps=num_warps,
-        UNROLL=FLOAT4_UP_UNROLL if up.kind == MXFP4 else 1,
+        UNROLL=unroll,
         **up.arguments(tile),
         **copying,
     )
-    rows, tile, num_warps = _tile(down.kind, is_up=False)
+    rows, tile, num_warps, unroll = _tile(down.kind, is_up=False)
     _down_kernel[(triton.cdiv(depth, rows), num_tokens)](
         inner=inner,
         gate_weights=gate_weights,
@@ -332,23 +332,26 @@ def expert_products(
         HAS_RESIDUAL=residual is not None,
         ROWS=rows,
         num_warps=num_warps,
-        UNROLL=FLOAT4_DOWN_UNROLL if down.kind == MXFP4 else 1,
+        UNROLL=unroll,
         **down.arguments(tile),
     )
 
 
-def _tile(kind: int, *, is_up: bool) -> tuple[int, int, int]:
-    """Rows, elements of a row and warps of a program."""
-    if kind == PLAIN:
-        return (UP_ROWS, UP_COLUMNS, UP_WARPS) if is_up else (DOWN_ROWS, DOWN_COLUMNS, DOWN_WARPS)
+def _tile(kind: int, *, is_up: bool) -> tuple[int, int, int, int]:
+    """Rows, elements of a row and warps of a program; how far `float4_sums` unrolls its loop."""
     if kind == MXFP4:
-        up = FLOAT4_UP_ROWS, FLOAT4_UP_COLUMNS, FLOAT4_UP_WARPS
-        return up if is_up else (FLOAT4_DOWN_ROWS, FLOAT4_DOWN_COLUMNS, FLOAT4_DOWN_WARPS)
-    if kind != LOSSLESS:
-        return FEW_ROWS, FEW_COLUMNS, FEW_WARPS
+        up = FLOAT4_UP_ROWS, FLOAT4_UP_COLUMNS, FLOAT4_UP_WARPS, FLOAT4_UP_UNROLL
+        down = FLOAT4_DOWN_ROWS, FLOAT4_DOWN_COLUMNS, FLOAT4_DOWN_WARPS, FLOAT4_DOWN_UNROLL
+        return up if is_up else down
+    if kind == LOSSLESS and is_up:
+        return PACKED_UP_ROWS, PACKED_UP_COLUMNS, PACKED_UP_WARPS, 1
+    if kind == LOSSLESS:
+        return PACKED_DOWN_ROWS, PACKED_DOWN_COLUMNS, PACKED_DOWN_WARPS, 1
+    if kind != PLAIN:
+        return FEW_ROWS, FEW_COLUMNS, FEW_WARPS, 1
     if is_up:
-        return PACKED_UP_ROWS, PACKED_UP_COLUMNS, PACKED_UP_WARPS
-    return PACKED_DOWN_ROWS, PACKED_DOWN_COLUMNS, PACKED_DOWN_WARPS
+        return UP_ROWS, UP_COLUMNS, UP_WARPS, 1
+    return DOWN_ROWS, DOWN_COLUMNS, DOWN_WARPS, 1
 
 
 def expert_products_reference(
