@@ -31,7 +31,7 @@ from replayed_routing import (
 )
 from ttft_gpu import time_prompts
 
-from foreroute.estimators.artifacts import package_versions, read_json, write_json
+from foreroute.estimators.artifacts import device_name, package_versions, read_json, write_json
 from foreroute.runtime import Engine, EngineConfig
 from foreroute.runtime.device.driver import DeviceDriver
 from foreroute.runtime.parallel import SliceRanks
@@ -181,9 +181,8 @@ def main() -> int:
     benchmark.run()
     if benchmark.ranks.is_first:
         before = read_json(args.json)["rows"] if args.json.is_file() else []
-        name = torch.cuda.get_device_name() if benchmark.device.type == "cuda" else "cpu"
         content = {
-            "device": name,
+            "device": device_name(benchmark.device),
             "versions": package_versions(),
             "shape": f"{SHAPE}{' (tiny)' * args.tiny}: random weights, replayed routing, simulated "
             f"predictions of recall {RECALL}",

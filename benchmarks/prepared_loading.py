@@ -22,6 +22,7 @@ from random_shapes import SHAPES, SPREAD
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from foreroute.data.adapters import resolve_device
+from foreroute.estimators.artifacts import device_name
 from foreroute.runtime.store.checkpoint import Checkpoint
 from foreroute.runtime.store.pack import pack_model
 
@@ -109,7 +110,7 @@ def main() -> None:
         }
     result = {
         "weights": "random",
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "layers": args.layers,
         "pack_seconds": pack_seconds,
         "rows": rows,
