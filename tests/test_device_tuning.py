@@ -21,17 +21,25 @@ from foreroute.runtime.device.kernels.fetch import fetch
 from foreroute.runtime.device.ledger import COLD_STEPS
 from foreroute.runtime.device.timing import ms_of_one_more
 from foreroute.runtime.policies.give_up import LOOK_AHEAD, ON_DEMAND
-from foreroute.runtime.store.offload import offload
+from foreroute.runtime.store.offload import OffloadedModel, offload
 
 LAUNCH_MS, EXPERT_MS, LAYER_MS = 0.05, 0.04, 0.076
 
 
-def test_room_for_early_copies_is_that_of_the_link_not_of_a_launch(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def offloaded(monkeypatch: pytest.MonkeyPatch) -> OffloadedModel:
+    """Two layers of a tiny model; engines on it are driven as on a GPU, whose clock is made up."""
     quicken(monkeypatch)
     decide_as_on_a_gpu(monkeypatch)
+    monkeypatch.setattr(driver_module, "milliseconds", lambda _: LAYER_MS)
+    monkeypatch.setattr(driver_module, "DeviceMarks", lambda *_: None)
     model = tiny_model("qwen3_moe", num_hidden_layers=2).eval()
+    return offload(model, device=torch.device("cpu"), model_name="tiny")
+
+
+def test_room_for_early_copies_is_that_of_the_link_not_of_a_launch(
+    offloaded: OffloadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
 
     def made_up(run: Any) -> float:
         run()  # what is timed is there, and runs
@@ -42,8 +50,6 @@ def test_room_for_early_copies_is_that_of_the_link_not_of_a_launch(
 
     monkeypatch.setattr(driver_module, "milliseconds", made_up)
     monkeypatch.setattr(driver_module, "TUNING_REPLAYS", 1)
-    monkeypatch.setattr(driver_module, "DeviceMarks", lambda *_: None)
-    offloaded = offload(model, device=torch.device("cpu"), model_name="tiny")
     with Engine(offloaded, EngineConfig(expert_slots="4", prefetch="auto")) as engine:
         driver: Any = engine.driver
         rooms: list[float] = []
@@ -53,15 +59,11 @@ def test_room_for_early_copies_is_that_of_the_link_not_of_a_launch(
     assert rooms == [pytest.approx((LAYER_MS - driver_module.PREDICTION_MS) / EXPERT_MS)]
 
 
-def test_a_trial_is_told_when_a_text_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    quicken(monkeypatch)
-    decide_as_on_a_gpu(monkeypatch)
-    model = tiny_model("qwen3_moe", num_hidden_layers=2).eval()
+def test_a_trial_is_told_when_a_text_ends(
+    offloaded: OffloadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ends: list[int] = []
-    monkeypatch.setattr(driver_module, "milliseconds", lambda _: LAYER_MS)
-    monkeypatch.setattr(driver_module, "DeviceMarks", lambda *_: None)
     monkeypatch.setattr(driver_module.Trials, "break_off", lambda trials: ends.append(trials._at))
-    offloaded = offload(model, device=torch.device("cpu"), model_name="tiny")
     settings: dict[str, Any] = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
     with Engine(offloaded, EngineConfig(expert_slots="4", prefetch="auto")) as engine:
         for _ in range(2):
@@ -70,13 +72,7 @@ def test_a_trial_is_told_when_a_text_ends(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("prefetch", ["auto", "all"])
-def test_only_auto_ever_rests(monkeypatch: pytest.MonkeyPatch, prefetch: PrefetchMode) -> None:
-    quicken(monkeypatch)
-    decide_as_on_a_gpu(monkeypatch)
-    model = tiny_model("qwen3_moe", num_hidden_layers=2).eval()
-    monkeypatch.setattr(driver_module, "milliseconds", lambda _: LAYER_MS)
-    monkeypatch.setattr(driver_module, "DeviceMarks", lambda *_: None)
-    offloaded = offload(model, device=torch.device("cpu"), model_name="tiny")
+def test_only_auto_ever_rests(offloaded: OffloadedModel, prefetch: PrefetchMode) -> None:
     with Engine(offloaded, EngineConfig(expert_slots="4", prefetch=prefetch)) as engine:
         driver: Any = engine.driver
         driver.graph_for(1, 32)
