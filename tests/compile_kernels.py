@@ -99,14 +99,13 @@ def call_everything() -> None:
     for rule in (find_policy("lrfu").device_rule(), find_policy("lru").device_rule()):
         plan(ids, tables, rule, copies, places=places)
         plan(ids, tables, rule, copies, is_prefetch=True)
-        plan(ids, tables, rule, copies, is_prefetch=True, behind=tables.progress)
     head = {"num_needed": 8, "head_words": copies[0, :1], "num_words": 8}
     plan_head(ids, chances, tables, copies, **head)
-    plan_head(ids, chances, tables, copies, **head, behind=tables.progress)
     plan_head(ids, chances, tables, copies, **head, num_whole=copies[0, :1])
     rows = torch.zeros(16, 64, dtype=torch.uint8)
     fetch(rows, rows, copies, num_blocks=4)
     fetch(rows, rows, copies, num_blocks=4, head_words=copies[0, :1])
+    fetch(rows, rows, copies, num_blocks=4, behind=tables.progress)
     area = Staging([rows], torch.device("cpu"))
     demand = Demand(rows, rows, copies, copies[0, :1], tables.arrived, tables.progress, 48)
     stage(demand, places, torch.ones(16, dtype=torch.int32), area, 0)

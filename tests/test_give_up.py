@@ -5,7 +5,13 @@ from typing import Any
 
 import pytest
 
-from foreroute.runtime.device.kernels.tables import MISSES, NUM_COUNTERS, PREFETCHES, TAILS
+from foreroute.runtime.device.kernels.tables import (
+    MISSES,
+    NUM_COUNTERS,
+    PREFETCHES,
+    REGRETS,
+    TAILS,
+)
 from foreroute.runtime.device.ledger import (
     BLOCK_STEPS,
     COLD_STEPS,
@@ -113,6 +119,23 @@ def test_a_trial_that_is_never_read_does_not_keep_the_next_one_from_being_read()
         now.is_there = step > PERIOD_STEPS
         now.ms += 3.0 if trials.next_variant() == LOOK_AHEAD else 2.0
     assert not trials.is_worth_it
+
+
+@pytest.mark.parametrize(("regrets", "variant"), [(0, LOOK_AHEAD), (1, ON_DEMAND)])
+def test_what_is_missed_for_what_came_early_is_put_down_to_that(regrets: int, variant: int) -> None:
+    now = Moment(0.0, [0] * NUM_COUNTERS)
+    trials = Trials(lambda _: Moment(now.ms, list(now.counters)), base_ms=2.0)
+    chosen = []
+    for step in range(PERIOD_STEPS):
+        chosen.append(trials.next_variant())
+        misses = 2 + step % 3
+        if chosen[-1] == LOOK_AHEAD:  # one comes early, and perhaps one more must come
+            now.counters[PREFETCHES] += 1
+            now.counters[REGRETS] += regrets
+            misses += regrets - 1
+        now.counters[MISSES] += misses
+        now.ms += 2.0 + misses
+    assert set(chosen[COLD_STEPS + TRIAL_STEPS + 1 :]) == {variant}
 
 
 def test_where_nothing_can_be_saved_nothing_is_tried() -> None:

@@ -19,6 +19,7 @@ from foreroute.runtime.device.kernels.plan import plan, plan_reference
 from foreroute.runtime.device.kernels.products import expert_products, expert_products_reference
 from foreroute.runtime.device.kernels.tables import (
     HEAD,
+    REGRETS,
     TAIL,
     TAILS,
     WASTED_HEADS,
@@ -184,6 +185,22 @@ def test_heads_agree_with_the_reference_over_random_residency_sequences(num_toke
             got.check_integrity()
         settled += int(expected.counters[TAILS]) * int(expected.counters[WASTED_HEADS])
     assert settled > 0  # some were right and some were wrong
+
+
+@pytest.mark.parametrize(("demanded", "regrets"), [((2, 0), 1), ((2, 1), 0), ((3, 0), 1)])
+def test_a_miss_of_what_a_head_drove_out_is_regretted(
+    demanded: tuple[int, int], regrets: int
+) -> None:
+    tables = ResidencyTables.empty(5, 2, DEVICE)
+    for ids in ([0, 1], [1, 1]):  # 0 is worth less
+        plan(torch.tensor(ids, device=DEVICE), tables, LFU, no_copies(2))
+    copies = torch.empty(3, 1, dtype=torch.int32, device=DEVICE)
+    words = torch.ones(1, dtype=torch.int32, device=DEVICE)
+    guess, chances = torch.tensor([2], device=DEVICE), torch.ones(1, device=DEVICE)
+    plan_head(guess, chances, tables, copies, num_needed=1, head_words=words, num_words=1)
+    for _ in range(2):  # the second time nothing is begun
+        plan(torch.tensor(demanded, device=DEVICE), tables, LFU, no_copies(2))
+        assert tables.counters[REGRETS] == regrets
 
 
 def test_heads_that_come_to_nothing_lose_trust_until_none_is_begun() -> None:

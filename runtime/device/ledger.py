@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
-from foreroute.runtime.device.kernels.tables import MISSES, PREFETCHES, TAILS, WASTED
+from foreroute.runtime.device.kernels.tables import MISSES, PREFETCHES, REGRETS, TAILS, WASTED
 from foreroute.runtime.device.marks import Mark
 from foreroute.runtime.policies.give_up import LOOK_AHEAD, ON_DEMAND, PERIOD_STEPS, Balance
 
@@ -40,6 +40,7 @@ class Trials:
     In a trial both variants take turns. What a step on demand takes beyond one that misses nothing
     is put down to its misses; a step that looks ahead is compared with what its experts would then
     have taken on demand, as tokens differ far more in what they need than the variants in time.
+    An expert that something begun early drove out, and that was then missed, would have been there.
     Trials that find nothing come again after ever longer periods.
     """
 
@@ -98,7 +99,9 @@ class Trials:
         steps_ahead = TRIAL_STEPS / 2
         used = sum(c[PREFETCHES] - c[WASTED] for c in changes) / steps_ahead
         begun = sum(c[TAILS] for c in changes) / steps_ahead
-        on_demand_ms = self._base_ms + miss_ms * (ahead.misses + begun + max(0.0, used))
+        regrets = sum(c[REGRETS] for c in changes) / steps_ahead
+        on_demand_misses = ahead.misses - regrets + begun + max(0.0, used)
+        on_demand_ms = self._base_ms + miss_ms * on_demand_misses
         return Balance(saved_ms=on_demand_ms, spent_ms=ahead.ms)
 
     def _means(self, changes: list[list[int]], first: int) -> _Means:

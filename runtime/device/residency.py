@@ -19,8 +19,8 @@ from foreroute.runtime.device.kernels.miss import LayerRule, RuledChoice
 from foreroute.runtime.device.kernels.plan import plan
 from foreroute.runtime.device.kernels.route import DemandPlan
 from foreroute.runtime.device.kernels.staging import stage
-from foreroute.runtime.device.kernels.tables import ResidencyTables
-from foreroute.runtime.device.run_state import MOST_WHOLE, DeviceRun
+from foreroute.runtime.device.kernels.tables import MOST_EARLY, ResidencyTables
+from foreroute.runtime.device.run_state import DeviceRun
 from foreroute.runtime.policies import EvictionPolicy, LayerState
 from foreroute.runtime.policies.eviction import ScoreRule
 from foreroute.runtime.policies.layer_state import TIE
@@ -55,7 +55,7 @@ class DeviceResidency:
             layout: How an expert lies in a row.
             num_slots: S.
             run: Shared with the engine's other layers.
-            counters: This layer's, [7] int32, on the device.
+            counters: This layer's, [8] int32, on the device.
             on_miss: Rule about the router's experts that are absent; all are waited for if None.
             has_shadows: Whether this layer's hits say which of two rules leads.
         """
@@ -137,10 +137,10 @@ class DeviceResidency:
         pinned = is_pinned.nonzero().flatten().tolist()
         self.first_pinned = pinned[0] if pinned else len(is_pinned)
 
-    def _copy(self, copies: Tensor) -> None:
-        """Make planned copies of whole experts on the current stream."""
+    def _copy(self, copies: Tensor, behind: Tensor | None = None) -> None:
+        """Make planned copies of whole experts on the current stream; see `fetch`."""
         if self._run.staging is None:
-            fetch(self.rows, self.slots, copies, num_blocks=FETCH_BLOCKS)
+            fetch(self.rows, self.slots, copies, num_blocks=FETCH_BLOCKS, behind=behind)
             return
         for expert, slot, _ in copies.T.tolist():
             if expert >= 0:
@@ -201,15 +201,8 @@ class DeviceResidency:
             behind: A layer whose demand is copied first.
         """
         copies = torch.empty(3, expert_ids.numel(), dtype=torch.int32, device=expert_ids.device)
-        plan(
-            expert_ids,
-            self.tables,
-            self.rule,
-            copies,
-            is_prefetch=True,
-            behind=None if behind is None else behind.tables.progress,
-        )
-        self._copy(copies)
+        plan(expert_ids, self.tables, self.rule, copies, is_prefetch=True)
+        self._copy(copies, None if behind is None else behind.tables.progress)
 
     def load_likely(self, expert_ids: Tensor, chances: Tensor, behind: DeviceResidency) -> None:
         """Copy as much of the likeliest absent experts as there is time for.
@@ -219,7 +212,7 @@ class DeviceResidency:
             chances: How likely each is needed, [T, M] float32, 0..1.
             behind: A layer whose demand is copied first.
         """
-        most = min(MOST_WHOLE + 1, expert_ids.numel())
+        most = min(MOST_EARLY, expert_ids.numel())
         copies = torch.empty(3, most, dtype=torch.int32, device=expert_ids.device)
         head_words = self._run.head_words
         plan_head(
@@ -230,10 +223,16 @@ class DeviceResidency:
             num_needed=len(expert_ids) * self.top_k,
             head_words=head_words,
             num_words=self.rows.shape[1] // WORD.itemsize,
-            behind=behind.tables.progress,
             num_whole=self._run.num_whole,
         )
-        fetch(self.rows, self.slots, copies, num_blocks=FETCH_BLOCKS, head_words=head_words)
+        fetch(
+            self.rows,
+            self.slots,
+            copies,
+            num_blocks=FETCH_BLOCKS,
+            head_words=head_words,
+            behind=behind.tables.progress,
+        )
 
     def load_left(self, chosen: Tensor, run: Tensor) -> None:
         """Copy what the router chose and the rule on a miss did not wait for, where that pays.

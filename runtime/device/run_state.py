@@ -9,12 +9,13 @@ from torch import Tensor
 
 from foreroute.runtime.device.kernels.activation import ExpertForm
 from foreroute.runtime.device.kernels.fetch import BLOCK_WORDS, WORD
+from foreroute.runtime.device.kernels.tables import MOST_EARLY
 from foreroute.runtime.device.predictor import DevicePredictor
 from foreroute.runtime.driver import RunState
 from foreroute.runtime.policies.eviction import ScoreRule
 from foreroute.runtime.store.staging import Staging
 
-MOST_WHOLE = 3
+MOST_WHOLE = MOST_EARLY - 1
 """Experts copied early for one layer, besides the head of one more."""
 
 

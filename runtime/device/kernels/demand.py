@@ -20,8 +20,6 @@ from foreroute.runtime.device.kernels.tables import ONLY_TAIL
 
 DEMAND_PROGRAMS = 64
 """Enough to fill the link; they take the missing experts one after the other."""
-MOST_TRIES = 1 << 15
-"""Looks of one program at a counter before `let_pass` goes on all the same, some 20 ms."""
 
 
 @dataclass(frozen=True)
@@ -145,18 +143,3 @@ def arrived_slot(place, arrived, COPIERS: tl.constexpr):  # noqa: ANN201
         while tl.atomic_add(arrived + slot, 0, sem="acquire") < COPIERS:
             pass
     return slot
-
-
-@triton.jit
-def let_pass(progress, MOST: tl.constexpr):  # noqa: ANN201
-    """Wait until a layer's demand has been copied: it has the link alone.
-
-    Nothing but speed depends on it, and the launch that is waited for may come after this one where
-    launches do not run side by side: the wait has an end.
-    """
-    expected = tl.load(progress)
-    tries = 0
-    done = tl.atomic_add(progress + 1, 0, sem="acquire")
-    while (done < expected) & (tries < MOST):
-        done = tl.atomic_add(progress + 1, 0, sem="acquire")
-        tries += 1

@@ -11,6 +11,8 @@ from foreroute.runtime.device.kernels.tables import HEAD, ONLY_HEAD, ONLY_TAIL, 
 
 WORD = torch.int64
 BLOCK_WORDS = 1024
+MOST_TRIES = 1 << 15
+"""Looks of one program at a counter before `let_pass` goes on all the same, some 20 ms."""
 
 
 @triton.jit
@@ -41,18 +43,35 @@ def copy_blocks(  # noqa: ANN201
 
 
 @triton.jit
+def let_pass(progress, MOST: tl.constexpr):  # noqa: ANN201
+    """Wait until a layer's demand has been copied: it has the link alone.
+
+    Nothing but speed depends on it, and the launch that is waited for may come after this one where
+    launches do not run side by side: the wait has an end.
+    """
+    expected, tries = tl.load(progress), 0
+    while (tl.load(progress + 1, volatile=True) < expected) & (tries < MOST):
+        tries += 1
+
+
+@triton.jit
 def _fetch_kernel(
     rows,
     slots,
     copies,
     head_words,
+    behind,
     num_copies,
     num_words,
     HAS_PARTS: tl.constexpr,
+    HAS_BEHIND: tl.constexpr,
+    MOST_TRIES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     expert = tl.load(copies + tl.program_id(1)).to(tl.int64)
     if expert >= 0:
+        if HAS_BEHIND:
+            let_pass(behind, MOST_TRIES)
         slot = tl.load(copies + num_copies + tl.program_id(1)).to(tl.int64)
         begin, end = 0, num_words
         if HAS_PARTS:
@@ -82,6 +101,7 @@ def fetch(
     *,
     num_blocks: int,
     head_words: Tensor | None = None,
+    behind: Tensor | None = None,
 ) -> None:
     """Copy the planned experts; programs with nothing to copy end at once.
 
@@ -94,6 +114,7 @@ def fetch(
             GPU's multiprocessors to compute that runs beside.
         head_words: Where heads end and tails begin, [1] int32, in words of 8 bytes and a multiple
             of `BLOCK_WORDS`; everything is copied whole if None.
+        behind: `progress` of another layer's tables, whose demand is to be copied first.
     """
     num_copies = copies.shape[1]
     _fetch_kernel[(num_blocks, num_copies)](
@@ -101,9 +122,12 @@ def fetch(
         slots.view(WORD),
         copies,
         copies if head_words is None else head_words,
+        copies if behind is None else behind,
         num_copies,
         rows.shape[1] // WORD.itemsize,
         HAS_PARTS=head_words is not None,
+        HAS_BEHIND=behind is not None,
+        MOST_TRIES=MOST_TRIES,
         BLOCK=BLOCK_WORDS,
         num_warps=4,
     )

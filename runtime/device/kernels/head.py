@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foreroute.runtime.device.kernels.demand import MOST_TRIES, let_pass
 from foreroute.runtime.device.kernels.tables import (
     AT_HEADS,
     AT_PREFETCHES,
@@ -42,9 +41,9 @@ def _head_kernel(
     counters,
     pending,
     pending_confidence,
+    driven_out,
     trust,
     head_words,
-    behind,
     copies,
     num_slots,
     num_words,
@@ -54,12 +53,8 @@ def _head_kernel(
     NUM_IDS: tl.constexpr,
     IDS: tl.constexpr,
     SLOTS: tl.constexpr,
-    HAS_BEHIND: tl.constexpr,
-    MOST_TRIES: tl.constexpr,
     GUESSES: tl.constexpr,
 ):
-    if HAS_BEHIND:
-        let_pass(behind, MOST_TRIES)
     at, slots = tl.arange(0, IDS), tl.arange(0, SLOTS)
     is_id, is_slot = at < NUM_IDS, slots < num_slots
     ids = tl.load(expert_ids + at, mask=is_id, other=0).to(tl.int32)
@@ -95,6 +90,7 @@ def _head_kernel(
             tl.store(counters + AT_WASTED, tl.load(counters + AT_WASTED) + wasted)
             tl.store(slot_of + expert, slot)
             tl.store(expert_in + slot, expert)
+            tl.store(driven_out + guess, tl.maximum(evicted, NO_EXPERT))
             tl.store(copies + guess, expert)
             tl.store(copies + GUESSES + guess, slot)
             expected += likely
@@ -128,7 +124,6 @@ def plan_head(
     num_needed: int,
     head_words: Tensor,
     num_words: int,
-    behind: Tensor | None = None,
     num_whole: Tensor | None = None,
 ) -> None:
     """Choose what is copied early, if anything is likely enough; one launch.
@@ -149,7 +144,6 @@ def plan_head(
         num_needed: Experts that the layer will use, over all tokens.
         head_words: Length of a head, [1] int32 on the device.
         num_words: Length of an expert in the same unit.
-        behind: `progress` of another layer's tables, whose demand is to be copied first.
         num_whole: Experts that there is time for, [1] int32 on the device; none if None.
     """
     num_ids, num_slots = expert_ids.numel(), len(tables.expert_in)
@@ -163,9 +157,9 @@ def plan_head(
         tables.counters,
         tables.pending,
         tables.pending_confidence,
+        tables.driven_out,
         tables.trust,
         head_words,
-        tables.progress if behind is None else behind,
         copies,
         num_slots,
         num_words,
@@ -175,8 +169,6 @@ def plan_head(
         NUM_IDS=num_ids,
         IDS=triton.next_power_of_2(num_ids),
         SLOTS=triton.next_power_of_2(num_slots),
-        HAS_BEHIND=behind is not None,
-        MOST_TRIES=MOST_TRIES,
         GUESSES=1 if num_whole is None else copies.shape[1],
         num_warps=1,
     )
@@ -216,6 +208,7 @@ def plan_head_reference(
             return
         if held[slot] != EMPTY:
             tables.slot_of[held[slot]] = EMPTY
+            tables.driven_out[place] = held[slot]
         tables.counters[WASTED] += tables.is_unused_prefetch[slot]
         tables.is_unused_prefetch[slot] = int(is_whole)
         tables.slot_of[expert], tables.expert_in[slot] = slot, expert

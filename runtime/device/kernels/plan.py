@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foreroute.runtime.device.kernels.demand import DEMAND_PROGRAMS, MOST_TRIES, let_pass
+from foreroute.runtime.device.kernels.demand import DEMAND_PROGRAMS
 from foreroute.runtime.device.kernels.duel import compete, compete_reference
 from foreroute.runtime.device.kernels.miss import (
     LayerRule,
@@ -21,6 +21,7 @@ from foreroute.runtime.device.kernels.miss import (
 from foreroute.runtime.device.kernels.tables import (
     AT_MISSES,
     AT_PREFETCHES,
+    AT_REGRETS,
     AT_TAILS,
     AT_WASTED,
     AT_WASTED_HEADS,
@@ -28,8 +29,10 @@ from foreroute.runtime.device.kernels.tables import (
     HITS,
     MISSES,
     NO_EXPERT,
+    NUM_DRIVEN_OUT,
     ONLY_TAIL,
     PREFETCHES,
+    REGRETS,
     TAIL,
     TAILS,
     TRUST_MEMORY,
@@ -53,6 +56,7 @@ def plan_ids(  # noqa: ANN201
     pending,
     pending_confidence,
     trust,
+    driven_out,
     arrived,
     progress,
     rivals,
@@ -131,6 +135,13 @@ def plan_ids(  # noqa: ANN201
             tl.store(trust, right * memory + num_right)
             tl.store(trust + 1, expected * memory + said)
             tl.store(pending_confidence, 0.0)
+            num_regrets = 0
+            for k in tl.static_range(NUM_DRIVEN_OUT):
+                gone = tl.load(driven_out + k)
+                is_missed = (ids == gone) & (ids >= 0) & (where_held < 0)
+                num_regrets += tl.max(is_missed.to(tl.int32), 0)
+                tl.store(driven_out + k, NO_EXPERT)
+            tl.store(counters + AT_REGRETS, tl.load(counters + AT_REGRETS) + num_regrets)
         tl.store(counters, tl.load(counters) + num_hits)
         tl.store(step, now)
     is_absent = ((ids >= 0) & (where_held < 0)).to(tl.int32)
@@ -215,6 +226,7 @@ def _plan_kernel(
     pending,
     pending_confidence,
     trust,
+    driven_out,
     arrived,
     progress,
     rivals,
@@ -227,7 +239,6 @@ def _plan_kernel(
     decay,
     memory,
     credited,
-    behind,
     rule_logits,
     given,
     ranked,
@@ -246,8 +257,6 @@ def _plan_kernel(
     IDS: tl.constexpr,
     SLOTS: tl.constexpr,
     EXPERTS: tl.constexpr,
-    HAS_BEHIND: tl.constexpr,
-    MOST_TRIES: tl.constexpr,
     HAS_RULE: tl.constexpr,
     BONUS: tl.constexpr,
     IS_LEAVING: tl.constexpr,
@@ -265,8 +274,6 @@ def _plan_kernel(
     RULED_K: tl.constexpr,
     RULED_PADDED: tl.constexpr,
 ):
-    if HAS_BEHIND:
-        let_pass(behind, MOST_TRIES)
     if HAS_RULE:
         rule_ids(
             rule_logits,
@@ -312,6 +319,7 @@ def _plan_kernel(
         pending,
         pending_confidence,
         trust,
+        driven_out,
         arrived,
         progress,
         rivals,
@@ -396,7 +404,6 @@ def plan(
     *,
     places: Tensor | None = None,
     is_prefetch: bool = False,
-    behind: Tensor | None = None,
     ruling: tuple[LayerRule, RuledChoice] | None = None,
 ) -> None:
     """Give every absent expert a slot, evicting the lowest scores; one launch.
@@ -417,7 +424,6 @@ def plan(
             arrive; and the ids in the order to work on them, late ones last, those of one expert
             after each other.
         is_prefetch: Whether the experts are predicted, not yet needed.
-        behind: `progress` of another layer's tables, whose demand is to be copied first.
         ruling: A rule on a miss, and a router's choice, of which it makes the expert ids first; the
             router's own are credited with the use.
     """
@@ -435,9 +441,6 @@ def plan(
         **rule_arguments(layer_rule, choice),
         rule_logits=None if choice is None else choice.logits,
         given=None if choice is None else choice.given,
-        behind=tables.progress if behind is None else behind,
-        HAS_BEHIND=behind is not None,
-        MOST_TRIES=MOST_TRIES,
         num_warps=1,
     )
 
@@ -466,6 +469,9 @@ def plan_reference(
         tables.trust[0] += tables.is_unused_prefetch[used].sum() + (early != EMPTY and early in ids)
         tables.trust[1] += tables.pending_confidence[0]
         tables.pending_confidence.zero_()
+        gone = {expert for expert in tables.driven_out.tolist() if expert >= 0}
+        tables.counters[REGRETS] += len(gone.intersection(ids))
+        tables.driven_out.fill_(EMPTY)
     if early != EMPTY and not is_prefetch:
         tables.pending[0] = EMPTY
         if early in ids:

@@ -11,16 +11,19 @@ from torch import Tensor
 from foreroute.runtime.policies.prefetching import PRIOR_PREFETCHES, find_prefetch_rule
 
 EMPTY = -1
-HITS, MISSES, PREFETCHES, WASTED, HEADS, TAILS, WASTED_HEADS = range(7)
-NUM_COUNTERS = 7
+HITS, MISSES, PREFETCHES, WASTED, HEADS, TAILS, WASTED_HEADS, REGRETS = range(8)
+NUM_COUNTERS = 8
 WHOLE, HEAD, TAIL = range(3)
 """Parts of an expert that a copy moves."""
-AT_MISSES, AT_PREFETCHES, AT_WASTED, AT_HEADS, AT_TAILS, AT_WASTED_HEADS = map(
-    tl.constexpr, (MISSES, PREFETCHES, WASTED, HEADS, TAILS, WASTED_HEADS)
+AT_MISSES, AT_PREFETCHES, AT_WASTED, AT_HEADS, AT_TAILS, AT_WASTED_HEADS, AT_REGRETS = map(
+    tl.constexpr, (MISSES, PREFETCHES, WASTED, HEADS, TAILS, WASTED_HEADS, REGRETS)
 )
 """Where a kernel finds a counter; the hits come first."""
 NO_EXPERT, ONLY_HEAD, ONLY_TAIL = map(tl.constexpr, (EMPTY, HEAD, TAIL))
 """The same as `EMPTY`, `HEAD` and `TAIL`, for kernels."""
+MOST_EARLY = 4
+"""Experts begun early for one layer: whole ones, and a head."""
+NUM_DRIVEN_OUT = tl.constexpr(MOST_EARLY)
 HEAD_RULE = find_prefetch_rule("head")
 TRUST_MEMORY = 1 - 1 / HEAD_RULE.trust_tokens
 """Kept of what is known about earlier heads, when another one is settled."""
@@ -41,12 +44,14 @@ class ResidencyTables:
     step: Tensor
     """[1] int32, decode steps so far."""
     counters: Tensor
-    """[7] int32: hits, misses, prefetches, prefetches never used; heads, heads that were needed and
-    got their tails, heads that were not."""
+    """[8] int32: hits, misses, prefetches, prefetches never used; heads, heads that were needed and
+    got their tails, heads that were not; misses of experts that something begun early drove out."""
     pending: Tensor
     """[2] int32: the expert whose head is here or on its way, or -1, and its slot."""
     pending_confidence: Tensor
     """[1] float32: how many of the experts begun for the next demand are expected to be needed."""
+    driven_out: Tensor
+    """[4] int32: the experts that what is begun for the next demand drove out, or -1."""
     arrived: Tensor
     """[S] int32: of an expert on its way, the programs that have copied its first part."""
     progress: Tensor
@@ -98,6 +103,7 @@ class ResidencyTables:
             counters=filled(NUM_COUNTERS, 0) if counters is None else counters,
             pending=filled(2, EMPTY),
             pending_confidence=torch.zeros(1, device=device),
+            driven_out=filled(MOST_EARLY, EMPTY),
             arrived=filled(num_slots, 0),
             progress=filled(2, 0),
             trust=torch.full((2,), PRIOR_PREFETCHES, device=device) if trust is None else trust,
@@ -119,7 +125,7 @@ class ResidencyTables:
 
     def forget(self) -> None:
         """Forget everything that is resident, in place; counts go on."""
-        for tensor in (self.slot_of, self.expert_in, self.pending):
+        for tensor in (self.slot_of, self.expert_in, self.pending, self.driven_out):
             tensor.fill_(EMPTY)
         own = (*self.learnt, self.is_unused_prefetch, self.pending_confidence)
         for tensor in (*own, self.arrived, self.progress):
