@@ -6,7 +6,8 @@ Weights are RANDOM and routing is REPLAYED from a recorded route file; predictio
 are those of the simulator's predictor (the recorded truth, wrong guesses drawn from the layer's
 popularity, calibrated confidence). A prediction's own arithmetic runs all the same. Every graph's
 logits are compared bit for bit with the all-resident graph's, and a layer with transformers' own
-experts.
+experts. A link that others use is now and then slower for seconds: `--repeats` opens every engine
+of a cell anew so many times, in turns, and compares each with what was on demand in its turn.
 
 Rows are written after every cell. `--tiny` runs the whole script on a CPU, with small sizes.
 """
@@ -22,6 +23,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -43,6 +45,7 @@ from random_shapes import (
 )
 from replayed_routing import (
     Replay,
+    ReplayedPredictions,
     fit_routes,
     near_miss_predictions,
     random_routes,
@@ -97,6 +100,8 @@ class Cell:
     """Whether the logits were the all-resident graph's; None where that is not claimed."""
     tokens: int
     warm_up_tokens: int
+    repeat: int
+    """The turn, 0 or more."""
 
 
 @dataclass(frozen=True)
@@ -221,13 +226,9 @@ class ShapeBenchmark:
                 if reason := self._why_not(slots):
                     results.skip(f"{self.label} batch {batch} slots {slots} %", reason)
                     continue
-                for arm in arms_at(slots, batch, args.recalls):
-                    name = f"{self.label} batch {batch} slots {slots} % {arm.name}"
-                    if not self._is_wanted(arm.name) or results.skip_if_spent(name):
-                        continue
-                    with results.phase(f"{self.label}: {arm.name}"), results.cell(name):
-                        self._measure(arm, batch, slots)
-                    free_memory()
+                for repeat in range(args.repeats):
+                    self._measure_arms(batch, slots, repeat)
+                self._compare_turns(batch, slots)
         name = f"{self.label} batch 1 accelerate"
         if self.offloaded.store.layouts[0].encoded:
             results.skip(name, "accelerate moves whole modules, which hold no encoded experts")
@@ -235,6 +236,35 @@ class ShapeBenchmark:
         if self._is_wanted("accelerate") and not results.skip_if_spent(name):
             with results.phase(f"{self.label}: accelerate"), results.cell(name):
                 self._measure_accelerate()
+
+    def _measure_arms(self, batch: int, slots: int, repeat: int) -> None:
+        for arm in arms_at(slots, batch, self.args.recalls):
+            name = f"{self.label} batch {batch} slots {slots} % {arm.name}"
+            if not self._is_wanted(arm.name) or self.results.skip_if_spent(name):
+                continue
+            with self.results.phase(f"{self.label}: {arm.name}"), self.results.cell(name):
+                self._measure(arm, batch, slots, repeat)
+            free_memory()
+
+    def _compare_turns(self, batch: int, slots: int) -> None:
+        """Each arm's mean times over those on demand in the same turn, where there are several."""
+        cell = {"shape": self.label, "batch": batch, "slots": slots}
+        rows = [r for r in self.results.content["rows"] if cell.items() <= r.items()]
+        on_demand = {r["repeat"]: r["tpot_ms_mean"] for r in rows if r["arm"] == "on-demand"}
+        if len(on_demand) < 2:
+            return
+        for arm in dict.fromkeys(r["arm"] for r in rows):
+            own = {r["repeat"]: r["tpot_ms_mean"] for r in rows if r["arm"] == arm}
+            ratios = sorted(round(own[k] / on_demand[k], 4) for k in own.keys() & on_demand.keys())
+            median = statistics.median(ratios)
+            turns = self.results.content.setdefault("means_x_on_demand", [])
+            turns.append(cell | {"arm": arm, "median": median, "turns": ratios})
+            print(
+                f"{self.label[:12]} b{batch} {slots:3} % {arm:22} x on demand: median {median:.3f}"
+                f" of {len(ratios)} turns, {ratios[0]:.3f} to {ratios[-1]:.3f}",
+                flush=True,
+            )
+        self.results.write()
 
     def profile(self) -> None:
         """Trace a few tokens all resident, and of each arm at 25 %; batch 1."""
@@ -266,9 +296,9 @@ class ShapeBenchmark:
     def _opened(self, arm: Arm, batch: int) -> Iterator[tuple[Engine, Replay]]:
         """An engine of that arm, its routing replayed."""
         DecodeStep.defers = arm.name != APART
-        routes = fit_routes(self.recorded, self.offloaded.moe, batch)
+        routes = self._routes(batch)
         num_experts = self.offloaded.moe.geometry.num_experts
-        predictions = near_miss_predictions(routes, num_experts, arm.recall) if arm.recall else None
+        predictions = self._predictions(batch, arm.recall) if arm.recall else None
         self.offloaded.store.pins = _pins(routes, num_experts, arm.pinned)
         with Engine(self.offloaded, arm.config) as engine:
             self._require_graph(engine, arm)
@@ -279,6 +309,15 @@ class ShapeBenchmark:
                     self._check_against_stock(engine, batch)
             yield engine, Replay(engine, routes, predictions)
         DecodeStep.defers = True
+
+    @cache  # noqa: B019 - as long-lived as the benchmark
+    def _routes(self, batch: int) -> Tensor:
+        return fit_routes(self.recorded, self.offloaded.moe, batch)
+
+    @cache  # noqa: B019
+    def _predictions(self, batch: int, recall: float) -> ReplayedPredictions:
+        num_experts = self.offloaded.moe.geometry.num_experts
+        return near_miss_predictions(self._routes(batch), num_experts, recall)
 
     def _require_graph(self, engine: Engine, arm: Arm) -> None:
         is_meant = self.device.type == "cuda" and not arm.name.startswith("eager")
@@ -297,7 +336,7 @@ class ShapeBenchmark:
             return str(error)
         return None
 
-    def _measure(self, arm: Arm, batch: int, slots: int) -> None:
+    def _measure(self, arm: Arm, batch: int, slots: int, repeat: int) -> None:
         with self._opened(arm, batch) as (engine, replay):
             steps = self._steps(engine, batch)
             is_graph = isinstance(steps, GraphSteps)
@@ -328,6 +367,7 @@ class ShapeBenchmark:
             batch,
             slots,
             times,
+            repeat=repeat,
             warm_up_tokens=warm_up,
             bytes_per_token=stats.bytes_per_token,
             prefetched_bytes_per_token=stats.decode.prefetched_bytes / num_tokens,
@@ -389,6 +429,7 @@ class ShapeBenchmark:
             1,
             0,
             times,
+            repeat=0,
             warm_up_tokens=1,
             bytes_per_token=float(moved),
             prefetched_bytes_per_token=0.0,
@@ -449,6 +490,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--context", type=int, default=512)
     add("--tokens", type=int, default=96, help="measured in a cell, after the warm-up")
     add("--warm-up", type=int, default=32, help="tokens before the measured ones")
+    add("--repeats", type=int, default=1, help="turns of the arms of a cell")
     add("--cell-seconds", type=float, default=4, help="measure fewer tokens than --tokens if slow")
     add("--minutes", type=float, default=9, help="begin no cell after so many")
     add("--json", type=Path)

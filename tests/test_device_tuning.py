@@ -21,6 +21,7 @@ from foreroute.runtime.device.kernels.fetch import fetch
 from foreroute.runtime.device.ledger import COLD_STEPS
 from foreroute.runtime.device.timing import ms_of_one_more
 from foreroute.runtime.policies.give_up import LOOK_AHEAD, ON_DEMAND
+from foreroute.runtime.policies.prefetching import PRIOR_PREFETCHES
 from foreroute.runtime.store.offload import OffloadedModel, offload
 
 LAUNCH_MS, EXPERT_MS, LAYER_MS = 0.05, 0.04, 0.076
@@ -32,7 +33,7 @@ def offloaded(monkeypatch: pytest.MonkeyPatch) -> OffloadedModel:
     quicken(monkeypatch)
     decide_as_on_a_gpu(monkeypatch)
     monkeypatch.setattr(driver_module, "milliseconds", lambda _: LAYER_MS)
-    monkeypatch.setattr(driver_module, "DeviceMarks", lambda *_: None)
+    monkeypatch.setattr(driver_module, "DeviceMarks", lambda *_: lambda _: None)
     model = tiny_model("qwen3_moe", num_hidden_layers=2).eval()
     return offload(model, device=torch.device("cpu"), model_name="tiny")
 
@@ -77,6 +78,9 @@ def test_only_auto_ever_rests(offloaded: OffloadedModel, prefetch: PrefetchMode)
         driver: Any = engine.driver
         driver.graph_for(1, 32)
         variants = {driver._choose_variant() for _ in range(COLD_STEPS)}
+        driver.run.trust.zero_()
+        driver._choose_variant()
+        assert driver.run.trust.tolist() == [PRIOR_PREFETCHES * (prefetch == "auto")] * 2
     assert variants == ({LOOK_AHEAD, ON_DEMAND} if prefetch == "auto" else {LOOK_AHEAD})
 
 

@@ -1,5 +1,6 @@
 """Prefetch rests while it saves less than it takes, and is tried again."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,13 @@ class Moment:
         return self.ms - float(earlier.ms)
 
 
+def trials_of(now: Moment, forget: Callable[[], object] = lambda: None) -> Trials:
+    def mark(_: int) -> Moment:
+        return Moment(now.ms, list(now.counters), now.is_there)
+
+    return Trials(mark, base_ms=2.0, forget=forget)
+
+
 def variants(
     steps: int, saved_ms: float, spent_ms: float, cold_steps: int = 0, text_steps: int = 0
 ) -> list[int]:
@@ -53,7 +61,7 @@ def variants(
     `text_steps` a text ends, and another one's prompt takes 1000 ms.
     """
     now = Moment(0.0, [0] * NUM_COUNTERS)
-    trials = Trials(lambda _: Moment(now.ms, list(now.counters)), base_ms=2.0)
+    trials = trials_of(now)
     chosen = []
     for step in range(steps):
         if text_steps and step and step % text_steps == 0:
@@ -113,7 +121,7 @@ def test_prompts_between_texts_are_put_down_to_no_step(text_steps: int) -> None:
 
 def test_a_trial_that_is_never_read_does_not_keep_the_next_one_from_being_read() -> None:
     now = Moment(0.0, [0] * NUM_COUNTERS)
-    trials = Trials(lambda _: Moment(now.ms, list(now.counters), now.is_there), base_ms=2.0)
+    trials = trials_of(now)
     now.is_there = False
     for step in range(3 * PERIOD_STEPS):
         now.is_there = step > PERIOD_STEPS
@@ -124,7 +132,7 @@ def test_a_trial_that_is_never_read_does_not_keep_the_next_one_from_being_read()
 @pytest.mark.parametrize(("regrets", "variant"), [(0, LOOK_AHEAD), (1, ON_DEMAND)])
 def test_what_is_missed_for_what_came_early_is_put_down_to_that(regrets: int, variant: int) -> None:
     now = Moment(0.0, [0] * NUM_COUNTERS)
-    trials = Trials(lambda _: Moment(now.ms, list(now.counters)), base_ms=2.0)
+    trials = trials_of(now)
     chosen = []
     for step in range(PERIOD_STEPS):
         chosen.append(trials.next_variant())
@@ -138,8 +146,20 @@ def test_what_is_missed_for_what_came_early_is_put_down_to_that(regrets: int, va
     assert set(chosen[COLD_STEPS + TRIAL_STEPS + 1 :]) == {variant}
 
 
+def test_every_trial_begins_with_what_earlier_guesses_came_to_forgotten() -> None:
+    forgotten: list[int] = []
+    now = Moment(0.0, [0] * NUM_COUNTERS, is_there=False)
+    trials = trials_of(now, lambda: forgotten.append(int(now.ms)))
+    give_up = GiveUp(HostLedger(1.0), TRIAL_STEPS, lambda: forgotten.append(-int(now.ms)))
+    while now.ms < 2 * PERIOD_STEPS:
+        trials.next_variant()
+        give_up.next_variant()
+        now.ms += 1.0
+    assert forgotten == [0, COLD_STEPS, -PERIOD_STEPS, COLD_STEPS + PERIOD_STEPS]
+
+
 def test_where_nothing_can_be_saved_nothing_is_tried() -> None:
-    give_up = GiveUp(None, TRIAL_STEPS)
+    give_up = GiveUp(None)
     assert {give_up.next_variant() for _ in range(2 * PERIOD_STEPS)} == {ON_DEMAND}
 
 

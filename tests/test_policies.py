@@ -199,3 +199,5 @@ def test_a_budget_gives_up_on_predictions_that_do_not_come_true() -> None:
         budget.settle(0, {1, 2}, has_missed=True)
     assert list(budget.choose(0, state, [(5, 0.9)], kept=())) == []
     assert budget.trust < 0.15
+    budget.forget()
+    assert list(budget.choose(0, state, [(5, 0.9)], kept=())) == [5]

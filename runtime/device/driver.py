@@ -531,7 +531,8 @@ class DeviceDriver:
             return
 
         marks = DeviceMarks(self._counters, NUM_MARKS)
-        self._trials = Trials(marks, base_ms=step_ms[ON_DEMAND])
+        forget = partial(run.trust.fill_, PRIOR_PREFETCHES)
+        self._trials = Trials(marks, base_ms=step_ms[ON_DEMAND], forget=forget)
         self._choose_variant = self._trials.next_variant
 
     def _fetch_ms(self) -> float:

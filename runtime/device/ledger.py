@@ -44,14 +44,18 @@ class Trials:
     Trials that find nothing come again after ever longer periods.
     """
 
-    def __init__(self, mark: Callable[[int], Mark], *, base_ms: float) -> None:
+    def __init__(
+        self, mark: Callable[[int], Mark], *, base_ms: float, forget: Callable[[], object]
+    ) -> None:
         """Begin with a trial.
 
         Args:
             mark: Marks the moment before a step, as one of `NUM_MARKS`; forgets that one's last.
             base_ms: A step on demand that misses nothing.
+            forget: Called when a trial begins: guesses that nothing is begun for any more, as
+                earlier ones came to nothing, are tried again too.
         """
-        self._mark, self._base_ms = mark, base_ms
+        self._mark, self._base_ms, self._forget = mark, base_ms, forget
         self._at, self._period = -COLD_STEPS, PERIOD_STEPS
         self._begins: list[Mark] = []
         self._ends: list[Mark] = []
@@ -60,6 +64,8 @@ class Trials:
     def next_variant(self) -> int:
         """Called once before every decode step: `LOOK_AHEAD` or `ON_DEMAND`."""
         at, self._at = self._at, self._at + 1
+        if at == 0:
+            self._forget()
         if 0 <= at <= TRIAL_STEPS and at % BLOCK_STEPS == 0:
             self._turn(at // BLOCK_STEPS)
         if len(self._ends) == BLOCKS and self._ends[-1].is_past():

@@ -125,11 +125,11 @@ class HostDriver:
             return None
         if not run.transfers.can_hide:
             logger.info("Nothing is prefetched: copies to this device hide behind nothing.")
-            return GiveUp(None, 0)
+            return GiveUp(None)
         first = self.layers[0].residency
         copy_ms = time_copy(run.transfers, first.rows[0], first.cache.slots[0])
         run.ledger = HostLedger(copy_ms)
-        return GiveUp(run.ledger, TRIAL_STEPS)
+        return GiveUp(run.ledger, TRIAL_STEPS, run.chooser.forget)
 
     def attach(self, undo: ExitStack) -> None:
         """Watch what predictions, speculation and `eviction=predicted` read of the model.

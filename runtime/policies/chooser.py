@@ -37,6 +37,10 @@ class PrefetchChooser:
         """How often guesses at absent experts come true, over how often they say."""
         return min(1.0, self.right / self.expected)
 
+    def forget(self) -> None:
+        """Trust predictions as at first."""
+        self.right = self.expected = PRIOR_PREFETCHES
+
     def choose(
         self,
         layer: int,

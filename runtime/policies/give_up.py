@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
 logger = logging.getLogger(__name__)
@@ -48,14 +49,21 @@ class GiveUp:
     took decides on the rest.
     """
 
-    def __init__(self, ledger: Ledger | None, trial_steps: int) -> None:
+    def __init__(
+        self,
+        ledger: Ledger | None,
+        trial_steps: int = 0,
+        forget: Callable[[], object] = lambda: None,
+    ) -> None:
         """Begin with a trial.
 
         Args:
             ledger: None where nothing can be saved: then no step looks ahead.
             trial_steps: Length of a trial, its warm-up included.
+            forget: Called when a trial begins: guesses that nothing is begun for any more, as
+                earlier ones came to nothing, are tried again too.
         """
-        self._ledger, self._trial_steps = ledger, trial_steps
+        self._ledger, self._trial_steps, self._forget = ledger, trial_steps, forget
         self._step = 0
         self.is_worth_it = ledger is not None
 
@@ -65,6 +73,8 @@ class GiveUp:
             return ON_DEMAND
         at = self._step % PERIOD_STEPS
         self._step += 1
+        if at == 0:
+            self._forget()
         if at == WARM_UP_STEPS:
             self._ledger.open()
         elif at == self._trial_steps:
