@@ -15,9 +15,10 @@ import torch
 if not torch.cuda.is_available():  # before anything imports triton: it decides at import
     os.environ["TRITON_INTERPRET"] = "1"
     if importlib.util.find_spec("triton"):
-        from quick_interpreter import patch_the_language_once
+        from quick_interpreter import patch_the_language_once, remember_types
 
         patch_the_language_once()
+        remember_types()
 
 import huggingface_hub
 from hub_stub import StubHub, stub_hub
