@@ -52,13 +52,19 @@ def trials_of(now: Moment, forget: Callable[[], object] = lambda: None) -> Trial
 
 
 def variants(
-    steps: int, saved_ms: float, spent_ms: float, cold_steps: int = 0, text_steps: int = 0
+    steps: int,
+    saved_ms: float,
+    spent_ms: float,
+    cold_steps: int = 0,
+    text_steps: int = 0,
+    disturbed: tuple[int, ...] = (),
 ) -> list[int]:
     """What is chosen where a step needs 0 to 6 absent experts, of 1 ms each, and 2 without any.
 
     The first `cold_steps` need 100 more, which take .9 ms each. Looking ahead takes `spent_ms`, and
     saves `saved_ms` of the first of them; the second comes early as a whole. After every
-    `text_steps` a text ends, and another one's prompt takes 1000 ms.
+    `text_steps` a text ends, and another one's prompt takes 1000 ms. Each step of the `disturbed`
+    blocks of the first trial takes 10 ms more.
     """
     now = Moment(0.0, [0] * NUM_COUNTERS)
     trials = trials_of(now)
@@ -70,6 +76,8 @@ def variants(
         chosen.append(trials.next_variant())
         needed = step * 5 % 7
         now.ms += 2.0 + needed
+        if step >= COLD_STEPS and (step - COLD_STEPS) // BLOCK_STEPS in disturbed:
+            now.ms += 10.0
         if step < cold_steps:
             now.ms += 0.9 * 100
             now.counters[MISSES] += 100
@@ -109,6 +117,13 @@ def test_what_slots_cost_while_they_fill_is_not_put_down_to_later_misses() -> No
 def test_a_gain_that_may_be_chance_is_none() -> None:
     for saved_ms, variant in ((0.3, ON_DEMAND), (0.5, LOOK_AHEAD)):  # .5 % of a step, and 4 %
         chosen = variants(PERIOD_STEPS, saved_ms=saved_ms, spent_ms=0.985)
+        assert set(chosen[COLD_STEPS + TRIAL_STEPS + 1 :]) == {variant}
+
+
+@pytest.mark.parametrize("disturbed", [(0,), (1,), (6,), (7,), (2, 3), (5, 6)])
+def test_blocks_that_are_disturbed_are_no_evidence(disturbed: tuple[int, ...]) -> None:
+    for saved_ms, spent_ms, variant in ((0.8, 1.0, LOOK_AHEAD), (0.3, 1.2, ON_DEMAND)):
+        chosen = variants(PERIOD_STEPS, saved_ms, spent_ms, disturbed=disturbed)
         assert set(chosen[COLD_STEPS + TRIAL_STEPS + 1 :]) == {variant}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import statistics
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -26,12 +27,12 @@ what it finds beyond this is no chance."""
 LONGEST_PERIOD_STEPS = 8 * PERIOD_STEPS
 
 
-class _Means(NamedTuple):
-    """What the steps of one variant took in a trial."""
+class _Block(NamedTuple):
+    """What a trial's steps of one variant took, one after the other."""
 
     ms: float
-    misses: float
-    """Whole experts that a step waited for."""
+    counts: list[int]
+    """What each counter gained."""
 
 
 class Trials:
@@ -41,6 +42,8 @@ class Trials:
     is put down to its misses; a step that looks ahead is compared with what its experts would then
     have taken on demand, as tokens differ far more in what they need than the variants in time.
     An expert that something begun early drove out, and that was then missed, would have been there.
+    Each block is compared with the next one, and the median counts: a link that others use too is
+    slower at times, and steps that are disturbed then are no evidence.
     Trials that find nothing come again after ever longer periods.
     """
 
@@ -93,29 +96,27 @@ class Trials:
 
     def _balance(self) -> Balance:
         """What one step that looks ahead took and saved, from a trial that is over."""
-        changes = [
-            [b - a for a, b in zip(before.counters, after.counters, strict=True)]
-            for before, after in zip(self._begins, self._ends, strict=True)
-        ]
-        ahead, demand = (self._means(changes, first) for first in (0, 1))
+        balances = [self._balance_of(block) for block in range(0, BLOCKS, 2)]
+        balances.sort(key=lambda balance: balance.saved_ms - balance.spent_ms)
+        saved_ms, spent_ms = zip(*balances[BLOCKS // 4 - 1 : BLOCKS // 4 + 1], strict=True)
+        return Balance(statistics.fmean(saved_ms), statistics.fmean(spent_ms))
+
+    def _balance_of(self, block: int) -> Balance:
+        """The same of one block that looks ahead, by the one on demand after it."""
+        ahead, demand = self._block(block), self._block(block + 1)
         # less than an expert takes on the link, where products of others run meanwhile
         miss_ms = 0.0
-        if demand.misses:
-            miss_ms = max(0.0, demand.ms - self._base_ms) / demand.misses
-        steps_ahead = TRIAL_STEPS / 2
-        used = sum(c[PREFETCHES] - c[WASTED] for c in changes) / steps_ahead
-        begun = sum(c[TAILS] for c in changes) / steps_ahead
-        regrets = sum(c[REGRETS] for c in changes) / steps_ahead
-        on_demand_misses = ahead.misses - regrets + begun + max(0.0, used)
-        on_demand_ms = self._base_ms + miss_ms * on_demand_misses
-        return Balance(saved_ms=on_demand_ms, spent_ms=ahead.ms)
+        if demand.counts[MISSES]:
+            miss_ms = max(0.0, demand.ms - BLOCK_STEPS * self._base_ms) / demand.counts[MISSES]
+        both = [a + b for a, b in zip(ahead.counts, demand.counts, strict=True)]
+        saved = both[TAILS] + max(0, both[PREFETCHES] - both[WASTED]) - both[REGRETS]
+        on_demand_ms = self._base_ms + miss_ms * (ahead.counts[MISSES] + saved) / BLOCK_STEPS
+        return Balance(saved_ms=on_demand_ms, spent_ms=ahead.ms / BLOCK_STEPS)
 
-    def _means(self, changes: list[list[int]], first: int) -> _Means:
-        blocks = range(first, BLOCKS, 2)
-        ms = sum(self._ends[i].ms_since(self._begins[i]) for i in blocks)
-        misses = sum(changes[i][MISSES] for i in blocks)
-        steps = BLOCK_STEPS * len(blocks)
-        return _Means(ms / steps, misses / steps)
+    def _block(self, block: int) -> _Block:
+        begin, end = self._begins[block], self._ends[block]
+        changes = [b - a for a, b in zip(begin.counters, end.counters, strict=True)]
+        return _Block(end.ms_since(begin), changes)
 
     def _decide(self, balance: Balance) -> None:
         was_worth_it = self.is_worth_it
