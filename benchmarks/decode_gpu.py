@@ -23,7 +23,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -213,6 +212,8 @@ class ShapeBenchmark:
             if args.routes
             else random_routes(96, geometry.num_layers, geometry.num_experts, geometry.top_k)
         )
+        self._routes: dict[int, Tensor] = {}
+        self._predictions: dict[tuple[int, float], ReplayedPredictions] = {}
         self._num_tokens: dict[tuple[int, int], int] = {}
         self._resident_ms: dict[int, float] = {}
         self._resident_logits: dict[int, Tensor] = {}
@@ -256,6 +257,8 @@ class ShapeBenchmark:
         for arm in dict.fromkeys(r["arm"] for r in rows):
             own = {r["repeat"]: r["tpot_ms_mean"] for r in rows if r["arm"] == arm}
             ratios = sorted(round(own[k] / on_demand[k], 4) for k in own.keys() & on_demand.keys())
+            if not ratios:
+                continue
             median = statistics.median(ratios)
             turns = self.results.content.setdefault("means_x_on_demand", [])
             turns.append(cell | {"arm": arm, "median": median, "turns": ratios})
@@ -296,9 +299,9 @@ class ShapeBenchmark:
     def _opened(self, arm: Arm, batch: int) -> Iterator[tuple[Engine, Replay]]:
         """An engine of that arm, its routing replayed."""
         DecodeStep.defers = arm.name != APART
-        routes = self._routes(batch)
+        routes = self._routes_of(batch)
         num_experts = self.offloaded.moe.geometry.num_experts
-        predictions = self._predictions(batch, arm.recall) if arm.recall else None
+        predictions = self._predictions_of(batch, arm.recall) if arm.recall else None
         self.offloaded.store.pins = _pins(routes, num_experts, arm.pinned)
         with Engine(self.offloaded, arm.config) as engine:
             self._require_graph(engine, arm)
@@ -310,14 +313,17 @@ class ShapeBenchmark:
             yield engine, Replay(engine, routes, predictions)
         DecodeStep.defers = True
 
-    @cache  # noqa: B019 - as long-lived as the benchmark
-    def _routes(self, batch: int) -> Tensor:
-        return fit_routes(self.recorded, self.offloaded.moe, batch)
+    def _routes_of(self, batch: int) -> Tensor:
+        if batch not in self._routes:
+            self._routes[batch] = fit_routes(self.recorded, self.offloaded.moe, batch)
+        return self._routes[batch]
 
-    @cache  # noqa: B019
-    def _predictions(self, batch: int, recall: float) -> ReplayedPredictions:
-        num_experts = self.offloaded.moe.geometry.num_experts
-        return near_miss_predictions(self._routes(batch), num_experts, recall)
+    def _predictions_of(self, batch: int, recall: float) -> ReplayedPredictions:
+        if (batch, recall) not in self._predictions:
+            num_experts = self.offloaded.moe.geometry.num_experts
+            made = near_miss_predictions(self._routes_of(batch), num_experts, recall)
+            self._predictions[batch, recall] = made
+        return self._predictions[batch, recall]
 
     def _require_graph(self, engine: Engine, arm: Arm) -> None:
         is_meant = self.device.type == "cuda" and not arm.name.startswith("eager")

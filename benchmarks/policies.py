@@ -538,8 +538,8 @@ execution, never give up. `predicted` and `static` are decided on the host alone
   whatever its size, copies beside a layer's compute, what of a layer's products goes on beside its
   own demand, predicting and planning. That copies slow compute is printed (`a layer beside
   prefetches`), but not simulated. A CPU's profile has none of it, and predictions then look free.
-* The GPU's rule begins one expert a layer. Where several whole ones fit a layer's time (1.8 MB on
-  an H100, docs/gpu.md), fetching every guess was better: 0.75 x on demand against 0.88 x.
+* The GPU's rule begins as many whole experts as fit a layer's time and the head of one more; the
+  simulator's `head` is that head alone.
 * Slots shared by misses need a longer recording than a prompt of 28 tokens.
 """
 

@@ -106,6 +106,7 @@ def call_everything() -> None:
     fetch(rows, rows, copies, num_blocks=4)
     fetch(rows, rows, copies, num_blocks=4, head_words=copies[0, :1])
     fetch(rows, rows, copies, num_blocks=4, behind=tables.progress)
+    fetch(rows, rows, copies, num_blocks=4, head_words=copies[0, :1], behind=tables.progress)
     area = Staging([rows], torch.device("cpu"))
     demand = Demand(rows, rows, copies, copies[0, :1], tables.arrived, tables.progress, 48)
     stage(demand, places, torch.ones(16, dtype=torch.int32), area, 0)

@@ -173,6 +173,18 @@ def test_every_trial_begins_with_what_earlier_guesses_came_to_forgotten() -> Non
     assert forgotten == [0, COLD_STEPS, -PERIOD_STEPS, COLD_STEPS + PERIOD_STEPS]
 
 
+@pytest.mark.parametrize("text_steps", [5, 20])
+def test_a_trial_that_texts_break_off_begins_once(text_steps: int) -> None:
+    now, forgotten = Moment(0.0, [0] * NUM_COUNTERS), list[float]()
+    trials = trials_of(now, lambda: forgotten.append(now.ms))
+    for step in range(PERIOD_STEPS):
+        if step % text_steps == 0:
+            trials.break_off()
+        trials.next_variant()
+        now.ms += 1.0
+    assert forgotten == [COLD_STEPS]
+
+
 def test_where_nothing_can_be_saved_nothing_is_tried() -> None:
     give_up = GiveUp(None)
     assert {give_up.next_variant() for _ in range(2 * PERIOD_STEPS)} == {ON_DEMAND}

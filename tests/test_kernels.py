@@ -22,6 +22,7 @@ from foreroute.runtime.device.kernels.tables import (
     REGRETS,
     TAIL,
     TAILS,
+    WASTED,
     WASTED_HEADS,
     WHOLE,
     ResidencyTables,
@@ -201,6 +202,21 @@ def test_a_miss_of_what_a_head_drove_out_is_regretted(
     for _ in range(2):  # the second time nothing is begun
         plan(torch.tensor(demanded, device=DEVICE), tables, LFU, no_copies(2))
         assert tables.counters[REGRETS] == regrets
+
+
+def test_what_only_a_guess_had_made_resident_is_not_regretted() -> None:
+    tables = ResidencyTables.empty(5, 2, DEVICE)
+    plan(torch.tensor([0], device=DEVICE), tables, LFU, no_copies(1))
+    copies = torch.empty(3, 2, dtype=torch.int32, device=DEVICE)
+    room = {"num_whole": torch.ones(1, dtype=torch.int32, device=DEVICE)}
+    room |= {"head_words": torch.zeros_like(room["num_whole"])}
+    sure = torch.ones(1, device=DEVICE)
+    for guessed, demanded in ((2, 0), (3, 2)):  # 2 comes early, then 3 in its place
+        guess = torch.tensor([guessed], device=DEVICE)
+        plan_head(guess, sure, tables, copies, num_needed=1, num_words=1, **room)
+        assert copies[0, 0] == guessed
+        plan(torch.tensor([demanded], device=DEVICE), tables, LFU, no_copies(1))
+    assert tables.counters[[WASTED, REGRETS]].tolist() == [2, 0]  # 3 as well
 
 
 def test_heads_that_come_to_nothing_lose_trust_until_none_is_begun() -> None:

@@ -60,6 +60,8 @@ class Trials:
         """
         self._mark, self._base_ms, self._forget = mark, base_ms, forget
         self._at, self._period = -COLD_STEPS, PERIOD_STEPS
+        self._is_new = True
+        """Whether the next trial has not begun yet; one that a text's end broke off has."""
         self._begins: list[Mark] = []
         self._ends: list[Mark] = []
         self.is_worth_it = True
@@ -67,7 +69,8 @@ class Trials:
     def next_variant(self) -> int:
         """Called once before every decode step: `LOOK_AHEAD` or `ON_DEMAND`."""
         at, self._at = self._at, self._at + 1
-        if at == 0:
+        if at == 0 and self._is_new:
+            self._is_new = False
             self._forget()
         if 0 <= at <= TRIAL_STEPS and at % BLOCK_STEPS == 0:
             self._turn(at // BLOCK_STEPS)
@@ -75,7 +78,7 @@ class Trials:
             self._decide(self._balance())
             self._begins, self._ends = [], []
         if self._at >= self._period:
-            self._at = 0
+            self._at, self._is_new = 0, True
         if at < TRIAL_STEPS:
             return ON_DEMAND if at // BLOCK_STEPS % 2 else LOOK_AHEAD
         return LOOK_AHEAD if self.is_worth_it else ON_DEMAND

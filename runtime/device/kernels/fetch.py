@@ -12,7 +12,7 @@ from foreroute.runtime.device.kernels.tables import HEAD, ONLY_HEAD, ONLY_TAIL, 
 WORD = torch.int64
 BLOCK_WORDS = 1024
 MOST_TRIES = 1 << 15
-"""Looks of one program at a counter before `let_pass` goes on all the same, some 20 ms."""
+"""Looks of one program at a counter before `let_pass` goes on all the same, some tens of ms."""
 
 
 @triton.jit

@@ -90,7 +90,7 @@ def _head_kernel(
             tl.store(counters + AT_WASTED, tl.load(counters + AT_WASTED) + wasted)
             tl.store(slot_of + expert, slot)
             tl.store(expert_in + slot, expert)
-            tl.store(driven_out + guess, tl.maximum(evicted, NO_EXPERT))
+            tl.store(driven_out + guess, tl.where(wasted > 0, NO_EXPERT, evicted))
             tl.store(copies + guess, expert)
             tl.store(copies + GUESSES + guess, slot)
             expected += likely
@@ -208,7 +208,8 @@ def plan_head_reference(
             return
         if held[slot] != EMPTY:
             tables.slot_of[held[slot]] = EMPTY
-            tables.driven_out[place] = held[slot]
+            if not tables.is_unused_prefetch[slot]:
+                tables.driven_out[place] = held[slot]
         tables.counters[WASTED] += tables.is_unused_prefetch[slot]
         tables.is_unused_prefetch[slot] = int(is_whole)
         tables.slot_of[expert], tables.expert_in[slot] = slot, expert

@@ -134,7 +134,6 @@ def plan_ids(  # noqa: ANN201
             right, expected = tl.load(trust), tl.load(trust + 1)
             tl.store(trust, right * memory + num_right)
             tl.store(trust + 1, expected * memory + said)
-            tl.store(pending_confidence, 0.0)
             num_regrets = 0
             for k in tl.static_range(NUM_DRIVEN_OUT):
                 gone = tl.load(driven_out + k)
@@ -142,6 +141,7 @@ def plan_ids(  # noqa: ANN201
                 num_regrets += tl.max(is_missed.to(tl.int32), 0)
                 tl.store(driven_out + k, NO_EXPERT)
             tl.store(counters + AT_REGRETS, tl.load(counters + AT_REGRETS) + num_regrets)
+            tl.store(pending_confidence, 0.0)
         tl.store(counters, tl.load(counters) + num_hits)
         tl.store(step, now)
     is_absent = ((ids >= 0) & (where_held < 0)).to(tl.int32)

@@ -45,13 +45,15 @@ class ResidencyTables:
     """[1] int32, decode steps so far."""
     counters: Tensor
     """[8] int32: hits, misses, prefetches, prefetches never used; heads, heads that were needed and
-    got their tails, heads that were not; misses of experts that something begun early drove out."""
+    got their tails, heads that were not; misses of experts that a demand had made resident and that
+    what was begun for this very demand drove out (for its first part, if it comes in parts)."""
     pending: Tensor
     """[2] int32: the expert whose head is here or on its way, or -1, and its slot."""
     pending_confidence: Tensor
     """[1] float32: how many of the experts begun for the next demand are expected to be needed."""
     driven_out: Tensor
-    """[4] int32: the experts that what is begun for the next demand drove out, or -1."""
+    """[4] int32: the experts that what is begun for the next demand drove out, or -1; none that had
+    come early themselves and were never used."""
     arrived: Tensor
     """[S] int32: of an expert on its way, the programs that have copied its first part."""
     progress: Tensor
