@@ -4,7 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Only what is imported is compiled to bytecode, when it is: all of torch takes minutes.
+PIP_INSTALL = -m pip --disable-pip-version-check --quiet install --no-compile -c constraints.txt
 READY = $(VENV)/.ready
 CODE = estimators data train export runtime tests benchmarks examples
 
@@ -32,16 +33,16 @@ wheel: $(READY)
 	rm -rf dist build .wheel-venv
 	$(BIN)/python -m build --wheel --outdir dist > /dev/null
 	$(PYTHON) -m venv .wheel-venv
-	.wheel-venv/bin/python -m pip --disable-pip-version-check --quiet install -c constraints.txt torch
-	.wheel-venv/bin/python -m pip --disable-pip-version-check --quiet install -c constraints.txt dist/*.whl
+	.wheel-venv/bin/python $(PIP_INSTALL) torch
+	.wheel-venv/bin/python $(PIP_INSTALL) dist/*.whl
 	cd dist && for name in collect-traces train-estimator export-estimator foreroute; do \
 		../.wheel-venv/bin/$$name --help > /dev/null || exit 1; done
 	cd dist && ../.wheel-venv/bin/foreroute generate --prompt "def parse(" --max-new-tokens 8
 
 $(READY): pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt torch
-	$(PIP) install -c constraints.txt -e ".[dev]"
+	$(BIN)/python $(PIP_INSTALL) torch
+	$(BIN)/python $(PIP_INSTALL) -e ".[dev]"
 	touch $(READY)
 
 clean:
