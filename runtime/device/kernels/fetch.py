@@ -11,7 +11,7 @@ from foreroute.runtime.device.kernels.tables import HEAD, ONLY_HEAD, ONLY_TAIL, 
 
 WORD = torch.int64
 BLOCK_WORDS = 1024
-MOST_TRIES = 1 << 15
+MOST_TRIES = tl.constexpr(1 << 15)
 """Looks of one program at a counter before `let_pass` goes on all the same, some tens of ms."""
 
 
@@ -43,14 +43,14 @@ def copy_blocks(  # noqa: ANN201
 
 
 @triton.jit
-def let_pass(progress, MOST: tl.constexpr):  # noqa: ANN201
+def let_pass(progress):  # noqa: ANN201
     """Wait until a layer's demand has been copied: it has the link alone.
 
     Nothing but speed depends on it, and the launch that is waited for may come after this one where
     launches do not run side by side: the wait has an end.
     """
     expected, tries = tl.load(progress), 0
-    while (tl.load(progress + 1, volatile=True) < expected) & (tries < MOST):
+    while (tl.load(progress + 1, volatile=True) < expected) & (tries < MOST_TRIES):
         tries += 1
 
 
@@ -64,14 +64,12 @@ def _fetch_kernel(
     num_copies,
     num_words,
     HAS_PARTS: tl.constexpr,
-    HAS_BEHIND: tl.constexpr,
-    MOST_TRIES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     expert = tl.load(copies + tl.program_id(1)).to(tl.int64)
     if expert >= 0:
-        if HAS_BEHIND:
-            let_pass(behind, MOST_TRIES)
+        if behind is not None:
+            let_pass(behind)
         slot = tl.load(copies + num_copies + tl.program_id(1)).to(tl.int64)
         begin, end = 0, num_words
         if HAS_PARTS:
@@ -122,12 +120,10 @@ def fetch(
         slots.view(WORD),
         copies,
         copies if head_words is None else head_words,
-        copies if behind is None else behind,
+        behind,
         num_copies,
         rows.shape[1] // WORD.itemsize,
         HAS_PARTS=head_words is not None,
-        HAS_BEHIND=behind is not None,
-        MOST_TRIES=MOST_TRIES,
         BLOCK=BLOCK_WORDS,
         num_warps=4,
     )
