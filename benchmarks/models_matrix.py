@@ -314,8 +314,7 @@ def page_of(rows: list[Row]) -> str:
         "",
         f"{supported} of {len(rows)} MoE types of transformers are recorded and run exactly, each "
         "checked on a tiny random model. Written by `python benchmarks/models_matrix.py`; "
-        "`tests/test_models_matrix.py` fails when a row stops being true (by 6 tokens in the place "
-        "of 16).",
+        "`tests/test_models_matrix.py` fails when a row stops being true.",
         "",
         LEGEND,
         "| model type | recorded | exact | speculative | graph | images | note |",

@@ -14,12 +14,6 @@ ROWS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def fewer_tokens(monkeypatch):
-    """The table is of 16; they show nothing here that 6 do not."""
-    monkeypatch.setattr(models_matrix, "NEW_TOKENS", 6)
-
-
 @pytest.mark.parametrize("model_type", models_matrix.TYPES)
 def test_a_row_of_the_table_is_still_true(model_type):
     assert vars(models_matrix.row_of(model_type)) == ROWS[model_type]
