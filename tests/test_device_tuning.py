@@ -73,7 +73,9 @@ def test_a_trial_is_told_when_a_text_ends(
 
 
 @pytest.mark.parametrize("prefetch", ["auto", "all"])
-def test_only_auto_ever_rests(offloaded: OffloadedModel, prefetch: PrefetchMode) -> None:
+def test_only_auto_ever_rests_and_trusts_anew(
+    offloaded: OffloadedModel, prefetch: PrefetchMode
+) -> None:
     with Engine(offloaded, EngineConfig(expert_slots="4", prefetch=prefetch)) as engine:
         driver: Any = engine.driver
         driver.graph_for(1, 32)

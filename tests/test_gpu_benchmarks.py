@@ -157,6 +157,24 @@ def test_the_decode_benchmark_runs_experts_in_fewer_bits(
     assert all(row["shape"] == f"tiny {shape}" for row in written["rows"])
 
 
+def test_arms_are_compared_with_what_was_on_demand_in_their_turn(
+    run_script: Callable[..., None], tmp_path: Path
+) -> None:
+    path = tmp_path / "decode.json"
+    flags = ["--shapes", "qwen3-30b-a3b", "--slots", "25", "--batches", "1", "--repeats", "2"]
+    arms = ["--arms", "on-demand", "eager-lru"]
+    run_script(decode_gpu, *flags, *arms, "--json", str(path))
+    written = json.loads(path.read_text())
+    turns = [(row["repeat"], row["arm"]) for row in written["rows"]]
+    assert turns == [(k, arm) for k in (0, 1) for arm in ("on-demand", "eager-lru")]
+    means = [row["tpot_ms_mean"] for row in written["rows"]]
+    expected = sorted([means[1] / means[0], means[3] / means[2]])
+    own, other = written["means_x_on_demand"]
+    assert own["turns"] == [1.0, 1.0]
+    assert other["arm"] == "eager-lru"
+    assert other["turns"] == pytest.approx(expected, abs=1e-4)
+
+
 def test_the_ttft_benchmark_runs_to_its_end(
     run_script: Callable[..., None], tmp_path: Path
 ) -> None:
