@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-# Only what is imported is compiled to bytecode, when it is: all of torch takes minutes.
+# Only what is imported is compiled to bytecode, when it is: all that is installed takes a minute.
 PIP_INSTALL = -m pip --disable-pip-version-check --quiet install --no-compile -c constraints.txt
 READY = $(VENV)/.ready
 CODE = estimators data train export runtime tests benchmarks examples
